@@ -43,8 +43,10 @@ perk_status perk_fail_prefix(perk_error *err, perk_status status, const char *fo
     va_start(args, format);
     int used = vsnprintf(err->message, sizeof err->message, format, args);
     va_end(args);
-    if (used >= 0 && (size_t)used < sizeof err->message)
-        snprintf(err->message + used, sizeof err->message - (size_t)used, ": %s", old);
+    if (used >= 0 && (size_t)used < sizeof err->message) {
+        size_t room = sizeof err->message - (size_t)used;
+        snprintf(err->message + used, room, ": %.*s", (int)room, old);
+    }
     return status;
 }
 

@@ -1,0 +1,139 @@
+/* The engine: a model folder on one device, requests in, tokens out.
+ *
+ *     perk_engine *engine;
+ *     perk_engine_open(&engine, "folder", NULL, &err);
+ *     perk_engine_generate_text(engine, "Once upon a time", NULL, print_piece, NULL, NULL, &err);
+ *     perk_engine_free(engine);
+ *
+ * An engine is used by one thread at a time. Its tokenizer may be used by any thread.
+ */
+#ifndef PERK_ENGINE_H
+#define PERK_ENGINE_H
+#include "perk/base.h"
+#include "perk/config.h"
+#include "perk/tokenizer.h"
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct perk_engine perk_engine;
+typedef struct perk_request perk_request;
+
+typedef enum perk_backend {
+    PERK_BACKEND_AUTO = 0,      /* the GPU where there is one, else the reference executor */
+    PERK_BACKEND_GPU = 1,       /* fails where there is no usable GPU */
+    PERK_BACKEND_REFERENCE = 2, /* plain C on the CPU */
+} perk_backend;
+
+typedef struct perk_engine_options {
+    perk_backend backend;
+    int32_t device;         /* ordinal of the CUDA device */
+    perk_config config;     /* zero: defaults */
+    int32_t threads;        /* of the reference executor and of loading; 0: all cores */
+    int32_t portable;       /* 1: emit nothing newer than sm_80 instructions */
+    int32_t unchecked;      /* 1: launch without running the plan checker */
+    int32_t random_weights; /* 1: the path may be a lone config.json; weights are drawn from `seed` */
+    uint64_t seed;          /* of random weights */
+    int32_t precision;      /* of the reference executor: 0 as the checkpoint asks, 1 bf16 as on the GPU, 2 fp32 */
+    const char *cache_folder; /* NULL: PERK_CACHE_DIR, then XDG, then HOME */
+    int32_t no_cache;
+    perk_log log;
+    perk_progress progress;
+} perk_engine_options;
+
+/* How the start went, in milliseconds; phases that did not happen are 0. */
+typedef struct perk_start_report {
+    perk_backend backend;
+    char device[128], arch[16];
+    int32_t cache_hit; /* the cubin came from the cache */
+    double open_ms;    /* config, graph, tokenizer, checkpoint headers */
+    double driver_ms;  /* driver and context */
+    double plan_ms, check_ms, emit_ms, compile_ms, module_ms;
+    double weights_ms;
+    uint64_t weights_bytes;
+    double total_ms;
+    int32_t registers, spill_bytes, shared_bytes, cubin_bytes;
+} perk_start_report;
+
+/* Zero-initialised is right everywhere: greedy, until the model's end tokens or max_seq_length. */
+typedef struct perk_sampling {
+    float temperature; /* 0: greedy */
+    int32_t top_k;     /* 0: all */
+    float top_p;       /* 0 or 1: all */
+    float min_p;       /* 0: none */
+    uint64_t seed;     /* same seed, same tokens */
+    int32_t max_tokens; /* 0: as many as fit */
+    int32_t ignore_eos; /* 1: the model's end tokens do not end the request */
+} perk_sampling;
+
+typedef enum perk_finish {
+    PERK_FINISH_NONE = 0,   /* still running */
+    PERK_FINISH_STOP = 1,   /* an end token */
+    PERK_FINISH_LENGTH = 2, /* max_tokens or max_seq_length */
+    PERK_FINISH_CANCELLED = 3,
+} perk_finish;
+
+/* Opens a model folder on a device. `options` may be NULL. The pool must hold one request of max_seq_length:
+ * where max_num_pages does not, a max_seq_length of 0 becomes what it holds, and any other is refused with PERK_LIMIT. With PERK_BACKEND_AUTO a machine without driver or device gets the reference
+ * executor; any other failure of the GPU is an error. */
+PERK_API perk_status perk_engine_open(perk_engine **out, const char *model_folder, const perk_engine_options *options,
+                                      perk_error *err);
+/* Frees the engine and all its requests. */
+PERK_API void perk_engine_free(perk_engine *engine);
+
+PERK_API const perk_start_report *perk_engine_report(const perk_engine *engine);
+PERK_API const perk_config *perk_engine_config(const perk_engine *engine);
+/* NULL when the folder has no tokenizer.json. Owned by the engine. */
+PERK_API const perk_tokenizer *perk_engine_tokenizer(const perk_engine *engine);
+PERK_API int32_t perk_engine_vocab_size(const perk_engine *engine);
+
+/* ---- requests: submit, step until finished, read the tokens ---- */
+
+/* Queues a request; `prompt` (1 or more ids) is copied; `sampling` may be NULL. Prompt and answer together have at
+ * most max_seq_length tokens. Fails with PERK_LIMIT when the prompt leaves no room for an answer, and with
+ * PERK_INVALID_ARGUMENT for an id outside the vocabulary or sampling numbers out of range. */
+PERK_API perk_status perk_engine_submit(perk_engine *engine, const int32_t *prompt, size_t prompt_length,
+                                        const perk_sampling *sampling, perk_request **out, perk_error *err);
+/* Runs one step over the running requests, the oldest first. *running: how many are unfinished after it; 0 also when
+ * there was nothing to do. A step that fails closes the engine: every later call on it fails in the same way. */
+PERK_API perk_status perk_engine_step(perk_engine *engine, int32_t *running, perk_error *err);
+/* The tokens made so far (the end token included); valid until the request is freed, and more follow in place. */
+PERK_API const int32_t *perk_request_tokens(const perk_request *request, size_t *count);
+PERK_API perk_finish perk_request_finish(const perk_request *request);
+/* Ends the request if it runs and gives back its pages; its tokens stay readable. */
+PERK_API void perk_request_cancel(perk_request *request);
+/* Cancels the request if it runs, and frees it. */
+PERK_API void perk_request_free(perk_request *request);
+
+/* ---- conveniences over the above ---- */
+
+/* Called with each new token, and with the complete UTF-8 text that it adds (may be empty, always is without a
+ * tokenizer; NUL-terminated; valid during the call). Special tokens add no text. Non-zero stops. */
+typedef int (*perk_on_token)(void *user, int32_t token, const char *text, size_t size);
+
+typedef struct perk_generation {
+    int32_t prompt_tokens, tokens;
+    perk_finish finish;
+    double prefill_ms, decode_ms; /* until the first token; after it */
+} perk_generation;
+
+/* Runs steps until this one request is finished; others that were submitted run along. `sampling`, `on_token` and
+ * `generation` may be NULL. */
+PERK_API perk_status perk_engine_generate(perk_engine *engine, const int32_t *prompt, size_t prompt_length,
+                                          const perk_sampling *sampling, perk_on_token on_token, void *user,
+                                          perk_generation *generation, perk_error *err);
+/* The same from text, encoded as Hugging Face does by default: special tokens in it are recognised. PERK_NOT_FOUND when
+ * the folder has no tokenizer. */
+PERK_API perk_status perk_engine_generate_text(perk_engine *engine, const char *prompt, const perk_sampling *sampling,
+                                               perk_on_token on_token, void *user, perk_generation *generation,
+                                               perk_error *err);
+/* Teacher-forced logits: `out` [count][vocab] fp32, row i after reading ids[0..i]. Runs alone, in chunks of the smaller
+ * of max_num_batched_tokens and max_num_logit_rows; requests under way may be set back for it (their caches are
+ * computed again) but lose nothing. */
+PERK_API perk_status perk_engine_logits(perk_engine *engine, const int32_t *ids, size_t count, float *out,
+                                        perk_error *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,180 @@
+/* From plan to source and tables. */
+#include "jit/emit.h"
+
+#include <stdio.h>
+
+#include "jit/embedded.h"
+
+/* At most this many copies of 16 KB are under way a worker: 2 cover the bandwidth-latency product of an H100, and more
+ * would queue up in front of the loads on the critical path (docs/performance.md). */
+enum { CHUNKS_IN_FLIGHT = 2 };
+
+static int pages_per_request(const perk_config *config) {
+    return (int)perk_ceil_div((uint64_t)config->max_seq_length, (uint64_t)config->page_size);
+}
+
+perk_batch_layout perk_plan_batch_layout(const perk_plan *plan) {
+    const perk_config *c = &plan->config;
+    perk_batch_layout layout = {0};
+    int32_t next = sizeof(perk_batch_header) / 4;
+    struct {
+        int32_t *place;
+        int64_t words;
+    } arrays[] = {
+        {&layout.token_ids, c->max_num_batched_tokens},
+        {&layout.positions, c->max_num_batched_tokens},
+        {&layout.token_request, c->max_num_batched_tokens},
+        {&layout.token_query_tile, c->max_num_batched_tokens},
+        {&layout.logit_rows, c->max_num_logit_rows},
+        {&layout.page_table, (int64_t)c->max_num_batched_requests * pages_per_request(c)},
+        {&layout.query_tiles, (int64_t)plan->max_query_tiles * (int64_t)(sizeof(perk_query_tile) / 4)},
+        {&layout.attention_items, (int64_t)plan->max_attention_items * (int64_t)(sizeof(perk_attention_item) / 4)},
+    };
+    for (size_t i = 0; i < PERK_COUNT(arrays); i++) {
+        *arrays[i].place = next;
+        next += (int32_t)perk_round_up((uint64_t)arrays[i].words, 4);
+    }
+    layout.words = next;
+    return layout;
+}
+
+static int longest_list(const perk_plan *plan) {
+    int longest = 0;
+    for (int w = 0; w < plan->device.worker_count; w++)
+        longest = PERK_MAX(longest, plan->worker_begin[w + 1] - plan->worker_begin[w]);
+    return longest;
+}
+
+static void emit_constants(const perk_plan *plan, perk_buffer *out) {
+    perk_batch_layout batch = perk_plan_batch_layout(plan);
+    struct {
+        const char *name;
+        int64_t value;
+    } constants[] = {
+        {"max_tokens", plan->config.max_num_batched_tokens},
+        {"page_size", plan->config.page_size},
+        {"max_num_pages", plan->config.max_num_pages},
+        {"pages_per_request", pages_per_request(&plan->config)},
+        {"max_attention_items", plan->max_attention_items},
+        {"tasks_per_worker", longest_list(plan) + 1},
+        {"ring_slots", plan->ring_slots},
+        {"chunks_in_flight", CHUNKS_IN_FLIGHT},
+        {"staging_bytes", plan->staging_bytes},
+        {"reduction_bytes", plan->reduction_bytes},
+        {"shared_bytes", plan->shared_bytes},
+        {"batch_token_ids", batch.token_ids},
+        {"batch_positions", batch.positions},
+        {"batch_token_request", batch.token_request},
+        {"batch_token_query_tile", batch.token_query_tile},
+        {"batch_logit_rows", batch.logit_rows},
+        {"batch_page_table", batch.page_table},
+        {"batch_query_tiles", batch.query_tiles},
+        {"batch_attention_items", batch.attention_items},
+    };
+    perk_buffer_printf(out, "namespace program {\n");
+    for (size_t i = 0; i < PERK_COUNT(constants); i++)
+        perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
+    perk_buffer_printf(out, "} // namespace program\n\n");
+}
+
+static void emit_switch(const perk_plan *plan, perk_buffer *out) {
+    perk_buffer_printf(out, "namespace perk {\n"
+                            "// Runs one task; `chunk` is the number of the next chunk of the weight ring.\n"
+                            "__device__ __forceinline__ uint32_t run_task(const Worker &worker, const TaskView &task, "
+                            "uint32_t chunk) {\n"
+                            "    switch (task.kind()) {\n");
+    for (int kind = 0; kind < plan->kind_count; kind++) {
+        const perk_stage *first = NULL;
+        for (int s = plan->stage_count - 1; s >= 0; s--)
+            if (plan->stages[s].kind == kind) first = &plan->stages[s];
+        perk_buffer_printf(out, "    case %d: // %s ...\n        %s\n        break;\n", kind, first ? first->name : "unused",
+                           plan->kinds[kind]);
+    }
+    perk_buffer_printf(out, "    }\n    return chunk;\n}\n} // namespace perk\n\n");
+}
+
+perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_error *err) {
+    perk_buffer_printf(source, "// A perk program: %s for %s, %d workers%s.\n", plan->graph->name, plan->device.arch,
+                       plan->device.worker_count, plan->device.portable ? ", portable" : "");
+    perk_buffer_printf(source, "#define PERK_PORTABLE %d\n#include \"abi.h\"\n\n", plan->device.portable);
+    emit_constants(plan, source);
+    perk_buffer_printf(source, "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
+                               "#include \"linear.cuh\"\n#include \"attention.cuh\"\n\n");
+    emit_switch(plan, source);
+    perk_buffer_printf(source,
+                       "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
+                       "(const __grid_constant__ perk_kernel_args args) {\n"
+                       "    perk::worker_main(args, [](const perk::Worker &worker, const perk::TaskView &task, uint32_t "
+                       "chunk) { return perk::run_task(worker, task, chunk); });\n"
+                       "}\n");
+    return source->failed ? perk_fail_memory(err, "the program's source") : PERK_OK;
+}
+
+perk_status perk_emit_headers(perk_compile_header **headers, size_t *count, perk_error *err) {
+    *headers = NULL;
+    *count = 0;
+    size_t files = 0;
+    while (perk_embedded_files[files].name) files++;
+    perk_compile_header *list = perk_calloc(files, sizeof *list);
+    if (!list) return perk_fail_memory(err, "the device code");
+    for (size_t i = 0; i < files; i++) {
+        const perk_embedded_file *file = &perk_embedded_files[i];
+        list[i].name = file->name;
+        list[i].text = perk_format("#line 1 \"kernels_src/%s\"\n%s", file->name, file->text);
+        if (!list[i].text) {
+            perk_emit_headers_free(list, i);
+            return perk_fail_memory(err, "the device code");
+        }
+    }
+    *headers = list;
+    *count = files;
+    return PERK_OK;
+}
+
+void perk_emit_headers_free(perk_compile_header *headers, size_t count) {
+    for (size_t i = 0; i < count; i++) free((void *)(uintptr_t)headers[i].text);
+    free(headers);
+}
+
+/* ---- tables ---- */
+
+static perk_task_record make_record(const perk_plan *plan, int index) {
+    const perk_task *task = &plan->tasks[index];
+    const perk_stage *stage = &plan->stages[task->stage];
+    perk_task_record record = {.kind = (uint32_t)stage->kind,
+                               .task = (uint32_t)index,
+                               .first = (uint32_t)task->first,
+                               .stride = (uint32_t)task->stride,
+                               .count = (uint32_t)task->count,
+                               .signal_counter = (uint32_t)plan->signals[task->signal_begin].counter,
+                               .scalar = (uint32_t)stage->scalar};
+    for (int i = 0; i < task->wait_end - task->wait_begin; i++) {
+        const perk_wait *wait = &plan->waits[task->wait_begin + i];
+        record.wait_counter[i] = (uint32_t)wait->counter;
+        record.wait_per_step[i] = (uint32_t)plan->counter_per_step[wait->counter];
+        record.wait_needed[i] = (uint32_t)wait->needed;
+    }
+    for (int i = 0; i < PERK_RECORD_OPERANDS; i++)
+        if (stage->operands[i] >= 0) record.operand[i] = (uint32_t)(plan->tensors[stage->operands[i]].offset / 256);
+    if (stage->stream.tensor >= 0) {
+        record.stream_base = (uint32_t)(plan->tensors[stage->stream.tensor].offset / PERK_WEIGHT_BLOCK_BYTES);
+        record.stream_tiles = (uint32_t)stage->stream.tile_count;
+        record.stream_blocks = (uint32_t)stage->stream.blocks_per_tile;
+    }
+    return record;
+}
+
+perk_status perk_emit_records(const perk_plan *plan, perk_task_record **records, int *per_worker, perk_error *err) {
+    *per_worker = longest_list(plan) + 1;
+    *records = perk_calloc((size_t)plan->device.worker_count * (size_t)*per_worker, sizeof **records);
+    if (!*records) return perk_fail_memory(err, "the task table");
+    for (int w = 0; w < plan->device.worker_count; w++) {
+        perk_task_record *list = *records + (size_t)w * (size_t)*per_worker;
+        int count = plan->worker_begin[w + 1] - plan->worker_begin[w];
+        for (int i = 0; i < *per_worker; i++) {
+            if (i < count) list[i] = make_record(plan, plan->worker_begin[w] + i);
+            else list[i].kind = PERK_TASK_END;
+        }
+    }
+    return PERK_OK;
+}

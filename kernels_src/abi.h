@@ -1,0 +1,129 @@
+/* What the host and the kernel agree on: task records, kernel arguments, the step's batch, the packed weight layout,
+ * the hang report. C and device C++ both compile this file, so sizes cannot drift. No includes: NVRTC has no headers;
+ * the host includes <stdint.h> first.
+ */
+#ifndef PERK_ABI_H
+#define PERK_ABI_H
+
+#ifdef __CUDACC_RTC__
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+#endif
+
+/* ---- the block: 8 warps compute, one streams weights ---- */
+enum {
+    PERK_CONSUMER_WARPS = 8,
+    PERK_CONSUMER_THREADS = 256,
+    PERK_BLOCK_THREADS = 288,
+};
+
+/* ---- packed weights ----
+ * A matrix W [rows, cols] is cut into row tiles of 16 rows; a tile into blocks of 16 rows x 32 columns = 1 KB, padded
+ * with zeros. A block holds two fragments of 512 bytes: what the 32 lanes of a warp need as the left operand of
+ * mma.m16n8k16, 16 bytes a lane, so that a lane reads its registers with one load. The columns of a block are dealt to
+ * the lanes so that the right operand is read in natural order, too: lane 4g+q works on columns 8q .. 8q+7 of the block,
+ * fragment 0 on the first four and fragment 1 on the last four of them. In a fragment a lane holds, in order, the pairs
+ *     (row g, first pair) (row g+8, first pair) (row g, second pair) (row g+8, second pair).
+ * Chunks of up to 16 blocks of one tile are the unit of the stream. Tile t of a stage belongs to worker
+ * (t + rotation) % workers; the tiles of one round (t / workers) are interleaved chunk by chunk, so that at any time the
+ * workers read neighbouring memory.
+ */
+enum {
+    PERK_TILE_ROWS = 16,
+    PERK_BLOCK_COLS = 32,
+    PERK_WEIGHT_BLOCK_BYTES = 1024,
+    PERK_CHUNK_BLOCKS = 16,
+    PERK_CHUNK_BYTES = 16384,
+};
+
+/* Rows of activations start every 128 bytes (bf16), so that blocks of 32 columns may be read whole: what lies between
+ * the width and the stride is zero from the start and never written. */
+#define PERK_ROW_STRIDE(columns) (((columns) + 63) / 64 * 64)
+
+/* ---- attention ---- */
+enum {
+    PERK_QUERY_ROWS = 8, /* rows of a query tile */
+    PERK_KV_UNIT = 16,   /* positions that a warp works on at a time */
+};
+
+/* ---- tasks ---- */
+#define PERK_TASK_END 0xffffffffu /* kind of the record after a worker's last task */
+enum {
+    PERK_RECORD_WAITS = 4,
+    PERK_RECORD_OPERANDS = 6,
+    PERK_RECORD_WORDS = 32,
+};
+
+/* One task of one worker, 128 bytes: a warp reads it with one load, a word a lane. */
+typedef struct perk_task_record {
+    uint32_t kind;                              /* which instantiation runs it; PERK_TASK_END */
+    uint32_t task;                              /* index in the plan, for reports */
+    uint32_t first, stride, count;              /* its units: first, first + stride, ... */
+    uint32_t wait_counter[PERK_RECORD_WAITS];   /* value >= step * per_step + needed */
+    uint32_t wait_per_step[PERK_RECORD_WAITS];  /* 0: no wait */
+    uint32_t wait_needed[PERK_RECORD_WAITS];
+    uint32_t signal_counter;                    /* += 1 when the task is done */
+    uint32_t operand[PERK_RECORD_OPERANDS];     /* byte offset / 256 in the operand's space */
+    uint32_t scalar;
+    uint32_t stream_base;                       /* packed weights of the stage: byte offset / 1024 */
+    uint32_t stream_tiles;                      /* row tiles of the stage; 0: streams nothing */
+    uint32_t stream_blocks;                     /* blocks a tile */
+    uint32_t reserved[PERK_RECORD_WORDS - 28];
+} perk_task_record;
+
+/* ---- the batch of a step, as it lies in device memory: 32-bit words ----
+ * A header, then arrays whose places are constants of the program (perk_batch_layout). */
+typedef struct perk_batch_header {
+    int32_t num_tokens, num_requests, num_logit_rows, num_attention_items;
+    int32_t num_query_tiles;
+    int32_t reserved[11];
+} perk_batch_header;
+
+/* A query tile: up to 8 rows (token, query head of the group) of one request that share a KV head. */
+typedef struct perk_query_tile {
+    int32_t request, first_token, token_count;
+    int32_t first_item, item_count; /* its splits over the KV range */
+    int32_t reserved[3];
+} perk_query_tile;
+
+/* One warp's piece of attention: a query tile against KV positions [kv_begin, kv_end). */
+typedef struct perk_attention_item {
+    int32_t query_tile, kv_begin, kv_end, reserved;
+} perk_attention_item;
+
+/* Word offsets of the arrays, from the program's maxima. */
+typedef struct perk_batch_layout {
+    int32_t token_ids, positions, token_request, token_query_tile, logit_rows, page_table, query_tiles,
+        attention_items, words;
+} perk_batch_layout;
+
+/* ---- a wait that exceeded its limit ---- */
+typedef struct perk_hang_report {
+    uint32_t worker;
+    uint32_t task, role; /* role: PERK_ROLE_* */
+    uint32_t counter, seen, wanted; /* for mbarriers: slot, parity */
+    uint32_t step, complete;        /* complete: all other fields are written */
+} perk_hang_report;
+
+enum { PERK_ROLE_COUNTER = 1, PERK_ROLE_RING_FULL = 2, PERK_ROLE_RING_EMPTY = 3 };
+
+/* ---- kernel arguments ---- */
+typedef struct perk_kernel_args {
+    const perk_task_record *tasks; /* [workers][tasks_per_worker] */
+    const uint8_t *weights;        /* the packed stream */
+    const uint8_t *constants;      /* norm weights, biases, tables */
+    uint8_t *activations;
+    uint8_t *kv;
+    const int32_t *batch;
+    uint32_t *counters;
+    uint32_t *hang_claim;   /* device memory; whoever moves it from 0 writes the report */
+    perk_hang_report *hang; /* mapped host memory */
+    uint64_t wait_limit_ns;
+    uint32_t step; /* steps that this program has completed before */
+    uint32_t reserved;
+} perk_kernel_args;
+
+#endif

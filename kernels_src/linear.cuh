@@ -1,0 +1,306 @@
+// linear: out = x W^T for 1 to 64 rows of x, with the packed weights as the left operand of the tensor cores: a row tile
+// is 16 outputs, its columns are the rows of x. The 8 warps share a tile by splitting its depth (column block kb belongs
+// to warp kb % 8) and add their partial sums in shared memory; one warp finishes the tile: scale of a folded norm, bias,
+// residual, silu, store.
+#pragma once
+
+namespace perk {
+
+enum class Epilogue {
+    store,    // bf16
+    residual, // + residual, bf16
+    silu,     // the tile holds 8 gate rows, then the 8 up rows that belong to them: silu(gate) * up, bf16
+    logits,   // fp32, and the tile's largest value of each row as a candidate for argmax
+};
+
+// Operands of a linear stage, by role.
+enum LinearOperand { kInput, kOutput, kResidual, kNormWeight, kBias, kCandidates };
+
+template <Rows kRowsOf, uint32_t kMaxRows, uint32_t kIn, uint32_t kOut, bool kFoldedNorm, Epilogue kEpilogue, bool kHasBias>
+struct Linear {
+    static constexpr uint32_t kBlocks = (kIn + PERK_BLOCK_COLS - 1) / PERK_BLOCK_COLS; // of a tile
+    static constexpr uint32_t kChunks = (kBlocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS;
+    static constexpr uint32_t kWarpBlocks = (kBlocks + PERK_CONSUMER_WARPS - 1) / PERK_CONSUMER_WARPS; // of one warp
+    static constexpr uint32_t kColumnTiles = (kMaxRows + 7) / 8; // of 8 rows of x
+    static constexpr uint32_t kInStride = PERK_ROW_STRIDE(kIn);
+    static constexpr uint32_t kOutWidth = kEpilogue == Epilogue::silu ? kOut / 2 : kOut;
+    static constexpr uint32_t kOutStride = PERK_ROW_STRIDE(kOutWidth);
+    static constexpr uint32_t kTiles = (kOut + PERK_TILE_ROWS - 1) / PERK_TILE_ROWS;
+
+    // Partial sums: 512 bytes a warp and column tile. Two buffers save one of the two barriers a tile.
+    static constexpr uint32_t kBuffers = kColumnTiles <= 2 ? 2 : 1;
+    static constexpr uint32_t kPartialBytes = kColumnTiles * PERK_CONSUMER_WARPS * 512;
+    static_assert(kBuffers * kPartialBytes + PERK_CONSUMER_WARPS * kMaxRows * 4 <= program::reduction_bytes,
+                  "the plan gave this stage too little reduction scratch");
+
+    // Staged input: every warp keeps its own column blocks of x, 64 bytes a block and row.
+    static constexpr uint32_t staged_bytes(uint32_t rows) {
+        return PERK_CONSUMER_WARPS * kWarpBlocks * 64 * rows;
+    }
+    static constexpr bool kAlwaysStaged = staged_bytes(kMaxRows) <= program::staging_bytes;
+    static_assert(kAlwaysStaged || !kFoldedNorm, "a folded norm needs its input staged");
+
+    static __device__ __forceinline__ uint32_t partials(const Worker &w, uint32_t buffer, uint32_t column_tile,
+                                                        uint32_t warp) {
+        return w.reduction() + buffer * kPartialBytes + (column_tile * PERK_CONSUMER_WARPS + warp) * 512 + w.lane * 16;
+    }
+    static __device__ __forceinline__ float *square_sums(const Worker &w) { // [warps][kMaxRows]
+        return reinterpret_cast<float *>(__cvta_shared_to_generic(w.reduction() + kBuffers * kPartialBytes));
+    }
+
+    // ---- the right operand: lane 4g+q reads columns 8q ... 8q+7 of block kb of row 8 column_tile + g ----
+
+    struct StagedInput {
+        uint32_t base, rows;
+        __device__ __forceinline__ StagedInput(const Worker &w, uint32_t row_total)
+            : base(w.staging() + w.warp * kWarpBlocks * row_total * 64 + w.lane % 4 * 16), rows(row_total) {}
+        __device__ __forceinline__ Vec16 load(const Worker &w, uint32_t kb, uint32_t column_tile) const {
+            const uint32_t row = min(column_tile * 8 + w.lane / 4, rows - 1); // what lies beyond is never read back
+            return load_shared16(base + (kb / PERK_CONSUMER_WARPS * rows + row) * 64);
+        }
+    };
+    struct DirectInput {
+        const uint8_t *base;
+        uint32_t rows;
+        __device__ __forceinline__ DirectInput(const Worker &w, const uint8_t *x, uint32_t row_total)
+            : base(x + w.lane % 4 * 16), rows(row_total) {}
+        __device__ __forceinline__ Vec16 load(const Worker &w, uint32_t kb, uint32_t column_tile) const {
+            const uint32_t row = min(column_tile * 8 + w.lane / 4, rows - 1);
+            return load_cached16(base + (uint64_t(row) * kInStride + kb * PERK_BLOCK_COLS) * 2);
+        }
+    };
+
+    // ---- staging ----
+
+    // Multiplies 8 values by the norm weight and adds their squares to `square_sum`.
+    static __device__ __forceinline__ Vec16 apply_gain(Vec16 x, Vec16 gain, float &square_sum) {
+        auto pair = [&](uint32_t value, uint32_t weight) {
+            const float low = low_bf16(value), high = high_bf16(value);
+            square_sum += low * low + high * high;
+            return pack_bf16(low * low_bf16(weight), high * high_bf16(weight));
+        };
+        return {pair(x.x, gain.x), pair(x.y, gain.y), pair(x.z, gain.z), pair(x.w, gain.w)};
+    }
+
+    // Copies this warp's blocks of all rows to shared memory; nobody else reads them, so no barrier is needed. Loads of
+    // several rows are issued together: one trip to L2, not one a row.
+    static __device__ __forceinline__ void stage_input(const Worker &w, const uint8_t *x, const uint8_t *gain,
+                                                       uint32_t rows) {
+        constexpr uint32_t kPieces = kWarpBlocks * 4; // of 16 bytes, of one row
+        constexpr uint32_t kLanePieces = (kPieces + 31) / 32;
+        constexpr uint32_t kGroup = kLanePieces >= 8 ? 1 : (8 / kLanePieces < kMaxRows ? 8 / kLanePieces : kMaxRows);
+        const uint32_t base = w.staging() + w.warp * kWarpBlocks * rows * 64;
+        for (uint32_t first = 0; first < rows; first += kGroup) {
+            Vec16 values[kGroup][kLanePieces];
+#pragma unroll
+            for (uint32_t r = 0; r < kGroup; r++)
+#pragma unroll
+                for (uint32_t p = 0; p < kLanePieces; p++) {
+                    const uint32_t piece = w.lane + 32 * p, kb = piece / 4 * PERK_CONSUMER_WARPS + w.warp;
+                    const uint32_t column = kb * PERK_BLOCK_COLS + piece % 4 * 8;
+                    const bool inside = kb < kBlocks && first + r < rows;
+                    values[r][p] = inside ? load_coherent16(x + (uint64_t(first + r) * kInStride + column) * 2)
+                                          : Vec16{0, 0, 0, 0};
+                }
+#pragma unroll
+            for (uint32_t r = 0; r < kGroup; r++) {
+                if (first + r >= rows) break;
+                float square_sum = 0.0f;
+#pragma unroll
+                for (uint32_t p = 0; p < kLanePieces; p++) {
+                    const uint32_t piece = w.lane + 32 * p, kb = piece / 4 * PERK_CONSUMER_WARPS + w.warp;
+                    if (kb >= kBlocks) continue;
+                    Vec16 value = values[r][p];
+                    if constexpr (kFoldedNorm) {
+                        const uint32_t column = kb * PERK_BLOCK_COLS + piece % 4 * 8;
+                        value = apply_gain(value, load_constant16(gain + column * 2), square_sum);
+                    }
+                    store_shared16(base + (piece / 4 * rows + first + r) * 64 + piece % 4 * 16, value);
+                }
+                if constexpr (kFoldedNorm) {
+                    square_sum = warp_sum(square_sum);
+                    if (w.lane == 0) square_sums(w)[w.warp * kMaxRows + first + r] = square_sum;
+                }
+            }
+        }
+        __syncwarp();
+    }
+
+    // ---- the products ----
+
+    // Adds this warp's share of the tile to `sums`.
+    template <class Input>
+    static __device__ __forceinline__ uint32_t multiply_tile(const Worker &w, const Input &input, uint32_t rows,
+                                                             uint32_t chunk, float (&sums)[kColumnTiles][4]) {
+        constexpr uint32_t kShare = PERK_CHUNK_BLOCKS / PERK_CONSUMER_WARPS; // blocks of a chunk that are a warp's
+        for (uint32_t c = 0; c < kChunks; c++, chunk++) {
+            Vec16 x[kShare][kColumnTiles];
+#pragma unroll
+            for (uint32_t s = 0; s < kShare; s++) {
+                const uint32_t kb = c * PERK_CHUNK_BLOCKS + s * PERK_CONSUMER_WARPS + w.warp;
+#pragma unroll
+                for (uint32_t n = 0; n < kColumnTiles; n++)
+                    if (kb < kBlocks && n * 8 < rows) x[s][n] = input.load(w, kb, n);
+            }
+            wait_full(w, chunk);
+#pragma unroll
+            for (uint32_t s = 0; s < kShare; s++) {
+                const uint32_t block = s * PERK_CONSUMER_WARPS + w.warp;
+                if (c * PERK_CHUNK_BLOCKS + block >= kBlocks) continue;
+                const uint32_t address = w.ring_slot(chunk) + block * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
+                const Vec16 a = load_shared16(address), b = load_shared16(address + 512);
+#pragma unroll
+                for (uint32_t n = 0; n < kColumnTiles; n++)
+                    if (n * 8 < rows) {
+                        mma(sums[n], a.x, a.y, a.z, a.w, x[s][n].x, x[s][n].y);
+                        mma(sums[n], b.x, b.y, b.z, b.w, x[s][n].z, x[s][n].w);
+                    }
+            }
+            release_chunk(w, chunk);
+        }
+        return chunk;
+    }
+
+    // ---- finishing a tile: lane 4g+q has outputs g and g+8 of rows 2q and 2q+1 of the column tile ----
+
+    struct Finish {
+        const uint8_t *residual, *bias;
+        uint8_t *out, *candidates;
+    };
+
+    // Which matrix row the lane's low (g) or high (g+8) output is.
+    static __device__ __forceinline__ uint32_t output_row(const Worker &w, uint32_t tile, bool high) {
+        if constexpr (kEpilogue == Epilogue::silu) return (high ? kOutWidth : 0) + tile * 8 + w.lane / 4;
+        else return tile * PERK_TILE_ROWS + w.lane / 4 + (high ? 8 : 0);
+    }
+
+    static __device__ __forceinline__ float residual_at(const Finish &f, uint32_t row, uint32_t output, uint32_t rows) {
+        if (output >= kOut || row >= rows) return 0.0f;
+        return from_bf16(load_coherent2(f.residual + (uint64_t(row) * kOutStride + output) * 2));
+    }
+
+    static __device__ __forceinline__ float norm_scale(const Worker &w, uint32_t row, float eps) {
+        const float *sums = square_sums(w);
+        float total = 0.0f;
+#pragma unroll
+        for (uint32_t warp = 0; warp < PERK_CONSUMER_WARPS; warp++) total += sums[warp * kMaxRows + row];
+        return rsqrtf(total / kIn + eps);
+    }
+
+    // Stores the outputs of one row of x: `low` and `high` are outputs g and g+8 of the tile.
+    static __device__ __forceinline__ void store_row(const Worker &w, const Finish &f, uint32_t tile, uint32_t row,
+                                                     float low, float high) {
+        if constexpr (kEpilogue == Epilogue::silu) {
+            const uint32_t column = tile * 8 + w.lane / 4;
+            if (column >= kOutWidth) return;
+            reinterpret_cast<uint16_t *>(f.out)[uint64_t(row) * kOutStride + column] =
+                to_bf16(silu(round_bf16(low)) * round_bf16(high));
+        } else {
+            const uint32_t output = output_row(w, tile, false);
+            auto store = [&](uint32_t column, float value) {
+                if (column >= kOut) return;
+                const uint64_t index = uint64_t(row) * kOutStride + column;
+                if constexpr (kEpilogue == Epilogue::logits) reinterpret_cast<float *>(f.out)[index] = value;
+                else reinterpret_cast<uint16_t *>(f.out)[index] = to_bf16(value);
+            };
+            store(output, low);
+            store(output + 8, high);
+        }
+    }
+
+    // The best of the tile's 16 logits of one row, left for argmax. All lanes take part.
+    static __device__ __forceinline__ void store_candidate(const Worker &w, const Finish &f, uint32_t tile, uint32_t row,
+                                                           uint32_t rows, float low, float high) {
+        const uint32_t output = output_row(w, tile, false);
+        Best best{kLowest, 0xffffffffu};
+        if (output < kOut) best.take(low, output);
+        if (output + 8 < kOut) best.take(high, output + 8);
+        for (int offset = 4; offset <= 16; offset *= 2) best.take_from_lane(offset); // over g
+        if (w.lane < 4 && row < rows) {
+            uint32_t *candidate = reinterpret_cast<uint32_t *>(f.candidates) + (uint64_t(row) * kTiles + tile) * 2;
+            candidate[0] = __float_as_uint(best.value);
+            candidate[1] = best.index;
+        }
+    }
+
+    static __device__ __forceinline__ void finish_tile(const Worker &w, const Finish &f, uint32_t tile,
+                                                       uint32_t column_tile, uint32_t buffer, uint32_t rows, float eps,
+                                                       const float (&residual)[4]) {
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f}; // low row 2q, low row 2q+1, high row 2q, high row 2q+1
+#pragma unroll
+        for (uint32_t warp = 0; warp < PERK_CONSUMER_WARPS; warp++) {
+            const Vec16 part = load_shared16(partials(w, buffer, column_tile, warp));
+            sum[0] += __uint_as_float(part.x);
+            sum[1] += __uint_as_float(part.y);
+            sum[2] += __uint_as_float(part.z);
+            sum[3] += __uint_as_float(part.w);
+        }
+        float bias[2] = {0.0f, 0.0f};
+        if constexpr (kHasBias) {
+#pragma unroll
+            for (int high = 0; high < 2; high++) {
+                const uint32_t output = output_row(w, tile, high);
+                if (output < kOut) bias[high] = from_bf16(__ldg(reinterpret_cast<const uint16_t *>(f.bias) + output));
+            }
+        }
+#pragma unroll
+        for (uint32_t r = 0; r < 2; r++) {
+            const uint32_t row = column_tile * 8 + w.lane % 4 * 2 + r;
+            const float scale = kFoldedNorm && row < rows ? norm_scale(w, row, eps) : 1.0f;
+            const float low = sum[r] * scale + bias[0] + residual[r], high = sum[2 + r] * scale + bias[1] + residual[2 + r];
+            if (row < rows) store_row(w, f, tile, row, low, high);
+            if constexpr (kEpilogue == Epilogue::logits) store_candidate(w, f, tile, row, rows, low, high);
+        }
+    }
+
+    // ---- the task ----
+
+    template <class Input>
+    static __device__ __forceinline__ uint32_t run_tiles(const Worker &w, const TaskView &task, const Input &input,
+                                                         const Finish &f, uint32_t rows, uint32_t chunk, float eps) {
+        const uint32_t first = task.first(), stride = task.stride(), count = task.count();
+        for (uint32_t i = 0; i < count; i++) {
+            const uint32_t tile = first + i * stride, buffer = i % kBuffers;
+            const uint32_t my_column_tile = (w.warp - i) % PERK_CONSUMER_WARPS; // rotates, so that finishing is shared
+            const bool finishes = my_column_tile < kColumnTiles && my_column_tile * 8 < rows;
+            float residual[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if constexpr (kEpilogue == Epilogue::residual) {
+                if (finishes) { // early: in flight while the products are made
+#pragma unroll
+                    for (uint32_t j = 0; j < 4; j++)
+                        residual[j] = residual_at(f, my_column_tile * 8 + w.lane % 4 * 2 + j % 2,
+                                                  output_row(w, tile, j >= 2), rows);
+                }
+            }
+            float sums[kColumnTiles][4] = {};
+            chunk = multiply_tile(w, input, rows, chunk, sums);
+            if (kBuffers == 1) named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // the last tile is read
+#pragma unroll
+            for (uint32_t n = 0; n < kColumnTiles; n++)
+                if (n * 8 < rows)
+                    store_shared16(partials(w, buffer, n, w.warp),
+                                   {__float_as_uint(sums[n][0]), __float_as_uint(sums[n][1]),
+                                    __float_as_uint(sums[n][2]), __float_as_uint(sums[n][3])});
+            named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+            if (finishes) finish_tile(w, f, tile, my_column_tile, buffer, rows, eps, residual);
+        }
+        return chunk;
+    }
+
+    static __device__ __forceinline__ uint32_t run(const Worker &w, const TaskView &task, uint32_t chunk, float eps) {
+        const uint32_t rows = row_count<kRowsOf>(w);
+        const uint8_t *x = w.args.activations + task.operand(kInput);
+        const uint8_t *gain = w.args.constants + task.operand(kNormWeight);
+        const Finish finish{w.args.activations + task.operand(kResidual), w.args.constants + task.operand(kBias),
+                            w.args.activations + task.operand(kOutput), w.args.activations + task.operand(kCandidates)};
+        if (kAlwaysStaged || staged_bytes(rows) <= program::staging_bytes) {
+            stage_input(w, x, gain, rows);
+            return run_tiles(w, task, StagedInput(w, rows), finish, rows, chunk, eps);
+        }
+        if constexpr (!kAlwaysStaged)
+            return run_tiles(w, task, DirectInput(w, x, rows), finish, rows, chunk, eps);
+        return chunk;
+    }
+};
+
+} // namespace perk

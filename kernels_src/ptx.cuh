@@ -1,0 +1,179 @@
+// PTX, wrapped once. Names follow the instructions. Everything here exists from sm_80 on unless it says otherwise.
+#pragma once
+
+namespace ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void *pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- memory ----
+
+struct alignas(16) Vec16 {
+    uint32_t x, y, z, w;
+};
+
+__device__ __forceinline__ Vec16 load_shared16(uint32_t address) {
+    Vec16 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_shared16(uint32_t address, Vec16 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+// Data that another SM wrote in this launch: served by L2, never by a stale line of L1.
+__device__ __forceinline__ Vec16 load_coherent16(const void *pointer) {
+    Vec16 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(pointer)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 load_coherent8(const void *pointer) {
+    uint2 v;
+    asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint32_t load_coherent4(const void *pointer) {
+    uint32_t v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint16_t load_coherent2(const void *pointer) {
+    uint16_t v;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(pointer) : "memory");
+    return v;
+}
+
+// The same data where it is read more than once: through L1. Right only after an acquire that follows the write.
+__device__ __forceinline__ Vec16 load_cached16(const void *pointer) {
+    Vec16 v;
+    asm volatile("ld.global.ca.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(pointer)
+                 : "memory");
+    return v;
+}
+
+// Data that no one writes during the launch.
+__device__ __forceinline__ Vec16 load_constant16(const void *pointer) {
+    Vec16 v;
+    asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(pointer));
+    return v;
+}
+
+// ---- counters in global memory ----
+
+__device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t *pointer) {
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
+    return v;
+}
+__device__ __forceinline__ void add_release_gpu(uint32_t *pointer, uint32_t amount) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(pointer), "r"(amount) : "memory");
+}
+
+// ---- barriers ----
+
+// All `threads` of the named barrier; one warp role uses its own barrier so that the others may run ahead.
+__device__ __forceinline__ void named_barrier(uint32_t name, uint32_t threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+// True when the phase of that parity has completed. try_wait (sm_90) sleeps a little in hardware.
+__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+#if PERK_PORTABLE
+    // test_wait is try_wait without the sleep, and all that sm_80 has.
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+#else
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+#endif
+    return done != 0;
+}
+
+// ---- copies into shared memory ----
+
+#if PERK_PORTABLE
+__device__ __forceinline__ void copy_async16(uint32_t shared, const void *global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+// The barrier gets one arrival of this thread once all its earlier copy_async16 have landed.
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+#else
+// sm_90: the bulk copy engine moves `bytes` (a multiple of 16) and completes them on the barrier.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_bulk(uint32_t shared, const void *global, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+                 "l"(global), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+#endif
+// Makes mbarrier initialisation visible to the copy engine.
+__device__ __forceinline__ void fence_mbarrier_init() {
+#if PERK_PORTABLE
+    __threadfence_block();
+#else
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// ---- tensor cores ----
+
+// c[16x8] += a[16x16] b[16x8], bf16 in, fp32 out.
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// ---- numbers ----
+
+// Two floats to a bf16 pair, round to nearest even; `low` ends in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+__device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float from_bf16(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+__device__ __forceinline__ uint16_t to_bf16(float value) { return static_cast<uint16_t>(pack_bf16(value, 0.0f)); }
+__device__ __forceinline__ float round_bf16(float value) { return low_bf16(pack_bf16(value, 0.0f)); }
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+__device__ __forceinline__ float exp2_approx(float value) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+__device__ __forceinline__ uint64_t global_timer() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+
+} // namespace ptx

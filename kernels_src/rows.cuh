@@ -1,0 +1,127 @@
+// Tasks over rows of activations that stream no weights: gather_rows (embed, select_rows), rmsnorm, silu_mul, argmax.
+#pragma once
+
+namespace perk {
+
+// Which rows a stage works on: those of the step's tokens, or of its logits.
+enum class Rows { tokens, logits };
+template <Rows kRows>
+__device__ __forceinline__ uint32_t row_count(const Worker &w) {
+    return kRows == Rows::tokens ? w.batch().num_tokens : w.batch().num_logit_rows;
+}
+
+// out[r] = table[index[r]]. A task copies the 16-byte column groups first, first + stride, ... of every row.
+// Operands: 0 source rows, 1 output rows.
+template <Rows kRows, uint32_t kIndexWords, uint32_t kSourceStride, uint32_t kOutStride, bool kSourceIsConstant>
+__device__ void gather_rows(const Worker &w, const TaskView &task) {
+    const uint32_t rows = row_count<kRows>(w), first = task.first(), stride = task.stride(), count = task.count();
+    const uint8_t *source = (kSourceIsConstant ? w.args.constants : w.args.activations) + task.operand(0);
+    uint8_t *out = w.args.activations + task.operand(1);
+    for (uint32_t i = w.thread; i < rows * count; i += PERK_CONSUMER_THREADS) {
+        const uint32_t row = i / count, group = first + i % count * stride;
+        const uint32_t from = w.args.batch[kIndexWords + row];
+        const uint8_t *address = source + (uint64_t(from) * kSourceStride + group * 8) * 2;
+        const Vec16 value = kSourceIsConstant ? load_constant16(address) : load_coherent16(address);
+        *reinterpret_cast<Vec16 *>(out + (uint64_t(row) * kOutStride + group * 8) * 2) = value;
+    }
+}
+
+// Sum over the 32 lanes, in every lane; the order of additions is fixed.
+__device__ __forceinline__ float warp_sum(float value) {
+    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    return value;
+}
+
+// out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight. A task owns the rows first, first + stride, ...; a warp a row.
+// Operands: 0 x, 1 weight (constants), 2 out.
+template <Rows kRows, uint32_t kWidth, uint32_t kStride>
+__device__ void rmsnorm(const Worker &w, const TaskView &task, float eps) {
+    const uint32_t rows = row_count<kRows>(w), first = task.first(), stride = task.stride(), count = task.count();
+    const uint8_t *x = w.args.activations + task.operand(0), *weight = w.args.constants + task.operand(1);
+    uint8_t *out = w.args.activations + task.operand(2);
+    for (uint32_t i = w.warp; i < count; i += PERK_CONSUMER_WARPS) {
+        const uint32_t row = first + i * stride;
+        if (row >= rows) break;
+        const uint8_t *source = x + uint64_t(row) * kStride * 2;
+        float square_sum = 0.0f;
+        for (uint32_t column = w.lane * 2; column < kWidth; column += 64) {
+            const uint32_t pair = load_coherent4(source + column * 2);
+            const float low = low_bf16(pair), high = column + 1 < kWidth ? high_bf16(pair) : 0.0f;
+            square_sum += low * low + high * high;
+        }
+        const float scale = rsqrtf(warp_sum(square_sum) / kWidth + eps);
+        for (uint32_t column = w.lane; column < kWidth; column += 32) {
+            const float value = from_bf16(load_coherent2(source + column * 2));
+            const float gain = from_bf16(__ldg(reinterpret_cast<const uint16_t *>(weight) + column));
+            reinterpret_cast<uint16_t *>(out + uint64_t(row) * kStride * 2)[column] = to_bf16(value * scale * gain);
+        }
+    }
+}
+
+__device__ __forceinline__ float silu(float value) { return value / (1.0f + __expf(-value)); }
+
+// out[r][c] = silu(x[r][c]) * x[r][width + c]. A task owns the columns [8 first, 8 (first + count)).
+// Operands: 0 x, 1 out.
+template <Rows kRows, uint32_t kWidth, uint32_t kInStride, uint32_t kOutStride>
+__device__ void silu_mul(const Worker &w, const TaskView &task) {
+    const uint32_t rows = row_count<kRows>(w), first = task.first(), columns = task.count() * 8;
+    const uint8_t *x = w.args.activations + task.operand(0);
+    uint8_t *out = w.args.activations + task.operand(1);
+    for (uint32_t i = w.thread; i < rows * columns; i += PERK_CONSUMER_THREADS) {
+        const uint32_t row = i / columns, column = first * 8 + i % columns;
+        if (column >= kWidth) continue;
+        const uint8_t *source = x + (uint64_t(row) * kInStride + column) * 2;
+        const float gate = from_bf16(load_coherent2(source)), up = from_bf16(load_coherent2(source + kWidth * 2));
+        reinterpret_cast<uint16_t *>(out)[uint64_t(row) * kOutStride + column] = to_bf16(silu(gate) * up);
+    }
+}
+
+// A candidate for the largest logit; among equals the lowest index wins, so that the result does not depend on order.
+struct Best {
+    float value;
+    uint32_t index;
+
+    __device__ __forceinline__ void take(float other_value, uint32_t other_index) {
+        if (other_value > value || (other_value == value && other_index < index)) {
+            value = other_value;
+            index = other_index;
+        }
+    }
+    __device__ __forceinline__ void take_from_lane(int offset) {
+        const float other_value = __shfl_xor_sync(0xffffffffu, value, offset);
+        const uint32_t other_index = __shfl_xor_sync(0xffffffffu, index, offset);
+        take(other_value, other_index);
+    }
+};
+constexpr float kLowest = -3.402823466e38f;
+
+// out[r] = index of the largest logit, from the candidates that each row tile of the vocabulary projection left.
+// A task owns the rows first, first + stride, ... Operands: 0 candidates [rows][tiles], 1 out.
+template <uint32_t kTiles, uint32_t kOutStride>
+__device__ void argmax(const Worker &w, const TaskView &task) {
+    const uint32_t rows = row_count<Rows::logits>(w), first = task.first(), stride = task.stride(),
+                   count = task.count();
+    const uint8_t *candidates = w.args.activations + task.operand(0);
+    int32_t *out = reinterpret_cast<int32_t *>(w.args.activations + task.operand(1));
+    for (uint32_t i = 0; i < count; i++) {
+        const uint32_t row = first + i * stride;
+        if (row >= rows) break;
+        Best best{kLowest, 0xffffffffu};
+        for (uint32_t tile = w.thread; tile < kTiles; tile += PERK_CONSUMER_THREADS) {
+            const uint8_t *candidate = candidates + (uint64_t(row) * kTiles + tile) * 8;
+            best.take(__uint_as_float(load_coherent4(candidate)), load_coherent4(candidate + 4));
+        }
+        for (int offset = 16; offset > 0; offset /= 2) best.take_from_lane(offset);
+        // One candidate a warp meets in shared memory.
+        Best *shared = reinterpret_cast<Best *>(__cvta_shared_to_generic(w.reduction()));
+        if (w.lane == 0) shared[w.warp] = best;
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+        if (w.thread == 0) {
+            for (uint32_t warp = 1; warp < PERK_CONSUMER_WARPS; warp++) best.take(shared[warp].value, shared[warp].index);
+            out[uint64_t(row) * kOutStride] = static_cast<int32_t>(best.index);
+        }
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+    }
+}
+
+} // namespace perk

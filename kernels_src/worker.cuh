@@ -1,0 +1,247 @@
+// The worker: one thread block that stays on its SM and walks its static list of tasks. Warps 0 ... 7 (the consumers)
+// compute; warp 8 (the producer) streams the packed weights of the whole list through a ring in shared memory, across
+// task boundaries, and never looks at a dependency. Every wait has a limit by the global timer.
+#pragma once
+
+namespace perk {
+
+using namespace ptx;
+
+constexpr uint32_t kConsumerBarrier = 1; // named barrier of the 8 consumer warps; 0 is __syncthreads
+constexpr uint32_t kPollsPerClockRead = 64; // reading the global timer costs more than a poll
+
+// ---- shared memory: ring slots | staging of activations | reduction scratch | barriers ----
+struct SharedMap {
+    static constexpr uint32_t ring = 0;
+    static constexpr uint32_t staging = program::ring_slots * PERK_CHUNK_BYTES;
+    static constexpr uint32_t reduction = staging + program::staging_bytes;
+    static constexpr uint32_t barriers = reduction + program::reduction_bytes;
+    static constexpr uint32_t bytes = barriers + 2 * 8 * program::ring_slots;
+};
+static_assert(SharedMap::bytes <= program::shared_bytes, "the plan and the kernel disagree about shared memory");
+
+struct Worker {
+    const perk_kernel_args &args;
+    uint32_t index; // of this worker
+    uint32_t warp, lane, thread;
+    uint32_t shared; // address of dynamic shared memory
+    uint32_t task;   // the running task's index in the plan, for reports
+
+    // Forgets what the compiler knows of the thread's coordinates. Without it, addresses of every kind of task are
+    // computed ahead of the task loop, kept through all tasks, and spilled by those that need the registers.
+    __device__ __forceinline__ void forget_coordinates() {
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+        asm volatile("" : "+r"(shared));
+        warp = thread / 32;
+        lane = thread % 32;
+    }
+
+    __device__ __forceinline__ uint32_t ring_slot(uint32_t chunk) const {
+        return shared + SharedMap::ring + chunk % program::ring_slots * PERK_CHUNK_BYTES;
+    }
+    __device__ __forceinline__ uint32_t full_barrier(uint32_t chunk) const {
+        return shared + SharedMap::barriers + chunk % program::ring_slots * 8;
+    }
+    __device__ __forceinline__ uint32_t empty_barrier(uint32_t chunk) const {
+        return full_barrier(chunk) + program::ring_slots * 8;
+    }
+    __device__ __forceinline__ uint32_t staging() const { return shared + SharedMap::staging; }
+    __device__ __forceinline__ uint32_t reduction() const { return shared + SharedMap::reduction; }
+    __device__ __forceinline__ const perk_batch_header &batch() const {
+        return *reinterpret_cast<const perk_batch_header *>(args.batch);
+    }
+};
+
+// ---- waits with a limit ----
+
+// Writes who waits for what and ends the launch. The host reads the report from mapped memory.
+__device__ __forceinline__ void report_hang(const perk_kernel_args &args, uint32_t worker, uint32_t task, uint32_t role,
+                                         uint32_t counter, uint32_t seen, uint32_t wanted) {
+    if (atomicCAS(args.hang_claim, 0u, 1u) == 0u) {
+        volatile perk_hang_report *report = args.hang;
+        report->worker = worker;
+        report->task = task;
+        report->role = role;
+        report->counter = counter;
+        report->seen = seen;
+        report->wanted = wanted;
+        report->step = args.step;
+        __threadfence_system();
+        report->complete = 1;
+        __threadfence_system();
+        __trap();
+    }
+    while (true) __nanosleep(1000000); // the reporter's trap ends this block, too
+}
+
+// Calls `satisfied` until it holds, or `expired` once the limit has passed.
+template <class Satisfied, class Expired>
+__device__ __forceinline__ void wait_until(const perk_kernel_args &args, Satisfied satisfied, Expired expired) {
+    if (satisfied()) return;
+    const uint64_t start = global_timer();
+    for (uint32_t polls = 1; !satisfied(); polls++)
+        if (polls % kPollsPerClockRead == 0 && global_timer() - start > args.wait_limit_ns) expired();
+}
+
+// One thread waits for a counter; the caller spreads the news with a barrier.
+__device__ __forceinline__ void wait_counter(const Worker &w, uint32_t counter, uint32_t target) {
+    uint32_t seen = 0;
+    const uint32_t *address = w.args.counters + counter;
+    wait_until(
+        w.args, [&] { return static_cast<int32_t>((seen = load_acquire_gpu(address)) - target) >= 0; },
+        [&] { report_hang(w.args, w.index, w.task, PERK_ROLE_COUNTER, counter, seen, target); });
+}
+
+__device__ __forceinline__ void wait_mbarrier(const Worker &w, uint32_t barrier, uint32_t parity, uint32_t role) {
+    wait_until(
+        w.args, [&] { return mbarrier_test(barrier, parity); },
+        [&] { report_hang(w.args, w.index, w.task, role, barrier, parity ^ 1, parity); });
+}
+
+// ---- the weight ring ----
+// Chunk number c (counted over the whole launch) lives in slot c % ring_slots. A slot's full barrier completes when its
+// bytes have landed, its empty barrier when all consumer warps have read it.
+
+__device__ __forceinline__ void wait_full(const Worker &w, uint32_t chunk) {
+    wait_mbarrier(w, w.full_barrier(chunk), chunk / program::ring_slots & 1, PERK_ROLE_RING_FULL);
+}
+// By every lane of a consumer warp once it has read the chunk.
+__device__ __forceinline__ void release_chunk(const Worker &w, uint32_t chunk) {
+    __syncwarp();
+    if (w.lane == 0) mbarrier_arrive(w.empty_barrier(chunk));
+}
+
+__device__ __forceinline__ void init_ring(const Worker &w) {
+    if (w.thread == 0) {
+        for (uint32_t slot = 0; slot < program::ring_slots; slot++) {
+            mbarrier_init(w.full_barrier(slot), PERK_PORTABLE ? 32 : 1);
+            mbarrier_init(w.empty_barrier(slot), PERK_CONSUMER_WARPS);
+        }
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+}
+
+// Starts the copy of one chunk. At most `chunks_in_flight` copies are under way: more would only queue up in front of
+// the few loads that are on the critical path (counters, activations). docs/performance.md has the measurements.
+__device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, const uint8_t *source, uint32_t bytes) {
+    const uint32_t round = chunk / program::ring_slots;
+    if (round > 0) wait_mbarrier(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY);
+    if (chunk >= program::chunks_in_flight) wait_full(w, chunk - program::chunks_in_flight);
+#if PERK_PORTABLE
+    const uint32_t slot = w.ring_slot(chunk);
+    for (uint32_t offset = w.lane * 16; offset < bytes; offset += 32 * 16) copy_async16(slot + offset, source + offset);
+    copy_async_arrive(w.full_barrier(chunk));
+#else
+    if (w.lane == 0) {
+        mbarrier_arrive_expect(w.full_barrier(chunk), bytes);
+        copy_bulk(w.ring_slot(chunk), source, bytes, w.full_barrier(chunk));
+    }
+    __syncwarp();
+#endif
+}
+
+// ---- task records ----
+
+// A record lies across a warp, a word a lane; fields are read by shuffle.
+struct TaskView {
+    uint32_t word;
+
+    __device__ __forceinline__ uint32_t get(uint32_t index) const { return __shfl_sync(0xffffffffu, word, index); }
+    __device__ __forceinline__ uint32_t kind() const { return get(0); }
+    __device__ __forceinline__ uint32_t task() const { return get(1); }
+    __device__ __forceinline__ uint32_t first() const { return get(2); }
+    __device__ __forceinline__ uint32_t stride() const { return get(3); }
+    __device__ __forceinline__ uint32_t count() const { return get(4); }
+    __device__ __forceinline__ uint32_t wait_counter(uint32_t i) const { return get(5 + i); }
+    __device__ __forceinline__ uint32_t wait_per_step(uint32_t i) const { return get(9 + i); }
+    __device__ __forceinline__ uint32_t wait_needed(uint32_t i) const { return get(13 + i); }
+    __device__ __forceinline__ uint32_t signal_counter() const { return get(17); }
+    __device__ __forceinline__ uint64_t operand(uint32_t i) const { return uint64_t(get(18 + i)) * 256; }
+    __device__ __forceinline__ uint32_t scalar() const { return get(24); }
+    __device__ __forceinline__ uint64_t stream_base() const { return uint64_t(get(25)) * PERK_WEIGHT_BLOCK_BYTES; }
+    __device__ __forceinline__ uint32_t stream_tiles() const { return get(26); }
+    __device__ __forceinline__ uint32_t stream_blocks() const { return get(27); }
+};
+static_assert(sizeof(perk_task_record) == 128, "a record is one word a lane");
+
+__device__ __forceinline__ TaskView load_task(const Worker &w, uint32_t position) {
+    const perk_task_record *list = w.args.tasks + uint64_t(w.index) * program::tasks_per_worker;
+    return {__ldg(reinterpret_cast<const uint32_t *>(list + position) + w.lane)};
+}
+
+// ---- the two roles ----
+
+// Streams this worker's chunks of one stage: its tiles round by round, the workers' chunks side by side in memory.
+__device__ __forceinline__ uint32_t stream_task(const Worker &w, const TaskView &task, uint32_t chunk) {
+    const uint32_t tiles = task.stream_tiles(), blocks = task.stream_blocks(), count = task.count();
+    const uint32_t lane_in_round = task.first(), workers = task.stride();
+    const uint8_t *round_base = w.args.weights + task.stream_base();
+    for (uint32_t round = 0; round < count; round++) {
+        const uint32_t width = min(workers, tiles - round * workers);
+        for (uint32_t block = 0; block < blocks; block += PERK_CHUNK_BLOCKS, chunk++) {
+            const uint32_t bytes = min(uint32_t(PERK_CHUNK_BLOCKS), blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
+            const uint64_t offset = uint64_t(width) * block * PERK_WEIGHT_BLOCK_BYTES + uint64_t(lane_in_round) * bytes;
+            push_chunk(w, chunk, round_base + offset, bytes);
+        }
+        round_base += uint64_t(width) * blocks * PERK_WEIGHT_BLOCK_BYTES;
+    }
+    return chunk;
+}
+
+__device__ __forceinline__ void produce(Worker &w) {
+    uint32_t chunk = 0;
+    TaskView next = load_task(w, 0);
+    for (uint32_t position = 0; next.kind() != PERK_TASK_END; position++) {
+        const TaskView task = next;
+        next = load_task(w, position + 1);
+        w.task = task.task();
+        if (task.stream_tiles() != 0) chunk = stream_task(w, task, chunk);
+    }
+}
+
+// Waits for what the task needs, on behalf of the block.
+__device__ __forceinline__ void begin_task(const Worker &w, const TaskView &task) {
+    if (w.warp == 0) {
+        for (uint32_t i = 0; i < PERK_RECORD_WAITS; i++) {
+            const uint32_t counter = task.wait_counter(i), per_step = task.wait_per_step(i);
+            const uint32_t target = w.args.step * per_step + task.wait_needed(i);
+            if (per_step != 0 && w.lane == 0) wait_counter(w, counter, target);
+        }
+    }
+    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+}
+
+// The barrier collects the block's writes, the release makes them visible to whoever sees the counter.
+__device__ __forceinline__ void end_task(const Worker &w, const TaskView &task) {
+    const uint32_t counter = task.signal_counter();
+    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+    if (w.thread == 0) add_release_gpu(w.args.counters + counter, 1);
+}
+
+// `run_task(worker, task, chunk)` is the program's switch over its kinds; it returns the next chunk number.
+template <class RunTask>
+__device__ __forceinline__ void consume(Worker &w, RunTask run_task) {
+    uint32_t chunk = 0;
+    TaskView next = load_task(w, 0);
+    for (uint32_t position = 0; next.kind() != PERK_TASK_END; position++) {
+        const TaskView task = next;
+        next = load_task(w, position + 1); // in flight while this task runs
+        w.forget_coordinates();
+        w.task = task.task();
+        begin_task(w, task);
+        chunk = run_task(w, task, chunk);
+        end_task(w, task);
+    }
+}
+
+template <class RunTask>
+__device__ __forceinline__ void worker_main(const perk_kernel_args &args, RunTask run_task) {
+    extern __shared__ __align__(1024) uint8_t shared_memory[];
+    Worker w{args, blockIdx.x, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, shared_address(shared_memory), 0};
+    init_ring(w);
+    if (w.warp == PERK_CONSUMER_WARPS) produce(w);
+    else consume(w, run_task);
+}
+
+} // namespace perk

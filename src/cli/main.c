@@ -1,0 +1,102 @@
+/* perk, the command line: finds the command and runs it. */
+#include "cli.h"
+
+static const perk_cli_command commands[] = {
+    {"run", "generate text from a prompt, in a chat, or from token ids",
+     "--model DIR --prompt TEXT [options]\n--model DIR --chat [--prompt TEXT] [--system TEXT] [options]\n"
+     "--model DIR --tokens 1,2,3 [options]",
+     "Text streams to stdout as it is made. --chat without --prompt reads one turn a line from stdin\n"
+     "until its end. With --json stdout gets one JSON object and nothing else:\n"
+     "  text, tokens (ids made, the end token included), prompt_tokens (their number), finish\n"
+     "  (\"stop\", \"length\" or \"cancelled\"), times (milliseconds) and start (how the start went).",
+     "  perk run --model examples/tiny --prompt \"Once upon a time\"\n"
+     "  perk run --model Qwen3-8B --chat --system \"You are terse.\"\n"
+     "  perk run --model bench/configs/qwen3-8b --random-weights --tokens 1,2,3 --json\n"
+     "  perk run --model Qwen3-8B --prompt Hello --temperature 0.7 --top-p 0.9 --seed 1 --max-tokens 64",
+     perk_cli_run},
+    {"tokenize", "text to token ids, and back",
+     "--model DIR [TEXT]\n--model DIR --decode [IDS]\n--model DIR --jsonl [--decode | --chat] < FILE",
+     "Without an argument stdin is read, to its last byte: a newline at its end belongs to the text.\n"
+     "  text to ids       one line of ids, separated by spaces\n"
+     "  --decode          ids (separated by spaces or commas) to text and a newline\n"
+     "  --jsonl           a JSON string a line in, {\"ids\": [...]} a line out\n"
+     "  --jsonl --decode  {\"ids\": [...]} or [...] a line in, a JSON string a line out\n"
+     "  --jsonl --chat    a list of {\"role\", \"content\"} a line in, {\"ids\": [...], \"text\": ...} a line out,\n"
+     "                    ending where the assistant's answer begins",
+     "  perk tokenize --model examples/tiny \"Hello, world!\"\n"
+     "  perk tokenize --model examples/tiny --decode 17 4 8\n"
+     "  jq -c .text corpus.jsonl | perk tokenize --model examples/tiny --jsonl",
+     perk_cli_tokenize},
+    {"logits", "teacher-forced logits or perplexity of given token ids",
+     "--model DIR --ids FILE.json [--out FILE.npy] [--perplexity] [options]",
+     "FILE.json is a list of lists of ids. FILE.npy gets float32 [all ids, vocabulary]: row by row the\n"
+     "logits after each id, the lists one after the other. Perplexity is over all ids that have one\n"
+     "before them in their list.",
+     "  perk logits --model examples/tiny --ids ids.json --out logits.npy --backend reference\n"
+     "  perk logits --model Qwen3-0.6B --ids ids.json --perplexity --json",
+     perk_cli_logits},
+    {"compile", "compile a model's program ahead of time, for any architecture",
+     "--model DIR|config.json [--arch ARCH] [--out FILE.cubin] [options]",
+     "Needs NVRTC, but no GPU and no driver. The report: milliseconds by phase, registers, shared\n"
+     "memory, spills, size.",
+     "  perk compile --model Qwen3-8B --arch sm_90a --out qwen3-8b.cubin\n"
+     "  perk compile --model bench/configs/qwen3-8b --arch sm_120a --workers 170 --json",
+     perk_cli_compile},
+    {"plan", "show the graph and the plan made from it", "--model DIR|config.json [--arch ARCH] [--json | --source]",
+     "Ops, tasks a worker, bytes streamed a worker, the critical path; with --source the CUDA source\n"
+     "of the kernel instead. Needs no GPU.",
+     "  perk plan --model examples/tiny\n"
+     "  perk plan --model bench/configs/qwen3-8b --arch sm_90a --source > kernel.cu",
+     perk_cli_plan},
+    {"cache", "look after the cache of compiled programs",
+     "list [--json]\nverify [--remove]\nprune --max-bytes SIZE\nclear",
+     "The folder is PERK_CACHE_DIR, else $XDG_CACHE_HOME/perk, else ~/.cache/perk; folders that are only\n"
+     "read come from PERK_CACHE_READONLY. verify fails (exit code 1) when an entry is bad.",
+     "  perk cache list\n  perk cache verify --remove\n  perk cache prune --max-bytes 256M", perk_cli_cache},
+    {"doctor", "what works on this machine, and what to do about what does not", "[--json] [--require-gpu]",
+     "Looks at the CUDA driver, its devices, NVRTC, NCCL and the cubin cache. Lacks are findings, not\n"
+     "failures: the exit code is 0 unless --require-gpu asks for more. In the JSON, gpu_ready tells.",
+     "  perk doctor\n  perk doctor --json | jq .gpu_ready", perk_cli_doctor},
+    {"bench", "measure steps, starts, loading and bandwidth", "--model DIR|config.json [options]", NULL,
+     "  perk bench --model bench/configs/qwen3-8b", perk_cli_bench},
+};
+
+static int print_help(FILE *file) {
+    fprintf(file,
+            "perk %s: a language model as one persistent GPU kernel\n\n"
+            "Usage: perk COMMAND [options]\n\nCommands:\n",
+            perk_version());
+    for (size_t i = 0; i < PERK_COUNT(commands); i++)
+        fprintf(file, "  %-10s%s\n", commands[i].name, commands[i].summary);
+    fprintf(file, "\n  perk COMMAND --help   options and examples\n  perk --version        the version\n\n"
+                  "Exit codes: 0 it worked, 1 it failed (the reason is on stderr), 2 wrong usage.\n");
+    return PERK_EXIT_OK;
+}
+
+static int unknown_command(const char *name) {
+    const char *names[PERK_COUNT(commands)];
+    for (size_t i = 0; i < PERK_COUNT(commands); i++) names[i] = commands[i].name;
+    const char *near = perk_cli_nearest(name, names, (int)PERK_COUNT(commands));
+    if (near)
+        perk_cli_error("unknown command \"%s\"; did you mean \"%s\"? perk --help lists them", name, near);
+    else
+        perk_cli_error("unknown command \"%s\"; perk --help lists them", name);
+    return PERK_EXIT_USAGE;
+}
+
+int main(int argc, char **argv) {
+    if (argc < 2) {
+        print_help(stderr);
+        return PERK_EXIT_USAGE;
+    }
+    const char *name = argv[1];
+    if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0) return perk_cli_finish(print_help(stdout));
+    if (strcmp(name, "--version") == 0) {
+        printf("perk %s\n", perk_version());
+        return perk_cli_finish(PERK_EXIT_OK);
+    }
+    for (size_t i = 0; i < PERK_COUNT(commands); i++)
+        if (strcmp(name, commands[i].name) == 0)
+            return perk_cli_finish(commands[i].run(&commands[i], argc - 2, argv + 2));
+    return unknown_command(name);
+}

@@ -1,0 +1,238 @@
+/* perk run: a prompt, a chat, or token ids; text as it is made. */
+#include "cli.h"
+
+#include <unistd.h>
+
+typedef struct run_options {
+    perk_cli_engine engine;
+    perk_sampling sampling;
+    const char *prompt, *system, *tokens;
+    int chat, ignore_eos;
+} run_options;
+
+/* What one answer leaves behind. */
+typedef struct run_answer {
+    bool stream; /* to stdout while it is made */
+    perk_buffer text;
+    perk_cli_ids ids; /* only `items` and `count` */
+    perk_generation generation;
+    bool failed;
+} run_answer;
+
+static int parse(const perk_cli_command *command, run_options *run, int argc, char **argv) {
+    const perk_cli_option items[] = {
+        PERK_CLI_OPTION_TEXT("prompt", &run->prompt, "TEXT", "the text to go on from; with --chat, one turn"),
+        PERK_CLI_OPTION_FLAG("chat", &run->chat, "in the model's chat format"),
+        PERK_CLI_OPTION_TEXT("system", &run->system, "TEXT", "system message of the chat"),
+        PERK_CLI_OPTION_TEXT("tokens", &run->tokens, "1,2,3", "a prompt of raw token ids"),
+        PERK_CLI_OPTION_INT("max-tokens", &run->sampling.max_tokens, "N", "of the answer; 0: as many as fit", 0,
+                            INT32_MAX),
+        PERK_CLI_OPTION_FLOAT("temperature", &run->sampling.temperature, "T", "0: greedy (the default)", 0, 1e6),
+        PERK_CLI_OPTION_INT("top-k", &run->sampling.top_k, "K", "the K likeliest tokens; 0: all", 0, INT32_MAX),
+        PERK_CLI_OPTION_FLOAT("top-p", &run->sampling.top_p, "P", "the likeliest with this share; 0 or 1: all", 0, 1),
+        PERK_CLI_OPTION_FLOAT("min-p", &run->sampling.min_p, "P", "at least this fraction of the likeliest", 0, 1),
+        PERK_CLI_OPTION_SEED("seed", &run->sampling.seed, "of sampling: same seed, same tokens"),
+        PERK_CLI_OPTION_FLAG("ignore-eos", &run->ignore_eos, "go on after the model's end tokens"),
+    };
+    perk_cli_options options = {0};
+    perk_cli_add(&options, items, (int)PERK_COUNT(items));
+    perk_cli_add_engine(&options, &run->engine);
+    int code = perk_cli_parse(command, &options, argc, argv, 0, NULL);
+    if (code != PERK_EXIT_GO_ON) return code;
+    run->sampling.ignore_eos = run->ignore_eos;
+    if (run->tokens && (run->prompt || run->chat))
+        return perk_cli_usage(command, "--tokens goes with neither --prompt nor --chat");
+    if (!run->tokens && !run->prompt && !run->chat)
+        return perk_cli_usage(command, "nothing to run: give --prompt, --chat or --tokens");
+    if (run->system && !run->chat) return perk_cli_usage(command, "--system needs --chat");
+    if (run->engine.json && run->chat && !run->prompt)
+        return perk_cli_usage(command, "--json with --chat needs --prompt");
+    return PERK_EXIT_GO_ON;
+}
+
+/* ---- one answer ---- */
+
+static int take_token(void *user, int32_t token, const char *text, size_t size) {
+    run_answer *answer = user;
+    perk_buffer_append(&answer->text, text, size);
+    if (answer->ids.count == answer->ids.capacity) {
+        size_t capacity = PERK_MAX(answer->ids.capacity * 2, (size_t)64);
+        int32_t *items = perk_realloc_array(answer->ids.items, capacity, sizeof *items);
+        if (!items) return answer->failed = true;
+        answer->ids.items = items;
+        answer->ids.capacity = capacity;
+    }
+    answer->ids.items[answer->ids.count++] = token;
+    if (answer->stream && size) {
+        fwrite(text, 1, size, stdout);
+        fflush(stdout);
+    }
+    return answer->text.failed || ferror(stdout);
+}
+
+static void answer_free(run_answer *answer) {
+    perk_buffer_free(&answer->text);
+    perk_cli_ids_free(&answer->ids);
+}
+
+static perk_status generate(perk_engine *engine, const run_options *run, const int32_t *ids, size_t count,
+                            run_answer *answer, perk_error *err) {
+    answer->stream = !run->engine.json;
+    perk_status status =
+        perk_engine_generate(engine, ids, count, &run->sampling, take_token, answer, &answer->generation, err);
+    if (!status && (answer->failed || answer->text.failed)) status = perk_fail_memory(err, "the answer");
+    return status;
+}
+
+/* Without a tokenizer there is no text: the ids are the result. */
+static void print_ids(const run_answer *answer) {
+    for (size_t i = 0; i < answer->ids.count; i++) printf("%s%d", i ? " " : "", answer->ids.items[i]);
+}
+
+static int print_json(const perk_engine *engine, const run_answer *answer) {
+    static const char *const finishes[] = {"none", "stop", "length", "cancelled"};
+    const perk_generation *generation = &answer->generation;
+    double decode_s = generation->decode_ms * 1e-3;
+    double rate = generation->tokens > 1 && decode_s > 0 ? (generation->tokens - 1) / decode_s : 0;
+    json_t *ids = json_array();
+    for (size_t i = 0; i < answer->ids.count; i++) json_array_append_new(ids, json_integer(answer->ids.items[i]));
+    json_t *times = json_pack("{s:f, s:f, s:f}", "prefill_ms", generation->prefill_ms, "decode_ms",
+                              generation->decode_ms, "decode_tokens_per_second", rate);
+    json_t *result = json_pack("{s:s%, s:o, s:i, s:s, s:o, s:o}", "text", answer->text.data ? answer->text.data : "",
+                               answer->text.size, "tokens", ids, "prompt_tokens", (int)generation->prompt_tokens,
+                               "finish", finishes[generation->finish], "times", times, "start",
+                               perk_cli_report_json(perk_engine_report(engine)));
+    return perk_cli_print_json(result) ? PERK_EXIT_OK : PERK_EXIT_FAILURE;
+}
+
+static int print_answer(const perk_engine *engine, const run_options *run, const run_answer *answer) {
+    if (run->engine.json) return print_json(engine, answer);
+    if (!perk_engine_tokenizer(engine)) print_ids(answer);
+    putchar('\n');
+    const perk_generation *generation = &answer->generation;
+    if (run->engine.verbose)
+        perk_cli_error("prompt %d tokens in %.1f ms; then %d tokens in %.1f ms", generation->prompt_tokens,
+                       generation->prefill_ms, generation->tokens, generation->decode_ms);
+    return PERK_EXIT_OK;
+}
+
+/* ---- prompts ---- */
+
+static perk_status encode(const perk_engine *engine, const char *text, int add_special_tokens, perk_cli_ids *ids,
+                          perk_error *err) {
+    const perk_tokenizer *tokenizer = perk_engine_tokenizer(engine);
+    if (!tokenizer)
+        return perk_fail(err, PERK_NOT_FOUND, "the model has no usable tokenizer.json: use --tokens with token ids");
+    perk_encode_options options = {.add_special_tokens = add_special_tokens, .parse_special = 1};
+    return perk_tokenizer_encode(tokenizer, text, strlen(text), &options, &ids->items, &ids->count, err);
+}
+
+static perk_status encode_chat(const perk_engine *engine, const perk_chat_message *messages, size_t count,
+                               perk_cli_ids *ids, perk_error *err) {
+    const perk_tokenizer *tokenizer = perk_engine_tokenizer(engine);
+    if (!tokenizer) return perk_fail(err, PERK_NOT_FOUND, "the model has no usable tokenizer.json: --chat needs one");
+    char *text;
+    perk_status status = perk_chat_format(tokenizer, messages, count, 1, &text, err);
+    if (status) return status;
+    status = encode(engine, text, 0, ids, err); /* the text brings its special tokens */
+    free(text);
+    return status;
+}
+
+static int run_once(perk_engine *engine, const run_options *run) {
+    perk_error err = {0};
+    perk_cli_ids ids = {0};
+    run_answer answer = {0};
+    perk_status status;
+    int code = PERK_EXIT_FAILURE;
+    if (run->tokens) {
+        status = perk_cli_ids_parse(&ids, run->tokens, &err);
+    } else if (run->chat) {
+        perk_chat_message messages[2] = {{"system", run->system}, {"user", run->prompt}};
+        status = encode_chat(engine, messages + !run->system, 1 + (run->system != NULL), &ids, &err);
+    } else {
+        status = encode(engine, run->prompt, 1, &ids, &err);
+    }
+    if (!status) status = generate(engine, run, ids.items, ids.count, &answer, &err);
+    if (status) {
+        if (answer.stream && answer.text.size) putchar('\n');
+        perk_cli_fail(&err);
+    } else {
+        code = print_answer(engine, run, &answer);
+    }
+    answer_free(&answer);
+    perk_cli_ids_free(&ids);
+    return code;
+}
+
+/* ---- a chat, turn by turn ---- */
+
+typedef struct conversation {
+    perk_chat_message *messages; /* contents are owned; roles are literals */
+    size_t count;
+} conversation;
+
+/* Takes over `content`, also on failure. */
+static perk_status say(conversation *chat, const char *role, char *content, perk_error *err) {
+    perk_chat_message *messages = perk_realloc_array(chat->messages, chat->count + 1, sizeof *messages);
+    if (messages) chat->messages = messages;
+    if (!messages || !content) {
+        free(content);
+        return perk_fail_memory(err, "the conversation");
+    }
+    messages[chat->count++] = (perk_chat_message){.role = role, .content = content};
+    return PERK_OK;
+}
+
+static perk_status answer_turn(perk_engine *engine, const run_options *run, conversation *chat, perk_error *err) {
+    perk_cli_ids ids = {0};
+    run_answer answer = {0};
+    perk_status status = encode_chat(engine, chat->messages, chat->count, &ids, err);
+    if (!status) status = generate(engine, run, ids.items, ids.count, &answer, err);
+    if (!status) {
+        print_answer(engine, run, &answer);
+        status = say(chat, "assistant", perk_strdup(answer.text.data ? answer.text.data : ""), err);
+    }
+    answer_free(&answer);
+    perk_cli_ids_free(&ids);
+    return status;
+}
+
+static int run_chat(perk_engine *engine, const run_options *run) {
+    perk_error err = {0};
+    conversation chat = {0};
+    char *line = NULL;
+    size_t capacity = 0;
+    bool terminal = isatty(STDIN_FILENO);
+    perk_status status = PERK_OK;
+    if (run->system) status = say(&chat, "system", perk_strdup(run->system), &err);
+    while (!status) {
+        if (terminal) fputs("> ", stderr);
+        ssize_t length = getline(&line, &capacity, stdin);
+        if (length < 0) break;
+        line[strcspn(line, "\n")] = '\0';
+        if (!*line) continue;
+        status = say(&chat, "user", perk_strdup(line), &err);
+        if (!status) status = answer_turn(engine, run, &chat, &err);
+        if (ferror(stdout)) break;
+    }
+    if (terminal && !status) fputc('\n', stderr);
+    for (size_t i = 0; i < chat.count; i++) free((void *)chat.messages[i].content);
+    free(chat.messages);
+    free(line);
+    return status ? perk_cli_fail(&err) : PERK_EXIT_OK;
+}
+
+int perk_cli_run(const perk_cli_command *self, int argc, char **argv) {
+    run_options run = {0};
+    int code = parse(self, &run, argc, argv);
+    if (code != PERK_EXIT_GO_ON) return code;
+    perk_config *config = &run.engine.options.config;
+    if (!config->max_num_batched_requests) config->max_num_batched_requests = 1;
+    perk_engine *engine;
+    code = perk_cli_open(self, &run.engine, &engine);
+    if (code != PERK_EXIT_GO_ON) return code;
+    code = run.chat && !run.prompt ? run_chat(engine, &run) : run_once(engine, &run);
+    perk_engine_free(engine);
+    return code;
+}

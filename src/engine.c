@@ -1,0 +1,408 @@
+#include "engine.h"
+
+#include "gpu.h"
+#include "model.h"
+#include "reference.h"
+#include "scheduler.h"
+
+#include <pthread.h>
+#include <stdio.h>
+
+struct perk_engine {
+    perk_model *model;
+    perk_tokenizer *tokenizer; /* NULL: the folder has none */
+    perk_executor *executor;
+    perk_scheduler *scheduler;
+    perk_batch *batch;
+    perk_config config;
+    perk_start_report report;
+    perk_error failure; /* of a step: closes the engine */
+};
+
+static double milliseconds_since(double start) { return (perk_now() - start) * 1e3; }
+
+/* ---- opening ---- */
+
+/* Reading a large tokenizer.json takes longer than a warm start of the GPU, so it happens beside the rest. */
+typedef struct tokenizer_load {
+    const char *folder;
+    perk_tokenizer *tokenizer;
+    perk_status status;
+    perk_error err;
+    pthread_t thread;
+    bool threaded;
+} tokenizer_load;
+
+static void *load_tokenizer(void *argument) {
+    tokenizer_load *load = argument;
+    load->status = perk_tokenizer_load(&load->tokenizer, load->folder, &load->err);
+    return NULL;
+}
+
+static void tokenizer_load_begin(tokenizer_load *load, const char *folder) {
+    load->folder = folder;
+    load->threaded = pthread_create(&load->thread, NULL, load_tokenizer, load) == 0;
+    if (!load->threaded) load_tokenizer(load);
+}
+
+/* Waits for the load. A folder without a tokenizer, or with one of another kind, still runs on token ids. */
+static perk_status tokenizer_load_end(tokenizer_load *load, perk_tokenizer **out, const perk_log *log,
+                                      perk_error *err) {
+    if (load->threaded) pthread_join(load->thread, NULL);
+    load->threaded = false;
+    *out = load->tokenizer;
+    load->tokenizer = NULL;
+    if (load->status == PERK_NOT_FOUND) return PERK_OK;
+    if (load->status == PERK_UNSUPPORTED) {
+        perk_log_write(log, PERK_LOG_WARNING, "no tokenizer, token ids only: %s", load->err.message);
+        return PERK_OK;
+    }
+    if (load->status && err) *err = load->err;
+    return load->status;
+}
+
+static perk_status open_reference(perk_engine *engine, const perk_engine_options *options, perk_error *err) {
+    double start = perk_now();
+    perk_reference_options reference = {.threads = options->threads,
+                                        .precision = (perk_reference_precision)options->precision};
+    perk_status status = perk_reference_create(&engine->executor, engine->model->graph, engine->model->checkpoint,
+                                               &engine->config, &reference, err);
+    if (status) return status;
+    perk_start_report *report = &engine->report;
+    report->backend = PERK_BACKEND_REFERENCE;
+    snprintf(report->device, sizeof report->device, "CPU");
+    report->weights_bytes = perk_checkpoint_bytes(engine->model->checkpoint);
+    report->weights_ms = milliseconds_since(start);
+    return PERK_OK;
+}
+
+static perk_status open_gpu(perk_engine *engine, const perk_engine_options *options, perk_error *err) {
+    perk_gpu_options gpu = {.device = options->device,
+                            .portable = options->portable != 0,
+                            .unchecked = options->unchecked != 0,
+                            .no_cache = options->no_cache != 0,
+                            .cache_folder = options->cache_folder,
+                            .threads = options->threads,
+                            .log = options->log,
+                            .progress = options->progress};
+    engine->report.backend = PERK_BACKEND_GPU;
+    return perk_gpu_create(&engine->executor, engine->model->graph, engine->model->checkpoint, &engine->config, &gpu,
+                           &engine->report, err);
+}
+
+static perk_status open_executor(perk_engine *engine, const perk_engine_options *options, perk_error *err) {
+    if (options->backend == PERK_BACKEND_REFERENCE) return open_reference(engine, options, err);
+    perk_error gpu_error = {0};
+    double open_ms = engine->report.open_ms;
+    perk_status status = open_gpu(engine, options, &gpu_error);
+    bool no_gpu = status == PERK_NO_DRIVER || status == PERK_NO_DEVICE;
+    if (options->backend == PERK_BACKEND_AUTO && no_gpu) {
+        perk_log_write(&options->log, PERK_LOG_INFO, "no GPU, running the reference executor: %s", gpu_error.message);
+        engine->report = (perk_start_report){.open_ms = open_ms};
+        return open_reference(engine, options, err);
+    }
+    if (status && err) *err = gpu_error;
+    return status;
+}
+
+static perk_status check_options(const perk_engine_options *options, perk_error *err) {
+    if (options->backend < PERK_BACKEND_AUTO || options->backend > PERK_BACKEND_REFERENCE)
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "backend %d: unknown", (int)options->backend);
+    if (options->precision < 0 || options->precision > 2)
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "precision %d: must be 0, 1 (bf16) or 2 (fp32)",
+                         options->precision);
+    if (options->threads < 0)
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "threads %d: must be 0 (all cores) or more", options->threads);
+    return PERK_OK;
+}
+
+/* The oldest request must always be able to finish (see scheduler.h), so the pool must hold one of max_seq_length. */
+static perk_status fit_pool(perk_config *config, bool length_was_asked_for, const perk_log *log, perk_error *err) {
+    int64_t positions = (int64_t)config->max_num_pages * config->page_size;
+    if (positions >= config->max_seq_length) return PERK_OK;
+    if (length_was_asked_for)
+        return perk_fail(err, PERK_LIMIT,
+                         "max_num_pages %d of page_size %d hold %lld positions, but a request may have max_seq_length "
+                         "%d: raise max_num_pages to %lld or lower max_seq_length",
+                         config->max_num_pages, config->page_size, (long long)positions, config->max_seq_length,
+                         ((long long)config->max_seq_length + config->page_size - 1) / config->page_size);
+    perk_log_write(log, PERK_LOG_INFO, "max_seq_length is %lld: what max_num_pages %d of page_size %d hold",
+                   (long long)positions, config->max_num_pages, config->page_size);
+    config->max_seq_length = (int32_t)positions;
+    return PERK_OK;
+}
+
+/* All but the executor and the tokenizer, which follow. */
+static perk_status open_model(perk_engine *engine, const char *path, const perk_engine_options *options,
+                              perk_error *err) {
+    perk_status status = perk_model_open(&engine->model, path, options->random_weights != 0, options->seed, err);
+    if (status) return status;
+    const perk_model *model = engine->model;
+    engine->config = options->config;
+    if ((status = perk_config_resolve(&engine->config, model->max_positions, err))) return status;
+    bool length_was_asked_for = options->config.max_seq_length != 0;
+    if ((status = fit_pool(&engine->config, length_was_asked_for, &options->log, err))) return status;
+    if ((status = perk_batch_create(&engine->batch, &engine->config, err))) return status;
+    return perk_scheduler_create(&engine->scheduler, &engine->config, model->vocab_size, model->eos_ids,
+                                 model->eos_count, err);
+}
+
+perk_status perk_engine_open(perk_engine **out, const char *model_folder, const perk_engine_options *options,
+                             perk_error *err) {
+    double start = perk_now();
+    perk_engine_options defaults = {0};
+    if (!options) options = &defaults;
+    *out = NULL;
+    if (!model_folder) return perk_fail(err, PERK_INVALID_ARGUMENT, "no model folder was given");
+    perk_status status = check_options(options, err);
+    if (status) return status;
+    perk_engine *engine = perk_calloc(1, sizeof *engine);
+    if (!engine) return perk_fail_memory(err, "the engine");
+
+    if ((status = open_model(engine, model_folder, options, err))) goto out;
+    engine->report.open_ms = milliseconds_since(start);
+    tokenizer_load load = {0};
+    tokenizer_load_begin(&load, perk_checkpoint_folder(engine->model->checkpoint));
+    status = open_executor(engine, options, err);
+    perk_status tokenizer_status =
+        tokenizer_load_end(&load, &engine->tokenizer, &options->log, status ? NULL : err); /* the first error counts */
+    if (!status) status = tokenizer_status;
+    if (status) goto out;
+    engine->report.total_ms = milliseconds_since(start);
+    *out = engine;
+    engine = NULL;
+out:
+    perk_engine_free(engine);
+    return status;
+}
+
+void perk_engine_free(perk_engine *engine) {
+    if (!engine) return;
+    perk_scheduler_free(engine->scheduler);
+    perk_batch_free(engine->batch);
+    if (engine->executor) engine->executor->type->free(engine->executor);
+    perk_tokenizer_free(engine->tokenizer);
+    perk_model_free(engine->model);
+    free(engine);
+}
+
+const perk_start_report *perk_engine_report(const perk_engine *engine) { return &engine->report; }
+
+const perk_config *perk_engine_config(const perk_engine *engine) { return &engine->config; }
+
+const perk_tokenizer *perk_engine_tokenizer(const perk_engine *engine) { return engine->tokenizer; }
+
+int32_t perk_engine_vocab_size(const perk_engine *engine) { return engine->model->vocab_size; }
+
+/* ---- steps ---- */
+
+static perk_status check_open(const perk_engine *engine, perk_error *err) {
+    if (engine->failure.status && err) *err = engine->failure;
+    return engine->failure.status;
+}
+
+/* Remembers a failed step: what it left in the caches is unknown, so nothing may follow it. */
+static perk_status close_after(perk_engine *engine, perk_status status, const perk_error *failure, perk_error *err) {
+    engine->failure = *failure;
+    engine->failure.status = status;
+    if (err) *err = engine->failure;
+    return status;
+}
+
+static perk_status run_batch(perk_engine *engine, bool want_logits, perk_step_result *result, perk_error *err) {
+    *result = (perk_step_result){0};
+    return engine->executor->type->step(engine->executor, engine->batch, want_logits, result, err);
+}
+
+perk_status perk_engine_submit(perk_engine *engine, const int32_t *prompt, size_t prompt_length,
+                               const perk_sampling *sampling, perk_request **out, perk_error *err) {
+    *out = NULL;
+    perk_status status = check_open(engine, err);
+    return status ? status : perk_scheduler_submit(engine->scheduler, prompt, prompt_length, sampling, out, err);
+}
+
+perk_status perk_engine_step(perk_engine *engine, int32_t *running, perk_error *err) {
+    if (running) *running = 0;
+    perk_status status = check_open(engine, err);
+    if (status) return status;
+    perk_error failure = {0};
+    bool want_logits;
+    perk_step_result result;
+    status = perk_scheduler_fill(engine->scheduler, engine->batch, &want_logits, &failure);
+    if (!status && engine->batch->num_tokens > 0) {
+        status = run_batch(engine, want_logits, &result, &failure);
+        if (!status) status = perk_scheduler_commit(engine->scheduler, &result, &failure);
+    }
+    if (status) return close_after(engine, status, &failure, err);
+    if (running) *running = perk_scheduler_unfinished(engine->scheduler);
+    return PERK_OK;
+}
+
+/* ---- generation ---- */
+
+/* Hands the tokens of one request to the caller as they come, with their text. */
+typedef struct token_output {
+    perk_on_token on_token; /* may be NULL */
+    void *user;
+    perk_text_stream *stream; /* NULL: no tokenizer */
+    perk_buffer text;         /* of one token */
+    size_t delivered;
+} token_output;
+
+static perk_status append_text(token_output *output, int32_t token, bool last, perk_error *err) {
+    output->text.size = 0;
+    perk_buffer_append(&output->text, "", 0);
+    if (output->stream) {
+        const char *piece;
+        size_t size;
+        perk_status status = perk_text_stream_push(output->stream, token, &piece, &size, err);
+        if (status) return status;
+        perk_buffer_append(&output->text, piece, size);
+        if (last) {
+            if ((status = perk_text_stream_finish(output->stream, &piece, &size, err))) return status;
+            perk_buffer_append(&output->text, piece, size);
+        }
+    }
+    return output->text.failed ? perk_fail_memory(err, "the text of a token") : PERK_OK;
+}
+
+static perk_status deliver(token_output *output, perk_request *request, perk_error *err) {
+    size_t count;
+    const int32_t *tokens = perk_request_tokens(request, &count);
+    for (; output->delivered < count; output->delivered++) {
+        if (!output->on_token) continue;
+        int32_t token = tokens[output->delivered];
+        bool last = output->delivered + 1 == count && perk_request_finish(request) != PERK_FINISH_NONE;
+        perk_status status = append_text(output, token, last, err);
+        if (status) return status;
+        if (output->on_token(output->user, token, output->text.data, output->text.size)) {
+            output->delivered++;
+            perk_request_cancel(request);
+            return PERK_OK;
+        }
+    }
+    return PERK_OK;
+}
+
+static perk_status run_request(perk_engine *engine, perk_request *request, token_output *output,
+                               perk_generation *generation, perk_error *err) {
+    perk_status status = PERK_OK;
+    double start = perk_now(), first = 0;
+    while (!status && perk_request_finish(request) == PERK_FINISH_NONE) {
+        status = perk_engine_step(engine, NULL, err);
+        size_t count;
+        perk_request_tokens(request, &count);
+        if (count > 0 && first == 0) first = perk_now();
+        if (!status) status = deliver(output, request, err);
+    }
+    generation->tokens = (int32_t)output->delivered;
+    generation->finish = perk_request_finish(request);
+    generation->prefill_ms = ((first > 0 ? first : perk_now()) - start) * 1e3;
+    generation->decode_ms = first > 0 ? milliseconds_since(first) : 0;
+    return status;
+}
+
+perk_status perk_engine_generate(perk_engine *engine, const int32_t *prompt, size_t prompt_length,
+                                 const perk_sampling *sampling, perk_on_token on_token, void *user,
+                                 perk_generation *generation, perk_error *err) {
+    perk_request *request = NULL;
+    token_output output = {.on_token = on_token, .user = user};
+    perk_generation ignored;
+    if (!generation) generation = &ignored;
+    *generation = (perk_generation){0};
+    perk_status status = perk_engine_submit(engine, prompt, prompt_length, sampling, &request, err);
+    if (status) return status;
+    generation->prompt_tokens = (int32_t)prompt_length;
+    if (on_token && engine->tokenizer) status = perk_text_stream_new(&output.stream, engine->tokenizer, 1, err);
+    if (!status) status = run_request(engine, request, &output, generation, err);
+    perk_request_free(request);
+    perk_text_stream_free(output.stream);
+    perk_buffer_free(&output.text);
+    return status;
+}
+
+perk_status perk_engine_generate_text(perk_engine *engine, const char *prompt, const perk_sampling *sampling,
+                                      perk_on_token on_token, void *user, perk_generation *generation,
+                                      perk_error *err) {
+    if (!engine->tokenizer)
+        return perk_fail(err, PERK_NOT_FOUND, "%s has no usable tokenizer.json: give token ids instead of text",
+                         perk_checkpoint_folder(engine->model->checkpoint));
+    if (!prompt) return perk_fail(err, PERK_INVALID_ARGUMENT, "no prompt was given");
+    int32_t *ids;
+    size_t count;
+    perk_status status = perk_tokenizer_encode(engine->tokenizer, prompt, strlen(prompt), NULL, &ids, &count, err);
+    if (status) return status;
+    status = perk_engine_generate(engine, ids, count, sampling, on_token, user, generation, err);
+    free(ids);
+    return status;
+}
+
+/* ---- logits ---- */
+
+static perk_status check_ids(const perk_engine *engine, const int32_t *ids, size_t count, perk_error *err) {
+    if (count > (size_t)engine->config.max_seq_length)
+        return perk_fail(err, PERK_LIMIT,
+                         "%zu tokens are more than max_seq_length %d: give fewer, or open with a larger max_seq_length",
+                         count, engine->config.max_seq_length);
+    for (size_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= engine->model->vocab_size)
+            return perk_fail(err, PERK_INVALID_ARGUMENT, "id %d (number %zu) is outside the model's vocabulary of %d",
+                             ids[i], i, engine->model->vocab_size);
+    return PERK_OK;
+}
+
+static perk_status run_chunk(perk_engine *engine, const int32_t *ids, size_t first, int32_t count, const int32_t *pages,
+                             perk_step_result *result, perk_error *err) {
+    perk_batch_clear(engine->batch);
+    perk_status status =
+        perk_batch_add(engine->batch, &engine->config, ids + first, count, (int32_t)first, pages, 2, err);
+    if (!status) status = run_batch(engine, true, result, err);
+    if (!status && !result->logits) status = perk_fail(err, PERK_INTERNAL, "the step brought no logits");
+    return status;
+}
+
+perk_status perk_engine_stream_logits(perk_engine *engine, const int32_t *ids, size_t count, perk_on_logits on_logits,
+                                      void *user, perk_error *err) {
+    perk_status status = check_open(engine, err);
+    if (!status) status = check_ids(engine, ids, count, err);
+    if (status || count == 0) return status;
+    size_t page_size = (size_t)engine->config.page_size;
+    int32_t page_count = (int32_t)perk_ceil_div(count, page_size);
+    int32_t *pages = perk_calloc((size_t)engine->batch->pages_per_request, sizeof *pages);
+    if (!pages) return perk_fail_memory(err, "a page list");
+    if (!perk_scheduler_borrow(engine->scheduler, page_count, pages)) {
+        free(pages);
+        return perk_fail(err, PERK_INTERNAL, "%d KV pages cannot be had", page_count);
+    }
+    size_t chunk = (size_t)PERK_MIN(engine->config.max_num_batched_tokens, engine->config.max_num_logit_rows);
+    for (size_t first = 0; !status && first < count; first += chunk) {
+        int32_t rows = (int32_t)PERK_MIN(chunk, count - first);
+        perk_step_result result;
+        perk_error failure = {0};
+        status = run_chunk(engine, ids, first, rows, pages, &result, &failure);
+        if (status)
+            close_after(engine, status, &failure, err);
+        else
+            status = on_logits(user, first, (size_t)rows, result.logits, err);
+    }
+    perk_scheduler_return(engine->scheduler, pages, page_count);
+    free(pages);
+    return status;
+}
+
+typedef struct logits_copy {
+    float *out;
+    size_t vocab;
+} logits_copy;
+
+static perk_status copy_logits(void *user, size_t first, size_t count, const float *logits, perk_error *err) {
+    (void)err;
+    logits_copy *copy = user;
+    memcpy(copy->out + first * copy->vocab, logits, count * copy->vocab * sizeof *logits);
+    return PERK_OK;
+}
+
+perk_status perk_engine_logits(perk_engine *engine, const int32_t *ids, size_t count, float *out, perk_error *err) {
+    logits_copy copy = {.out = out, .vocab = (size_t)engine->model->vocab_size};
+    return perk_engine_stream_logits(engine, ids, count, copy_logits, &copy, err);
+}

@@ -1,0 +1,587 @@
+/* From graph to plan: folding, stages, waits, memory. */
+#include "lower.h"
+
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "kernels_src/abi.h"
+#include "ops/op.h"
+
+/* The ring keeps at least this many slots, if shared memory allows: 8 x 16 KB is about 6 us of stream on an H100. */
+enum { RING_SLOTS_WANTED = 8, RING_SLOTS_MIN = 3, RING_SLOTS_MAX = 12, SLOT_BYTES = PERK_CHUNK_BYTES + 16 };
+enum { MAX_ROWS = 64 };          /* rows of x that one pass over the weights serves */
+enum { SPACE_ALIGNMENT = 256 };  /* operands are addressed in units of 256 bytes */
+
+int perk_linear_staged_bytes(int rows, int64_t cols) {
+    return (int)perk_round_up((uint64_t)cols, PERK_BLOCK_COLS * PERK_CONSUMER_WARPS) * 2 * rows;
+}
+
+int perk_linear_reduction_bytes(int rows) {
+    int column_tiles = (rows + 7) / 8, buffers = column_tiles <= 2 ? 2 : 1;
+    return buffers * column_tiles * PERK_CONSUMER_WARPS * 512 + PERK_CONSUMER_WARPS * rows * 4;
+}
+
+static void fail_memory(perk_lowering *l) {
+    if (l->error.status == PERK_OK) perk_fail_memory(&l->error, "the plan");
+}
+
+static bool grow(perk_lowering *l, void *list, int *capacity, int count, size_t size) {
+    if (l->error.status != PERK_OK) return false;
+    if (count < *capacity) return true;
+    int wanted = PERK_MAX(256, *capacity * 2);
+    void *bigger = perk_realloc_array(*(void **)list, (size_t)wanted, size);
+    if (!bigger) {
+        fail_memory(l);
+        return false;
+    }
+    *(void **)list = bigger;
+    *capacity = wanted;
+    return true;
+}
+
+/* ---- tensors ---- */
+
+int perk_lower_rows(const perk_lowering *l, perk_rows rows) {
+    return rows == PERK_ROWS_TOKENS ? l->plan->config.max_num_batched_tokens : l->plan->config.max_num_logit_rows;
+}
+
+static int add_tensor(perk_lowering *l, perk_plan_tensor tensor) {
+    perk_plan *plan = l->plan;
+    if (!grow(l, &plan->tensors, &l->capacity.tensors, plan->tensor_count, sizeof *plan->tensors)) return -1;
+    tensor.bytes = perk_round_up(tensor.bytes, SPACE_ALIGNMENT);
+    if (tensor.space != PERK_SPACE_ACTIVATIONS) { /* activations get their places last, when all lifetimes are known */
+        tensor.offset = plan->space_bytes[tensor.space];
+        plan->space_bytes[tensor.space] += perk_round_up(tensor.bytes, PERK_WEIGHT_BLOCK_BYTES);
+    }
+    plan->tensors[plan->tensor_count] = tensor;
+    return plan->tensor_count++;
+}
+
+static perk_plan_tensor describe_matrix(const perk_tensor *tensor, perk_layout layout) {
+    uint64_t tiles = perk_ceil_div((uint64_t)tensor->rows, PERK_TILE_ROWS);
+    if (layout == PERK_LAYOUT_PAIRED_TILES) tiles = perk_ceil_div((uint64_t)tensor->rows / 2, PERK_TILE_ROWS / 2);
+    uint64_t blocks = perk_ceil_div((uint64_t)tensor->cols, PERK_BLOCK_COLS);
+    return (perk_plan_tensor){.space = PERK_SPACE_WEIGHTS,
+                              .rows = (int32_t)(tiles * PERK_TILE_ROWS),
+                              .cols = (int32_t)(blocks * PERK_BLOCK_COLS),
+                              .row_stride = (int32_t)(blocks * PERK_BLOCK_COLS),
+                              .dtype = PERK_BF16,
+                              .bytes = tiles * blocks * PERK_WEIGHT_BLOCK_BYTES};
+}
+
+static perk_plan_tensor describe_rows(perk_space space, int64_t rows, int64_t cols, perk_dtype dtype) {
+    uint64_t stride = PERK_ROW_STRIDE((uint64_t)cols);
+    return (perk_plan_tensor){.space = space,
+                              .rows = (int32_t)rows,
+                              .cols = (int32_t)cols,
+                              .row_stride = (int32_t)stride,
+                              .dtype = dtype,
+                              .bytes = (uint64_t)rows * stride * perk_dtype_size(dtype)};
+}
+
+int perk_lower_tensor(perk_lowering *l, const perk_tensor *tensor, perk_layout layout) {
+    if (l->error.status != PERK_OK || !tensor) return -1;
+    /* A table and a matrix may be the same weight (tied embeddings): each layout is a tensor of its own. */
+    int known = l->plan_tensor[tensor->index];
+    for (int i = known; i >= 0 && i < l->plan->tensor_count; i++)
+        if (l->plan->tensors[i].graph_tensor == tensor->index && l->plan->tensors[i].layout == layout) return i;
+
+    perk_plan_tensor described;
+    if (!perk_tensor_is_weight(tensor)) {
+        described = describe_rows(PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, tensor->row_kind), tensor->cols, tensor->dtype);
+        described.external_input = tensor->kind == PERK_TENSOR_INPUT;
+    } else if (layout == PERK_LAYOUT_ROWS) {
+        described = describe_rows(PERK_SPACE_CONSTANTS, tensor->rows, tensor->cols, PERK_BF16);
+    } else {
+        described = describe_matrix(tensor, layout);
+    }
+    described.graph_tensor = tensor->index;
+    described.layout = layout;
+    snprintf(described.name, sizeof described.name, "%s", tensor->name);
+    int index = add_tensor(l, described);
+    if (known < 0) l->plan_tensor[tensor->index] = index;
+    return index;
+}
+
+int perk_lower_scratch(perk_lowering *l, const char *name, perk_space space, int rows, int cols, perk_dtype dtype) {
+    perk_plan_tensor described = describe_rows(space, rows, cols, dtype);
+    described.row_stride = cols; /* scratch is dense */
+    described.bytes = (uint64_t)rows * (uint64_t)cols * perk_dtype_size(dtype);
+    described.graph_tensor = -1;
+    snprintf(described.name, sizeof described.name, "%s", name);
+    return add_tensor(l, described);
+}
+
+int perk_lower_candidates(perk_lowering *l, const perk_tensor *logits) {
+    if (!logits->producer || logits->producer->type != &perk_op_linear || logits->dtype != PERK_F32) return -1;
+    char name[128];
+    snprintf(name, sizeof name, "%.78s.candidates", logits->name);
+    for (int i = 0; i < l->plan->tensor_count; i++)
+        if (!strcmp(l->plan->tensors[i].name, name)) return i;
+    int tiles = (int)perk_ceil_div((uint64_t)logits->cols, PERK_TILE_ROWS);
+    return perk_lower_scratch(l, name, PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, logits->row_kind), 2 * tiles, PERK_F32);
+}
+
+/* ---- stages and tasks ---- */
+
+static int intern_kind(perk_lowering *l, char *statement) {
+    perk_plan *plan = l->plan;
+    for (int i = 0; i < plan->kind_count; i++)
+        if (!strcmp(plan->kinds[i], statement)) {
+            free(statement);
+            return i;
+        }
+    if (!grow(l, &plan->kinds, &l->capacity.kinds, plan->kind_count, sizeof *plan->kinds)) {
+        free(statement);
+        return -1;
+    }
+    plan->kinds[plan->kind_count] = statement;
+    return plan->kind_count++;
+}
+
+perk_stage *perk_lower_begin(perk_lowering *l, const perk_op *op, const char *suffix, const char *statement, ...) {
+    perk_plan *plan = l->plan;
+    if (!grow(l, &plan->stages, &l->capacity.stages, plan->stage_count, sizeof *plan->stages)) return NULL;
+    char text[1024];
+    va_list args;
+    va_start(args, statement);
+    int length = vsnprintf(text, sizeof text, statement, args);
+    va_end(args);
+    char *copy = length > 0 && (size_t)length < sizeof text ? perk_strdup(text) : NULL;
+    if (!copy) {
+        fail_memory(l);
+        return NULL;
+    }
+    int kind = intern_kind(l, copy);
+    if (kind < 0) return NULL;
+    perk_stage *stage = &plan->stages[plan->stage_count];
+    *stage = (perk_stage){.op = op->index, .kind = kind, .counter = plan->stage_count, .stream = {.tensor = -1}};
+    for (int i = 0; i < PERK_STAGE_OPERANDS; i++) stage->operands[i] = -1;
+    snprintf(stage->name, sizeof stage->name, "%.78s%s", op->output->name, suffix);
+    plan->stage_count++;
+    return stage;
+}
+
+void perk_lower_task(perk_lowering *l, int worker, int first, int stride, int count) {
+    perk_plan *plan = l->plan;
+    if (!grow(l, &plan->tasks, &l->capacity.tasks, plan->task_count, sizeof *plan->tasks)) return;
+    perk_stage *stage = &plan->stages[plan->stage_count - 1];
+    plan->tasks[plan->task_count++] = (perk_task){
+        .stage = plan->stage_count - 1, .worker = worker, .first = first, .stride = stride, .count = count,
+        .read_begin = plan->region_count, .read_end = plan->region_count, .write_begin = plan->region_count,
+        .write_end = plan->region_count,
+        .stream_bytes = (uint64_t)count * (uint64_t)stage->stream.blocks_per_tile * PERK_WEIGHT_BLOCK_BYTES};
+    stage->task_count++;
+    stage->unit_count += count;
+}
+
+static bool add_region(perk_lowering *l, perk_region region) {
+    perk_plan *plan = l->plan;
+    if (!grow(l, &plan->regions, &l->capacity.regions, plan->region_count, sizeof *plan->regions)) return false;
+    plan->regions[plan->region_count++] = region;
+    return true;
+}
+
+/* Reads of a task come before its writes in plan->regions: all reads are added first. */
+void perk_lower_read(perk_lowering *l, perk_region region) {
+    if (!add_region(l, region)) return;
+    perk_task *task = &l->plan->tasks[l->plan->task_count - 1];
+    task->read_end = task->write_begin = task->write_end = l->plan->region_count;
+}
+
+void perk_lower_write(perk_lowering *l, perk_region region) {
+    if (!add_region(l, region)) return;
+    l->plan->tasks[l->plan->task_count - 1].write_end = l->plan->region_count;
+}
+
+perk_region perk_lower_whole(const perk_lowering *l, int tensor) {
+    if (tensor < 0) return (perk_region){.tensor = -1};
+    const perk_plan_tensor *t = &l->plan->tensors[tensor];
+    return (perk_region){.tensor = tensor, .row_end = t->rows, .col_count = t->cols, .col_stride = t->cols, .repeat = 1};
+}
+
+perk_region perk_lower_columns(const perk_lowering *l, int tensor, int begin, int count, int stride, int repeat) {
+    if (tensor < 0) return (perk_region){.tensor = -1};
+    return (perk_region){.tensor = tensor, .row_end = l->plan->tensors[tensor].rows, .col_begin = begin,
+                         .col_count = count, .col_stride = stride, .repeat = repeat};
+}
+
+void perk_lower_end(perk_lowering *l) {
+    if (l->error.status != PERK_OK) return;
+    perk_stage *stage = &l->plan->stages[l->plan->stage_count - 1];
+    l->rotation = (l->rotation + stage->unit_count) % l->plan->device.worker_count;
+}
+
+void perk_lower_runs(perk_lowering *l, int units, perk_lower_run add, void *user) {
+    int workers = l->plan->device.worker_count, tasks = PERK_MIN(units, workers);
+    for (int i = 0; i < tasks && l->error.status == PERK_OK; i++) {
+        int first = (int)((int64_t)units * i / tasks), end = (int)((int64_t)units * (i + 1) / tasks);
+        add(l, user, (l->rotation + i) % workers, first, end - first);
+    }
+}
+
+/* ---- folding ---- */
+
+static int reader_count(const perk_graph *graph, const perk_tensor *tensor, const perk_op **only) {
+    int readers = 0;
+    for (int i = 0; i < graph->op_count; i++)
+        for (int j = 0; j < PERK_OP_INPUTS_MAX; j++)
+            if (graph->ops[i]->inputs[j] == tensor) {
+                readers++;
+                if (only) *only = graph->ops[i];
+            }
+    return readers;
+}
+
+static bool is_linear(const perk_op *op) { return op && op->type == &perk_op_linear; }
+
+/* A norm is folded when every reader takes it as the input of a linear whose staging holds all rows: the gain goes into
+ * the staged input, the scale into the finished sums. */
+static bool norm_is_foldable(const perk_lowering *l, const perk_op *norm) {
+    const perk_tensor *out = norm->output;
+    int rows = perk_lower_rows(l, out->row_kind), readers = 0;
+    if (out->kept || perk_linear_staged_bytes(rows, out->cols) > l->staging_limit) return false;
+    for (int i = 0; i < l->graph->op_count; i++) {
+        const perk_op *op = l->graph->ops[i];
+        for (int j = 0; j < PERK_OP_INPUTS_MAX; j++) {
+            if (op->inputs[j] != out) continue;
+            if (!is_linear(op) || j != PERK_IN_X) return false;
+            readers++;
+        }
+    }
+    return readers > 0;
+}
+
+/* silu_mul is folded into the linear that makes its input, when nothing else reads that. */
+static const perk_op *silu_host(const perk_lowering *l, const perk_op *silu) {
+    const perk_tensor *x = silu->inputs[PERK_IN_X];
+    const perk_op *host = x->producer;
+    bool fits = is_linear(host) && !x->kept && !host->inputs[PERK_IN_RESIDUAL] && x->dtype == PERK_BF16 &&
+                reader_count(l->graph, x, NULL) == 1;
+    return fits ? host : NULL;
+}
+
+static void choose_folds(perk_lowering *l) {
+    for (int i = 0; i < l->graph->op_count; i++) {
+        const perk_op *op = l->graph->ops[i];
+        if (op->type == &perk_op_silu_mul) l->fold_into[i] = silu_host(l, op);
+        if (op->type == &perk_op_rmsnorm && norm_is_foldable(l, op)) reader_count(l->graph, op->output, &l->fold_into[i]);
+    }
+}
+
+/* ---- shared memory ---- */
+
+/* The query tiles of attention's 8 warps take the place of staging and reduction scratch. */
+static int query_tile_bytes(const perk_graph *graph) {
+    int bytes = 0;
+    for (int i = 0; i < graph->op_count; i++)
+        if (graph->ops[i]->type == &perk_op_attention)
+            bytes = PERK_MAX(bytes, PERK_CONSUMER_WARPS * PERK_QUERY_ROWS * graph->ops[i]->attention.head_dim * 2);
+    return bytes;
+}
+
+static perk_status plan_shared_memory(perk_lowering *l) {
+    perk_plan *plan = l->plan;
+    int reduction = 256;
+    for (int i = 0; i < l->graph->op_count; i++)
+        if (is_linear(l->graph->ops[i]))
+            reduction = PERK_MAX(reduction, perk_linear_reduction_bytes(perk_lower_rows(l, l->graph->ops[i]->output->row_kind)));
+    int room = plan->device.shared_memory - reduction;
+    int slots_wanted = PERK_MIN(RING_SLOTS_WANTED, PERK_MAX(RING_SLOTS_MIN, room * 3 / 4 / SLOT_BYTES));
+    l->staging_limit = PERK_MAX(0, (room - slots_wanted * SLOT_BYTES) / 128 * 128);
+    int staging = 0, small = l->staging_limit;
+    for (int i = 0; i < l->graph->op_count; i++) {
+        const perk_op *op = l->graph->ops[i];
+        if (!is_linear(op)) continue;
+        int all = perk_linear_staged_bytes(perk_lower_rows(l, op->output->row_kind), op->inputs[PERK_IN_X]->cols);
+        if (all <= l->staging_limit) staging = PERK_MAX(staging, all);
+        else staging = PERK_MAX(staging, PERK_MIN(small, perk_linear_staged_bytes(1, op->inputs[PERK_IN_X]->cols)));
+    }
+    plan->staging_bytes = PERK_MAX(staging, query_tile_bytes(l->graph) - reduction);
+    plan->reduction_bytes = reduction;
+    plan->ring_slots = PERK_MIN(RING_SLOTS_MAX, (room - plan->staging_bytes) / SLOT_BYTES);
+    plan->shared_bytes = plan->ring_slots * SLOT_BYTES + plan->staging_bytes + reduction;
+    if (plan->ring_slots < RING_SLOTS_MIN)
+        return perk_fail(&l->error, PERK_UNSUPPORTED,
+                         "%s: %d bytes of shared memory a block are too few for a step of %d tokens; lower "
+                         "max_num_batched_tokens",
+                         plan->device.arch, plan->device.shared_memory, plan->config.max_num_batched_tokens);
+    return PERK_OK;
+}
+
+/* ---- waits ---- */
+
+/* ancestors[s] is the set of stages all of whose tasks are done before any task of stage s begins, as bits. */
+typedef struct ancestry {
+    uint64_t *bits;
+    int words;
+} ancestry;
+
+static bool is_ancestor(const ancestry *a, int stage, int of) {
+    return a->bits[(size_t)of * (size_t)a->words + (size_t)stage / 64] >> (stage % 64) & 1;
+}
+
+static void add_ancestor(ancestry *a, int stage, int of) {
+    uint64_t *to = a->bits + (size_t)of * (size_t)a->words, *from = a->bits + (size_t)stage * (size_t)a->words;
+    for (int i = 0; i < a->words; i++) to[i] |= from[i];
+    to[stage / 64] |= UINT64_C(1) << (stage % 64);
+}
+
+/* needed_by[s][t]: stage s reads what stage t writes. Filled per stage from the regions of its tasks. */
+static void find_needs(const perk_plan *plan, int stage, int task_begin, int task_end, const int *last_writer, bool *needs) {
+    memset(needs, 0, (size_t)plan->stage_count);
+    for (int t = task_begin; t < task_end; t++)
+        for (int r = plan->tasks[t].read_begin; r < plan->tasks[t].read_end; r++) {
+            int writer = last_writer[plan->regions[r].tensor];
+            if (writer >= 0 && writer != stage) needs[writer] = true;
+        }
+}
+
+static bool add_wait(perk_lowering *l, perk_wait wait) {
+    perk_plan *plan = l->plan;
+    if (!grow(l, &plan->waits, &l->capacity.waits, plan->wait_count, sizeof *plan->waits)) return false;
+    plan->waits[plan->wait_count++] = wait;
+    return true;
+}
+
+/* Waits of one stage for the stages in `needs`, later ones first, without those that are implied. */
+static int add_stage_waits(perk_lowering *l, int stage, const bool *needs, ancestry *a) {
+    int begin = l->plan->wait_count;
+    for (int other = stage - 1; other >= 0; other--) {
+        if (!needs[other] || is_ancestor(a, other, stage)) continue;
+        add_wait(l, (perk_wait){.counter = other, .needed = l->plan->stages[other].task_count});
+        add_ancestor(a, other, stage);
+    }
+    return begin;
+}
+
+/* The first stages of a step wait for the last ones of the step before, so that steps may follow each other in one
+ * launch. */
+static void add_step_waits(perk_lowering *l, const bool *is_sink) {
+    for (int s = 0; s < l->plan->stage_count; s++)
+        if (is_sink[s]) add_wait(l, (perk_wait){.counter = s, .needed = 0});
+}
+
+static perk_status plan_waits(perk_lowering *l, ancestry *a) {
+    perk_plan *plan = l->plan;
+    int stages = plan->stage_count;
+    int *last_writer = perk_calloc((size_t)plan->tensor_count, sizeof *last_writer);
+    int *wait_begin = perk_calloc((size_t)stages + 1, sizeof *wait_begin);
+    bool *needs = perk_calloc((size_t)stages, sizeof *needs), *is_sink = perk_calloc((size_t)stages, sizeof *is_sink);
+    if (!last_writer || !wait_begin || !needs || !is_sink) {
+        fail_memory(l);
+        goto out;
+    }
+    for (int i = 0; i < plan->tensor_count; i++) last_writer[i] = -1;
+    for (int s = 0; s < stages; s++) is_sink[s] = true;
+    for (int s = 0, task = 0; s < stages; s++) {
+        int task_end = task + plan->stages[s].task_count;
+        find_needs(plan, s, task, task_end, last_writer, needs);
+        wait_begin[s] = add_stage_waits(l, s, needs, a);
+        for (int other = 0; other < s; other++)
+            if (needs[other]) is_sink[other] = false;
+        for (; task < task_end; task++)
+            for (int r = plan->tasks[task].write_begin; r < plan->tasks[task].write_end; r++)
+                last_writer[plan->regions[r].tensor] = s;
+    }
+    wait_begin[stages] = plan->wait_count;
+    int step_begin = plan->wait_count;
+    add_step_waits(l, is_sink);
+    int step_end = plan->wait_count;
+    if (step_end - step_begin > PERK_RECORD_WAITS)
+        perk_fail(&l->error, PERK_UNSUPPORTED, "the graph has %d results; a program has at most %d", step_end - step_begin,
+                  (int)PERK_RECORD_WAITS);
+    for (int i = 0; i < plan->task_count; i++) {
+        perk_task *task = &plan->tasks[i];
+        bool is_root = wait_begin[task->stage] == wait_begin[task->stage + 1];
+        task->wait_begin = is_root ? step_begin : wait_begin[task->stage];
+        task->wait_end = is_root ? step_end : wait_begin[task->stage + 1];
+        if (task->wait_end - task->wait_begin > PERK_RECORD_WAITS)
+            perk_fail(&l->error, PERK_UNSUPPORTED, "%s needs more than %d waits", plan->stages[task->stage].name,
+                      (int)PERK_RECORD_WAITS);
+    }
+out:
+    free(last_writer);
+    free(wait_begin);
+    free(needs);
+    free(is_sink);
+    return l->error.status;
+}
+
+static perk_status plan_signals(perk_lowering *l) {
+    perk_plan *plan = l->plan;
+    plan->counter_count = plan->stage_count;
+    plan->counter_per_step = perk_calloc((size_t)plan->counter_count, sizeof *plan->counter_per_step);
+    if (!plan->counter_per_step) fail_memory(l);
+    for (int i = 0; i < plan->task_count; i++) {
+        if (!grow(l, &plan->signals, &l->capacity.signals, plan->signal_count, sizeof *plan->signals)) break;
+        perk_task *task = &plan->tasks[i];
+        task->signal_begin = plan->signal_count;
+        plan->signals[plan->signal_count++] = (perk_signal){.counter = task->stage, .amount = 1};
+        task->signal_end = plan->signal_count;
+        plan->counter_per_step[task->stage]++;
+    }
+    return l->error.status;
+}
+
+/* ---- memory of activations: a tensor may take the place of one whose last reader is certainly done ---- */
+
+typedef struct place {
+    uint64_t offset, bytes;
+    int tensor; /* who has it now */
+} place;
+
+static void mark_accesses(const perk_plan *plan, bool *accesses) { /* [tensors][stages] */
+    for (int t = 0; t < plan->task_count; t++)
+        for (int r = plan->tasks[t].read_begin; r < plan->tasks[t].write_end; r++)
+            accesses[(size_t)plan->regions[r].tensor * (size_t)plan->stage_count + (size_t)plan->tasks[t].stage] = true;
+}
+
+static bool is_free_for(const perk_plan *plan, const place *p, int stage, const bool *accesses, const ancestry *a) {
+    const perk_plan_tensor *holder = &plan->tensors[p->tensor];
+    bool kept = holder->external_input ||
+                (holder->graph_tensor >= 0 && plan->graph->tensors[holder->graph_tensor]->kept) ||
+                holder->dtype != PERK_BF16; /* logits, tokens and partials are read back or large: they keep their place */
+    if (kept) return false;
+    const bool *stages = accesses + (size_t)p->tensor * (size_t)plan->stage_count;
+    for (int s = 0; s < plan->stage_count; s++)
+        if (stages[s] && !is_ancestor(a, s, stage)) return false;
+    return true;
+}
+
+static perk_status plan_activations(perk_lowering *l, const ancestry *a) {
+    perk_plan *plan = l->plan;
+    size_t stages = (size_t)plan->stage_count;
+    bool *accesses = perk_calloc((size_t)plan->tensor_count * stages, sizeof *accesses);
+    place *places = perk_calloc((size_t)plan->tensor_count, sizeof *places);
+    int place_count = 0;
+    if (!accesses || !places) {
+        fail_memory(l);
+        goto out;
+    }
+    mark_accesses(plan, accesses);
+    for (int t = 0; t < plan->tensor_count; t++) {
+        perk_plan_tensor *tensor = &plan->tensors[t];
+        if (tensor->space != PERK_SPACE_ACTIVATIONS) continue;
+        int first = 0;
+        while (first < plan->stage_count && !accesses[(size_t)t * stages + (size_t)first]) first++;
+        place *best = NULL;
+        for (int p = 0; p < place_count && first < plan->stage_count && !tensor->external_input; p++)
+            if (places[p].bytes == tensor->bytes && is_free_for(plan, &places[p], first, accesses, a)) best = &places[p];
+        if (!best) {
+            best = &places[place_count++];
+            *best = (place){.offset = plan->space_bytes[PERK_SPACE_ACTIVATIONS], .bytes = tensor->bytes};
+            plan->space_bytes[PERK_SPACE_ACTIVATIONS] += tensor->bytes;
+        }
+        best->tensor = t;
+        tensor->offset = best->offset;
+    }
+out:
+    free(accesses);
+    free(places);
+    return l->error.status;
+}
+
+/* ---- the lists of the workers ---- */
+
+static perk_status sort_by_worker(perk_lowering *l) {
+    perk_plan *plan = l->plan;
+    int workers = plan->device.worker_count;
+    perk_task *sorted = perk_calloc((size_t)plan->task_count, sizeof *sorted);
+    int *next = perk_calloc((size_t)workers + 1, sizeof *next);
+    plan->worker_begin = perk_calloc((size_t)workers + 1, sizeof *plan->worker_begin);
+    if (!sorted || !next || !plan->worker_begin) {
+        free(sorted);
+        free(next);
+        return perk_fail_memory(&l->error, "the plan");
+    }
+    for (int i = 0; i < plan->task_count; i++) plan->worker_begin[plan->tasks[i].worker + 1]++;
+    for (int w = 0; w < workers; w++) plan->worker_begin[w + 1] += plan->worker_begin[w];
+    memcpy(next, plan->worker_begin, (size_t)workers * sizeof *next);
+    for (int i = 0; i < plan->task_count; i++) sorted[next[plan->tasks[i].worker]++] = plan->tasks[i];
+    free(plan->tasks);
+    free(next);
+    plan->tasks = sorted;
+    return PERK_OK;
+}
+
+/* ---- the whole ---- */
+
+static perk_status check_limits(perk_lowering *l) {
+    const perk_config *config = &l->plan->config;
+    if (config->max_num_batched_tokens > MAX_ROWS || config->max_num_logit_rows > MAX_ROWS)
+        return perk_fail(&l->error, PERK_UNSUPPORTED,
+                         "max_num_batched_tokens %d, max_num_logit_rows %d: a GPU step takes at most %d rows; longer "
+                         "prompts enter in chunks",
+                         config->max_num_batched_tokens, config->max_num_logit_rows, (int)MAX_ROWS);
+    if (l->plan->device.worker_count < 1 || l->graph->op_count < 1)
+        return perk_fail(&l->error, PERK_INVALID_ARGUMENT, "a plan needs at least one worker and one op");
+    return PERK_OK;
+}
+
+static perk_status lower_graph(perk_lowering *l) {
+    perk_plan *plan = l->plan;
+    ancestry a = {0};
+    if (check_limits(l) != PERK_OK || plan_shared_memory(l) != PERK_OK) return l->error.status;
+    choose_folds(l);
+    for (int i = 0; i < l->graph->op_count && l->error.status == PERK_OK; i++) {
+        perk_error failure = {0};
+        perk_status status = l->graph->ops[i]->type->lower(l, l->graph->ops[i], &failure);
+        if (status != PERK_OK && l->error.status == PERK_OK) l->error = failure;
+    }
+    if (l->error.status != PERK_OK) return l->error.status;
+    a.words = (plan->stage_count + 63) / 64;
+    a.bits = perk_calloc((size_t)a.words * (size_t)plan->stage_count, sizeof *a.bits);
+    if (!a.bits) return perk_fail_memory(&l->error, "the plan");
+    if (plan_waits(l, &a) == PERK_OK && plan_signals(l) == PERK_OK && plan_activations(l, &a) == PERK_OK)
+        sort_by_worker(l);
+    free(a.bits);
+    return l->error.status;
+}
+
+perk_status perk_plan_create(perk_plan **out, const perk_graph *graph, const perk_device_desc *device,
+                             const perk_config *config, perk_error *err) {
+    *out = NULL;
+    perk_lowering l = {.graph = graph};
+    perk_status status = perk_graph_check(graph, err);
+    if (status != PERK_OK) return status;
+    l.plan = perk_calloc(1, sizeof *l.plan);
+    l.plan_tensor = perk_calloc((size_t)graph->tensor_count, sizeof *l.plan_tensor);
+    l.fold_into = perk_calloc((size_t)graph->op_count, sizeof *l.fold_into);
+    if (!l.plan || !l.plan_tensor || !l.fold_into) {
+        status = perk_fail_memory(err, "the plan");
+        goto out;
+    }
+    for (int i = 0; i < graph->tensor_count; i++) l.plan_tensor[i] = -1;
+    l.plan->graph = graph;
+    l.plan->device = *device;
+    l.plan->config = *config;
+    status = lower_graph(&l);
+    if (status != PERK_OK) {
+        if (err) *err = l.error;
+        goto out;
+    }
+    *out = l.plan;
+    l.plan = NULL;
+out:
+    perk_plan_free(l.plan);
+    free(l.plan_tensor);
+    free(l.fold_into);
+    return status;
+}
+
+void perk_plan_free(perk_plan *plan) {
+    if (!plan) return;
+    for (int i = 0; i < plan->kind_count; i++) free(plan->kinds[i]);
+    free(plan->kinds);
+    free(plan->tensors);
+    free(plan->stages);
+    free(plan->counter_per_step);
+    free(plan->tasks);
+    free(plan->worker_begin);
+    free(plan->waits);
+    free(plan->signals);
+    free(plan->regions);
+    free(plan);
+}

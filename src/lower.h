@@ -1,0 +1,69 @@
+/* Lowering: what an op's `lower` function may do to the plan that is being made.
+ *
+ * A stage is opened, gets one task a worker at most with the regions that it reads and writes, and is closed. Which
+ * counters its tasks wait for follows from the regions: closing finds the stages that write what this one reads, and
+ * drops those that others imply.
+ */
+#ifndef PERK_SRC_LOWER_H
+#define PERK_SRC_LOWER_H
+
+#include "plan.h"
+
+typedef struct perk_lowering perk_lowering;
+
+struct perk_lowering {
+    perk_plan *plan;
+    const perk_graph *graph;
+    perk_error error;         /* the first failure; later calls do nothing */
+    int *plan_tensor;         /* [graph tensors]: its plan tensor, -1: none yet */
+    const perk_op **fold_into; /* [graph ops]: the op whose stage does this op's work, NULL: it has its own */
+    int staging_limit;        /* bytes that staged activations may take */
+    int rotation;             /* the worker that gets the next stage's first unit */
+    struct perk_lowering_growth {
+        int tensors, stages, kinds, tasks, waits, signals, regions;
+    } capacity;
+};
+
+/* Rows of an activation in this configuration. */
+int perk_lower_rows(const perk_lowering *lowering, perk_rows rows);
+
+/* The plan tensor of a graph tensor: an activation in its arena, a vector or (`layout` ROWS) a table among the
+ * constants, a matrix in the packed stream. Made on first use; -1 on failure. */
+int perk_lower_tensor(perk_lowering *lowering, const perk_tensor *tensor, perk_layout layout);
+/* A tensor of the plan's own in `space`. */
+int perk_lower_scratch(perk_lowering *lowering, const char *name, perk_space space, int rows, int cols,
+                       perk_dtype dtype);
+
+/* The candidates for argmax that the linear of these logits leaves: a value and an index a row tile. -1 when `logits`
+ * is not a linear's fp32 output. */
+int perk_lower_candidates(perk_lowering *lowering, const perk_tensor *logits);
+
+/* Opens a stage "<output's name><suffix>"; `statement` is the C++ that runs one of its tasks. NULL on failure. */
+perk_stage *perk_lower_begin(perk_lowering *lowering, const perk_op *op, const char *suffix, const char *statement, ...)
+    PERK_PRINTF(4, 5);
+/* Adds the task of `worker` over the units first, first + stride, ...; regions follow with perk_lower_read and
+ * perk_lower_write, until the next call. */
+void perk_lower_task(perk_lowering *lowering, int worker, int first, int stride, int count);
+void perk_lower_read(perk_lowering *lowering, perk_region region);
+void perk_lower_write(perk_lowering *lowering, perk_region region);
+/* All of a tensor. */
+perk_region perk_lower_whole(const perk_lowering *lowering, int tensor);
+/* All rows of `repeat` column intervals. Intervals that end beyond the tensor's width are cut by the caller. */
+perk_region perk_lower_columns(const perk_lowering *lowering, int tensor, int begin, int count, int stride, int repeat);
+/* Closes the stage: waits, signals, the next rotation. */
+void perk_lower_end(perk_lowering *lowering);
+
+/* Deals `units` to the workers in contiguous runs of nearly equal length and calls `add` for each non-empty run. */
+typedef void (*perk_lower_run)(perk_lowering *lowering, void *user, int worker, int first, int count);
+void perk_lower_runs(perk_lowering *lowering, int units, perk_lower_run add, void *user);
+
+/* True when the op's work is done in another op's stage. */
+static inline bool perk_lower_is_folded(const perk_lowering *lowering, const perk_op *op) {
+    return lowering->fold_into[op->index] != NULL;
+}
+
+/* Shared memory of a linear op with `rows` rows of `cols` (kernels_src/linear.cuh has the same formulas). */
+int perk_linear_staged_bytes(int rows, int64_t cols);
+int perk_linear_reduction_bytes(int rows);
+
+#endif

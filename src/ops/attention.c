@@ -1,0 +1,384 @@
+/* attention: per-head norm and rotation of queries and keys, append to the paged KV cache, causal attention. */
+#include "lower.h"
+#include "kernels_src/abi.h"
+#include <stdio.h>
+#include "ops/op.h"
+#include "reference_math.h"
+#include "reference_state.h"
+
+#include <math.h>
+
+static bool check_params(perk_graph *graph, const char *name, const perk_tensor *qkv, const perk_attention_params *p) {
+    if (p->head_dim <= 0 || p->head_dim % 2 || p->num_kv_heads <= 0 || p->num_heads <= 0 ||
+        p->num_heads % p->num_kv_heads || p->window < 0 || !p->inv_freq || !(p->scale > 0)) {
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT,
+                        "attention %s: %d heads over %d KV heads of even dimension %d, window %d: not a valid layer",
+                        name, p->num_heads, p->num_kv_heads, p->head_dim, p->window);
+        return false;
+    }
+    int64_t width = (int64_t)(p->num_heads + 2 * p->num_kv_heads) * p->head_dim;
+    if (perk_tensor_is_weight(qkv) || qkv->row_kind != PERK_ROWS_TOKENS || qkv->cols != width) {
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "attention %s: qkv must be %lld wide, found %lld", name,
+                        (long long)width, (long long)qkv->cols);
+        return false;
+    }
+    const perk_tensor *norms[] = {p->q_norm, p->k_norm};
+    for (size_t i = 0; i < PERK_COUNT(norms); i++) {
+        if (norms[i] && (!norms[i]->is_vector || norms[i]->cols != p->head_dim)) {
+            perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "attention %s: the norm weight %s must be a vector of %d", name,
+                            norms[i]->name, p->head_dim);
+            return false;
+        }
+    }
+    return true;
+}
+
+perk_tensor *perk_attention(perk_graph *graph, const char *name, perk_tensor *qkv,
+                            const perk_attention_params *params) {
+    if (!perk_graph_owns(graph, name, &qkv, 1)) return NULL;
+    if (params->q_norm && !perk_graph_owns(graph, name, &params->q_norm, 1)) return NULL;
+    if (params->k_norm && !perk_graph_owns(graph, name, &params->k_norm, 1)) return NULL;
+    if (!check_params(graph, name, qkv, params)) return NULL;
+
+    size_t half = (size_t)params->head_dim / 2;
+    float *inv_freq = perk_calloc(half, sizeof *inv_freq);
+    if (!inv_freq) {
+        perk_graph_fail(graph, PERK_OUT_OF_MEMORY, "attention %s: out of host memory", name);
+        return NULL;
+    }
+    memcpy(inv_freq, params->inv_freq, half * sizeof *inv_freq);
+    perk_tensor *inputs[PERK_OP_INPUTS_MAX] = {
+        [PERK_IN_X] = qkv, [PERK_IN_Q_NORM] = params->q_norm, [PERK_IN_K_NORM] = params->k_norm};
+    perk_op *op = perk_graph_add_op(graph, &perk_op_attention, inputs, name, PERK_BF16, PERK_ROWS_TOKENS,
+                                    (int64_t)params->num_heads * params->head_dim);
+    if (!op) {
+        free(inv_freq);
+        return NULL;
+    }
+    op->attention = *params;
+    op->attention.inv_freq = inv_freq;
+    op->kv_layer = graph->kv_layer_count++;
+    return op->output;
+}
+
+typedef struct attention_job {
+    const perk_reference *reference;
+    const perk_op *op;
+    size_t head_dim;
+    size_t heads, kv_heads;
+} attention_job;
+
+/* Where the cache keeps `kv_head` of a request's position; what follows in the same page follows in memory. */
+static size_t cache_offset(const attention_job *job, int32_t token, size_t kv_head, size_t position) {
+    const perk_batch *batch = job->reference->batch;
+    size_t page_size = (size_t)job->reference->config.page_size;
+    size_t entry = (size_t)batch->token_request[token] * (size_t)batch->pages_per_request + position / page_size;
+    size_t page = (size_t)batch->page_table[entry];
+    return ((page * job->kv_heads + kv_head) * page_size + position % page_size) * job->head_dim;
+}
+
+/* Norm (where there is a weight) and rotation of one head, in fp32, rounded at the end. */
+static void prepare_head(const attention_job *job, float *out, const float *in, const float *weight, int32_t position) {
+    const perk_attention_params *params = &job->op->attention;
+    size_t n = job->head_dim, half = n / 2;
+    float scale = weight ? 1 / sqrtf(perk_math_dot(in, in, n) / (float)n + params->norm_eps) : 1;
+    for (size_t i = 0; i < half; i++) {
+        float angle = (float)position * params->inv_freq[i];
+        float c = cosf(angle) * params->rope_scale, s = sinf(angle) * params->rope_scale;
+        float a = in[i], b = in[i + half];
+        if (weight) {
+            a = a * scale * weight[i];
+            b = b * scale * weight[i + half];
+        }
+        out[i] = perk_reference_round(job->reference, a * c - b * s);
+        out[i + half] = perk_reference_round(job->reference, b * c + a * s);
+    }
+}
+
+/* Queries go to the output, where attend_heads finds them; keys and values go to the cache. */
+static void prepare_tokens(void *context, size_t begin, size_t end, int thread) {
+    const attention_job *job = context;
+    const perk_reference *reference = job->reference;
+    const perk_op *op = job->op;
+    const perk_reference_kv *kv = &reference->kv[op->kv_layer];
+    const float *q_norm = perk_reference_vector(reference, op->inputs[PERK_IN_Q_NORM]);
+    const float *k_norm = perk_reference_vector(reference, op->inputs[PERK_IN_K_NORM]);
+    size_t n = job->head_dim;
+    (void)thread;
+    for (size_t t = begin; t < end; t++) {
+        int32_t position = reference->batch->positions[t];
+        const float *q = perk_reference_values(reference, op->inputs[PERK_IN_X]);
+        q += t * (job->heads + 2 * job->kv_heads) * n;
+        const float *k = q + job->heads * n, *v = k + job->kv_heads * n;
+        float *out = perk_reference_values(reference, op->output) + t * job->heads * n;
+        for (size_t h = 0; h < job->heads; h++) prepare_head(job, out + h * n, q + h * n, q_norm, position);
+        for (size_t h = 0; h < job->kv_heads; h++) {
+            size_t at = cache_offset(job, (int32_t)t, h, (size_t)position);
+            prepare_head(job, kv->keys + at, k + h * n, k_norm, position);
+            memcpy(kv->values + at, v + h * n, n * sizeof *v);
+        }
+    }
+}
+
+/* Turns scores into weights that sum to 1 / what is returned. */
+static float exponentiate(float *scores, size_t count) {
+    float most = scores[0], sum = 0;
+    for (size_t i = 1; i < count; i++) most = PERK_MAX(most, scores[i]);
+    for (size_t i = 0; i < count; i++) {
+        scores[i] = expf(scores[i] - most);
+        sum += scores[i];
+    }
+    return 1 / sum;
+}
+
+/* One query head of one token over the positions [first, last] of its request; `scores` is scratch. */
+static void attend(const attention_job *job, int32_t token, size_t head, float *scores) {
+    const perk_reference *reference = job->reference;
+    const perk_attention_params *params = &job->op->attention;
+    const perk_reference_kv *kv = &reference->kv[job->op->kv_layer];
+    size_t n = job->head_dim, page_size = (size_t)reference->config.page_size;
+    size_t kv_head = head / (job->heads / job->kv_heads), last = (size_t)reference->batch->positions[token];
+    size_t first = params->window && last >= (size_t)params->window ? last + 1 - (size_t)params->window : 0;
+    size_t count = last + 1 - first;
+    float *query = perk_reference_values(reference, job->op->output) + ((size_t)token * job->heads + head) * n;
+    for (size_t at = first, run; at <= last; at += run) {
+        run = PERK_MIN(page_size - at % page_size, last + 1 - at);
+        perk_math_dots(scores + (at - first), 0, kv->keys + cache_offset(job, token, kv_head, at), run, query, 1, n);
+    }
+    for (size_t i = 0; i < count; i++) scores[i] *= params->scale;
+    float scale = exponentiate(scores, count);
+    float *out = query; /* nobody needs the query any more */
+    memset(out, 0, n * sizeof *out);
+    for (size_t at = first, run; at <= last; at += run) {
+        run = PERK_MIN(page_size - at % page_size, last + 1 - at);
+        perk_math_add_rows(out, scores + (at - first), kv->values + cache_offset(job, token, kv_head, at), run, n);
+    }
+    for (size_t i = 0; i < n; i++) out[i] = perk_reference_round(reference, out[i] * scale);
+}
+
+static void attend_heads(void *context, size_t begin, size_t end, int thread) {
+    const attention_job *job = context;
+    for (size_t i = begin; i < end; i++)
+        attend(job, (int32_t)(i / job->heads), i % job->heads, job->reference->scratch[thread]);
+}
+
+static perk_status attention_reference(perk_reference *reference, const perk_op *op, perk_error *err) {
+    const perk_attention_params *params = &op->attention;
+    attention_job job = {reference, op, (size_t)params->head_dim, (size_t)params->num_heads,
+                         (size_t)params->num_kv_heads};
+    const perk_batch *batch = reference->batch;
+    size_t tokens = (size_t)batch->num_tokens, work = 0;
+    (void)err;
+    perk_threads_run(reference->threads, tokens, 4, prepare_tokens, &job);
+    for (size_t t = 0; t < tokens; t++) work += (size_t)batch->positions[t] + 1;
+    work = work / tokens * job.head_dim * 2; /* of one head of one token, more or less */
+    perk_threads_run(reference->threads, tokens * job.heads, perk_ceil_div(PERK_REFERENCE_MIN_WORK, work), attend_heads,
+                     &job);
+    return PERK_OK;
+}
+
+/* ---- lowering: append, partial, merge; device code in kernels_src/attention.cuh ---- */
+
+/* Shape and plan tensors of one attention op, for its three stages. */
+typedef struct attention_lowering {
+    const perk_attention_params *p;
+    int parts;   /* workers that share a KV head */
+    int slices;  /* of the step's tokens, in merge */
+    int qkv, q, partials, kv, out, rope;
+    perk_stage *stage;
+} attention_lowering;
+
+static int partial_floats(const perk_attention_params *p) { return PERK_QUERY_ROWS * (p->head_dim + 2); }
+
+/* The step's tokens in slice `part` of `parts`, as the device code cuts them. */
+static void set_token_slice(const perk_lowering *l, perk_region *region, int part, int parts) {
+    int tokens = l->plan->config.max_num_batched_tokens, slice = (tokens + parts - 1) / parts;
+    region->row_begin = PERK_MIN(part * slice, tokens);
+    region->row_end = PERK_MIN(region->row_begin + slice, tokens);
+}
+
+static bool is_empty(const perk_region *region) { return region->row_begin >= region->row_end; }
+
+/* Sizes that all attention ops of the graph share: the step's query tiles and items are cut once. */
+static perk_status share_shape(perk_lowering *l, const perk_op *op, attention_lowering *a, perk_error *err) {
+    const perk_attention_params *p = a->p;
+    perk_plan *plan = l->plan;
+    int group = p->num_heads / p->num_kv_heads;
+    if (p->head_dim % 32 != 0 || group > PERK_QUERY_ROWS)
+        return perk_fail(err, PERK_UNSUPPORTED,
+                         "attention %s: on the GPU, head_dim must be a multiple of 32 (found %d) and a KV head may serve at "
+                         "most %d query heads (found %d)",
+                         op->output->name, p->head_dim, (int)PERK_QUERY_ROWS, group);
+    const perk_op *first = op;
+    for (int i = op->index; i >= 0; i--)
+        if (l->graph->ops[i]->type == &perk_op_attention) first = l->graph->ops[i];
+    if (first->attention.num_heads != p->num_heads || first->attention.num_kv_heads != p->num_kv_heads ||
+        first->attention.head_dim != p->head_dim)
+        return perk_fail(err, PERK_UNSUPPORTED, "attention %s: all layers must have the same heads", op->output->name);
+    int tokens = plan->config.max_num_batched_tokens, per_tile = PERK_QUERY_ROWS / group;
+    int tiles = PERK_MIN(tokens, tokens / per_tile + plan->config.max_num_batched_requests);
+    a->parts = PERK_MAX(1, plan->device.worker_count / p->num_kv_heads);
+    a->slices = PERK_MIN(tokens, PERK_MAX(1, plan->device.worker_count / p->num_heads));
+    plan->attention_parts = a->parts;
+    plan->tokens_per_query_tile = per_tile;
+    plan->max_query_tiles = tiles;
+    plan->max_attention_items = PERK_MAX(tiles, a->parts * PERK_CONSUMER_WARPS);
+    plan->kv_layer_bytes = (uint64_t)plan->config.max_num_pages * (uint64_t)p->num_kv_heads *
+                           (uint64_t)plan->config.page_size * (uint64_t)p->head_dim * 2 * 2;
+    return PERK_OK;
+}
+
+/* The rope table of these frequencies: one for all layers that share them. */
+static int lower_rope(perk_lowering *l, const perk_op *op) {
+    const perk_attention_params *p = &op->attention;
+    for (int i = 0; i < l->plan->tensor_count; i++) {
+        const perk_plan_tensor *t = &l->plan->tensors[i];
+        if (t->layout != PERK_LAYOUT_ROPE) continue;
+        const perk_attention_params *other = &l->graph->ops[t->rope_op]->attention;
+        if (other->head_dim == p->head_dim && other->rope_scale == p->rope_scale &&
+            !memcmp(other->inv_freq, p->inv_freq, (size_t)p->head_dim / 2 * sizeof(float)))
+            return i;
+    }
+    int index = perk_lower_scratch(l, "rope", PERK_SPACE_CONSTANTS, l->plan->config.max_seq_length, p->head_dim, PERK_F32);
+    if (index >= 0) {
+        l->plan->tensors[index].layout = PERK_LAYOUT_ROPE;
+        l->plan->tensors[index].rope_op = op->index;
+    }
+    return index;
+}
+
+static int lower_named(perk_lowering *l, const perk_op *op, const char *suffix, perk_space space, int rows, int cols,
+                       perk_dtype dtype) {
+    char name[128];
+    snprintf(name, sizeof name, "%.80s%s", op->output->name, suffix);
+    return perk_lower_scratch(l, name, space, rows, cols, dtype);
+}
+
+/* The partial results are one scratch for all layers: a layer's are merged before the next layer's are made. */
+static int lower_partials(perk_lowering *l, const attention_lowering *a) {
+    for (int i = 0; i < l->plan->tensor_count; i++)
+        if (!strcmp(l->plan->tensors[i].name, "attention.partials")) return i;
+    return perk_lower_scratch(l, "attention.partials", PERK_SPACE_ACTIVATIONS, a->p->num_kv_heads,
+                              l->plan->max_attention_items * partial_floats(a->p), PERK_F32);
+}
+
+static void add_append(perk_lowering *l, void *user, int worker, int first, int count) {
+    const attention_lowering *a = user;
+    const perk_attention_params *p = a->p;
+    int dim = p->head_dim, group = p->num_heads / p->num_kv_heads;
+    perk_lower_task(l, worker, first, 1, count);
+    for (int writes = 0; writes < 2; writes++)
+        for (int unit = first; unit < first + count; unit++) {
+            int head = unit / a->parts, part = unit % a->parts;
+            perk_region queries = perk_lower_columns(l, writes ? a->q : a->qkv, head * group * dim, group * dim, dim, 1);
+            perk_region pair = writes ? perk_lower_columns(l, a->kv, head, 1, 1, 1)
+                                      : perk_lower_columns(l, a->qkv, (p->num_heads + head) * dim, dim,
+                                                           p->num_kv_heads * dim, 2);
+            set_token_slice(l, &queries, part, a->parts);
+            set_token_slice(l, &pair, part, a->parts);
+            if (is_empty(&queries)) continue;
+            (writes ? perk_lower_write : perk_lower_read)(l, queries);
+            (writes ? perk_lower_write : perk_lower_read)(l, pair);
+        }
+}
+
+static void add_partial(perk_lowering *l, void *user, int worker, int first, int count) {
+    const attention_lowering *a = user;
+    int dim = a->p->head_dim, group = a->p->num_heads / a->p->num_kv_heads, floats = partial_floats(a->p);
+    perk_lower_task(l, worker, first, 1, count);
+    for (int unit = first; unit < first + count; unit++) {
+        int head = unit / a->parts;
+        perk_lower_read(l, perk_lower_columns(l, a->q, head * group * dim, group * dim, dim, 1));
+        perk_lower_read(l, perk_lower_columns(l, a->kv, head, 1, 1, 1));
+    }
+    for (int unit = first; unit < first + count; unit++) { /* items part, part + parts, ... of the head */
+        int head = unit / a->parts, part = unit % a->parts;
+        int items = (l->plan->max_attention_items - part + a->parts - 1) / a->parts;
+        perk_region region = perk_lower_columns(l, a->partials, part * floats, floats, a->parts * floats, items);
+        region.row_begin = head;
+        region.row_end = head + 1;
+        if (items > 0) perk_lower_write(l, region);
+    }
+}
+
+static void add_merge(perk_lowering *l, void *user, int worker, int first, int count) {
+    const attention_lowering *a = user;
+    int dim = a->p->head_dim, heads = a->p->num_heads, group = heads / a->p->num_kv_heads;
+    perk_lower_task(l, worker, first, 1, count);
+    for (int unit = first; unit < first + count; unit++) {
+        perk_region partials = perk_lower_whole(l, a->partials);
+        partials.row_begin = unit % heads / group;
+        partials.row_end = partials.row_begin + 1;
+        perk_lower_read(l, partials);
+    }
+    for (int unit = first; unit < first + count; unit++) {
+        perk_region out = perk_lower_columns(l, a->out, unit % heads * dim, dim, dim, 1);
+        set_token_slice(l, &out, unit / heads, a->slices);
+        if (!is_empty(&out)) perk_lower_write(l, out);
+    }
+}
+
+/* Opens one of the three stages; `call` is the device function with its template arguments and extra arguments. */
+static bool begin_stage(perk_lowering *l, const perk_op *op, attention_lowering *a, const char *suffix, const char *call) {
+    const perk_attention_params *p = a->p;
+    a->stage = perk_lower_begin(l, op, suffix, "Attention<%d, %d, %d, %d>::%s;", p->num_heads, p->num_kv_heads,
+                                p->head_dim, a->parts, call);
+    if (a->stage) a->stage->scalar = op->kv_layer;
+    return a->stage != NULL;
+}
+
+static void lower_append(perk_lowering *l, const perk_op *op, attention_lowering *a) {
+    const perk_attention_params *p = a->p;
+    char call[160];
+    snprintf(call, sizeof call, "template append<%s, %s>(worker, task, %.9ef)", p->q_norm ? "true" : "false",
+             p->k_norm ? "true" : "false", (double)p->norm_eps);
+    if (!begin_stage(l, op, a, ".append", call)) return;
+    a->stage->operands[0] = a->qkv;
+    a->stage->operands[1] = a->q;
+    a->stage->operands[2] = perk_lower_tensor(l, p->q_norm, PERK_LAYOUT_ROWS);
+    a->stage->operands[3] = perk_lower_tensor(l, p->k_norm, PERK_LAYOUT_ROWS);
+    a->stage->operands[4] = a->rope;
+    perk_lower_runs(l, p->num_kv_heads * a->parts, add_append, a);
+    perk_lower_end(l);
+}
+
+static void lower_partial(perk_lowering *l, const perk_op *op, attention_lowering *a) {
+    const double log2e = 1.4426950408889634; /* the device code works in base 2 */
+    char call[160];
+    snprintf(call, sizeof call, "partial(worker, task, %.9ef, %uu)", (double)a->p->scale * log2e,
+             a->p->window ? (unsigned)a->p->window : UINT32_MAX);
+    if (!begin_stage(l, op, a, ".partial", call)) return;
+    a->stage->operands[0] = a->q;
+    a->stage->operands[1] = a->partials;
+    perk_lower_runs(l, a->p->num_kv_heads * a->parts, add_partial, a);
+    perk_lower_end(l);
+}
+
+static void lower_merge(perk_lowering *l, const perk_op *op, attention_lowering *a) {
+    char call[160];
+    snprintf(call, sizeof call, "template merge<%d>(worker, task)", a->slices);
+    if (!begin_stage(l, op, a, "", call)) return;
+    a->stage->operands[0] = a->partials;
+    a->stage->operands[1] = a->out;
+    perk_lower_runs(l, a->p->num_heads * a->slices, add_merge, a);
+    perk_lower_end(l);
+}
+
+static perk_status attention_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
+    attention_lowering a = {.p = &op->attention};
+    perk_status status = share_shape(l, op, &a, err);
+    if (status != PERK_OK) return status;
+    int tokens = l->plan->config.max_num_batched_tokens;
+    a.qkv = perk_lower_tensor(l, op->inputs[PERK_IN_X], PERK_LAYOUT_ROWS);
+    a.q = lower_named(l, op, ".q", PERK_SPACE_ACTIVATIONS, tokens, (int)PERK_ROW_STRIDE(op->output->cols), PERK_BF16);
+    a.partials = lower_partials(l, &a);
+    a.kv = lower_named(l, op, ".kv", PERK_SPACE_KV, tokens, a.p->num_kv_heads, PERK_BF16);
+    a.out = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
+    a.rope = lower_rope(l, op);
+    if (l->error.status == PERK_OK) lower_append(l, op, &a);
+    if (l->error.status == PERK_OK) lower_partial(l, op, &a);
+    if (l->error.status == PERK_OK) lower_merge(l, op, &a);
+    return l->error.status;
+}
+
+const perk_op_type perk_op_attention = {"attention", attention_reference, attention_lower};

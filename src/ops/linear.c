@@ -1,0 +1,195 @@
+/* linear: out = x W^T + bias + residual; also the vocabulary projection, whose output stays fp32. */
+#include "lower.h"
+#include "kernels_src/abi.h"
+#include "ops/op.h"
+#include "reference_math.h"
+#include "reference_state.h"
+
+static perk_tensor *add_linear(perk_graph *graph, const char *name, perk_tensor *x, perk_tensor *weight,
+                               perk_tensor *bias, perk_tensor *residual, perk_dtype dtype) {
+    if (!perk_graph_owns(graph, name, (perk_tensor *[]){x, weight}, 2)) return NULL;
+    if (bias && !perk_graph_owns(graph, name, &bias, 1)) return NULL;
+    if (residual && !perk_graph_owns(graph, name, &residual, 1)) return NULL;
+    if (perk_tensor_is_weight(x) || !perk_tensor_is_weight(weight) || weight->is_vector || weight->cols != x->cols) {
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "linear %s: the weight %s [%lld, %lld] does not take rows of %lld",
+                        name, weight->name, (long long)weight->rows, (long long)weight->cols, (long long)x->cols);
+        return NULL;
+    }
+    if (bias && (!bias->is_vector || bias->cols != weight->rows)) {
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "linear %s: the bias %s must be a vector of %lld", name,
+                        bias->name, (long long)weight->rows);
+        return NULL;
+    }
+    if (residual && (perk_tensor_is_weight(residual) || residual->cols != weight->rows ||
+                     residual->row_kind != x->row_kind || residual->dtype != PERK_BF16)) {
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "linear %s: the residual %s must be an activation of width %lld",
+                        name, residual->name, (long long)weight->rows);
+        return NULL;
+    }
+    perk_tensor *inputs[PERK_OP_INPUTS_MAX] = {
+        [PERK_IN_X] = x, [PERK_IN_WEIGHT] = weight, [PERK_IN_BIAS] = bias, [PERK_IN_RESIDUAL] = residual};
+    perk_op *op = perk_graph_add_op(graph, &perk_op_linear, inputs, name, dtype, x->row_kind, weight->rows);
+    return op ? op->output : NULL;
+}
+
+perk_tensor *perk_linear(perk_graph *graph, const char *name, perk_tensor *x, perk_tensor *weight, perk_tensor *bias) {
+    return add_linear(graph, name, x, weight, bias, NULL, PERK_BF16);
+}
+
+perk_tensor *perk_linear_residual(perk_graph *graph, const char *name, perk_tensor *x, perk_tensor *weight,
+                                  perk_tensor *bias, perk_tensor *residual) {
+    if (!residual) {
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "linear %s: the residual is missing", name);
+        return NULL;
+    }
+    return add_linear(graph, name, x, weight, bias, residual, PERK_BF16);
+}
+
+perk_tensor *perk_logits(perk_graph *graph, const char *name, perk_tensor *x, perk_tensor *weight) {
+    return add_linear(graph, name, x, weight, NULL, NULL, PERK_F32);
+}
+
+typedef struct linear_job {
+    const perk_reference *reference;
+    const perk_op *op;
+    size_t tokens;
+    bool rounds;
+} linear_job;
+
+/* Columns [first, first + count) of all rows of the output: the sums are there, the rest of the formula is not. */
+static void finish_columns(const linear_job *job, size_t first, size_t count) {
+    const perk_op *op = job->op;
+    const perk_tensor *residual = op->inputs[PERK_IN_RESIDUAL];
+    const float *bias = perk_reference_vector(job->reference, op->inputs[PERK_IN_BIAS]);
+    for (size_t t = 0; t < job->tokens; t++) {
+        size_t at = t * (size_t)op->output->cols + first;
+        float *out = perk_reference_values(job->reference, op->output) + at;
+        const float *add = residual ? perk_reference_values(job->reference, residual) + at : NULL;
+        for (size_t i = 0; i < count; i++) {
+            float value = out[i];
+            if (bias) value += bias[first + i];
+            if (add) value += add[i];
+            out[i] = job->rounds ? perk_round_bf16(value) : value;
+        }
+    }
+}
+
+static void linear_rows(void *context, size_t begin, size_t end, int thread) {
+    const linear_job *job = context;
+    const perk_tensor *weight = job->op->inputs[PERK_IN_WEIGHT];
+    const float *x = perk_reference_values(job->reference, job->op->inputs[PERK_IN_X]);
+    float *out = perk_reference_values(job->reference, job->op->output), *w = job->reference->scratch[thread];
+    size_t cols = (size_t)weight->cols;
+    for (size_t row = begin; row < end;) {
+        size_t rows = PERK_MIN(end - row, (size_t)PERK_MATH_ROWS);
+        for (size_t i = 0; i < rows; i++)
+            perk_reference_load_row(job->reference, weight, (int64_t)(row + i), w + i * cols);
+        perk_math_dots(out + row, (size_t)weight->rows, w, rows, x, job->tokens, cols);
+        finish_columns(job, row, rows);
+        row += rows;
+    }
+}
+
+static perk_status linear_reference(perk_reference *reference, const perk_op *op, perk_error *err) {
+    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
+    linear_job job = {reference, op, perk_reference_rows(reference, op->output),
+                      reference->rounds && op->output->dtype != PERK_F32};
+    (void)err;
+    if (job.tokens == 0) return PERK_OK;
+    size_t row_work = (size_t)weight->cols * job.tokens;
+    perk_threads_run(reference->threads, (size_t)weight->rows, perk_ceil_div(PERK_REFERENCE_MIN_WORK, row_work),
+                     linear_rows, &job);
+    return PERK_OK;
+}
+
+/* ---- lowering: row tiles, dealt to the workers in turn; device code in kernels_src/linear.cuh ---- */
+
+enum { IN, OUT, RESIDUAL, NORM_WEIGHT, BIAS, CANDIDATES }; /* operands of the stage */
+
+/* What the stage does besides the product: work of neighbouring ops that is folded into it. */
+typedef struct linear_form {
+    const perk_op *norm, *silu;
+    const perk_tensor *x, *out;
+    const char *epilogue;
+    int tile_width; /* outputs of a tile */
+} linear_form;
+
+static linear_form linear_form_of(const perk_lowering *l, const perk_op *op) {
+    linear_form form = {.x = op->inputs[PERK_IN_X], .out = op->output, .epilogue = "store", .tile_width = PERK_TILE_ROWS};
+    if (form.x->producer && form.x->producer->type == &perk_op_rmsnorm && perk_lower_is_folded(l, form.x->producer)) {
+        form.norm = form.x->producer;
+        form.x = form.norm->inputs[PERK_IN_X];
+    }
+    for (int i = op->index + 1; i < l->graph->op_count; i++)
+        if (l->graph->ops[i]->type == &perk_op_silu_mul && l->fold_into[i] == op) form.silu = l->graph->ops[i];
+    if (form.silu) {
+        form.out = form.silu->output;
+        form.epilogue = "silu";
+        form.tile_width = PERK_TILE_ROWS / 2;
+    } else if (op->output->dtype == PERK_F32) {
+        form.epilogue = "logits";
+    } else if (op->inputs[PERK_IN_RESIDUAL]) {
+        form.epilogue = "residual";
+    }
+    return form;
+}
+
+/* The columns that the tiles first, first + stride, ... of `width` outputs make; the last tile may be cut. */
+static void each_tile_region(perk_lowering *l, int tensor, int width, const perk_task *task,
+                             void (*add)(perk_lowering *, perk_region)) {
+    int last = task->first + (task->count - 1) * task->stride, cols = l->plan->tensors[tensor].cols;
+    bool is_cut = (last + 1) * width > cols;
+    int whole = task->count - is_cut;
+    if (whole > 0) add(l, perk_lower_columns(l, tensor, task->first * width, width, task->stride * width, whole));
+    if (is_cut) add(l, perk_lower_columns(l, tensor, last * width, cols - last * width, width, 1));
+}
+
+static void add_tiles(perk_lowering *l, const perk_stage *stage, int worker, int first, int stride, int tile_width) {
+    int count = (stage->stream.tile_count - first + stride - 1) / stride;
+    perk_lower_task(l, worker, first, stride, count);
+    if (l->error.status != PERK_OK) return;
+    perk_task task = l->plan->tasks[l->plan->task_count - 1];
+    perk_lower_read(l, perk_lower_whole(l, stage->operands[IN]));
+    perk_lower_read(l, perk_lower_whole(l, stage->stream.tensor));
+    if (stage->operands[NORM_WEIGHT] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[NORM_WEIGHT]));
+    if (stage->operands[BIAS] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[BIAS]));
+    if (stage->operands[RESIDUAL] >= 0) each_tile_region(l, stage->operands[RESIDUAL], tile_width, &task, perk_lower_read);
+    each_tile_region(l, stage->operands[OUT], tile_width, &task, perk_lower_write);
+    if (stage->operands[CANDIDATES] >= 0) each_tile_region(l, stage->operands[CANDIDATES], 2, &task, perk_lower_write);
+}
+
+static void choose_operands(perk_lowering *l, const perk_op *op, const linear_form *form, perk_stage *stage) {
+    stage->operands[IN] = perk_lower_tensor(l, form->x, PERK_LAYOUT_ROWS);
+    stage->operands[OUT] = perk_lower_tensor(l, form->out, PERK_LAYOUT_ROWS);
+    stage->operands[RESIDUAL] = perk_lower_tensor(l, op->inputs[PERK_IN_RESIDUAL], PERK_LAYOUT_ROWS);
+    stage->operands[BIAS] = perk_lower_tensor(l, op->inputs[PERK_IN_BIAS], PERK_LAYOUT_ROWS);
+    if (form->norm)
+        stage->operands[NORM_WEIGHT] = perk_lower_tensor(l, form->norm->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
+    if (form->out->dtype == PERK_F32) stage->operands[CANDIDATES] = perk_lower_candidates(l, form->out);
+    stage->stream.tensor = perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT],
+                                             form->silu ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
+    if (stage->stream.tensor < 0) return;
+    stage->stream.tile_count = l->plan->tensors[stage->stream.tensor].rows / PERK_TILE_ROWS;
+    stage->stream.blocks_per_tile = l->plan->tensors[stage->stream.tensor].cols / PERK_BLOCK_COLS;
+}
+
+static perk_status linear_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
+    (void)err;
+    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
+    linear_form form = linear_form_of(l, op);
+    bool of_tokens = op->output->row_kind == PERK_ROWS_TOKENS;
+    perk_stage *stage = perk_lower_begin(
+        l, op, "", "chunk = Linear<Rows::%s, %d, %d, %d, %s, Epilogue::%s, %s>::run(worker, task, chunk, %.9ef);",
+        of_tokens ? "tokens" : "logits", perk_lower_rows(l, op->output->row_kind), (int)weight->cols, (int)weight->rows,
+        form.norm ? "true" : "false", form.epilogue, op->inputs[PERK_IN_BIAS] ? "true" : "false",
+        form.norm ? (double)form.norm->eps : 0.0);
+    if (!stage) return l->error.status;
+    choose_operands(l, op, &form, stage);
+    if (l->error.status != PERK_OK) return l->error.status;
+    int workers = l->plan->device.worker_count, tasks = PERK_MIN(workers, stage->stream.tile_count);
+    for (int i = 0; i < tasks; i++) add_tiles(l, stage, (l->rotation + i) % workers, i, workers, form.tile_width);
+    perk_lower_end(l);
+    return l->error.status;
+}
+
+const perk_op_type perk_op_linear = {"linear", linear_reference, linear_lower};

@@ -1,0 +1,316 @@
+/* The engine over the reference executor: requests together answer as they do alone, however prompts are cut and pages
+ * run short; what is wrong is refused and harms nothing. */
+#include "perk/engine.h"
+#include "src/base.h"
+#include "temp.h"
+
+#include <math.h>
+
+#define FOLDER PERK_SOURCE_DIR "/tests/fixtures/checkpoints/single" /* Qwen3, vocabulary 128, 256 positions */
+#define TINY PERK_SOURCE_DIR "/examples/tiny"
+
+enum { VOCAB = 128, REQUESTS = 6, MAX_ANSWER = 64 };
+
+static perk_error err;
+
+/* Weights drawn from a seed give livelier answers than those of the fixture. */
+static perk_engine *open_engine(perk_config config) {
+    perk_engine_options options = {
+        .backend = PERK_BACKEND_REFERENCE, .config = config, .threads = 2, .random_weights = 1, .seed = 5};
+    perk_engine *engine;
+    CHECK_OK(perk_engine_open(&engine, FOLDER, &options, &err));
+    CHECK(perk_engine_vocab_size(engine) == VOCAB);
+    return engine;
+}
+
+/* ---- requests ---- */
+
+typedef struct test_request {
+    int32_t prompt[80], answer[MAX_ANSWER];
+    size_t prompt_length, count;
+    perk_sampling sampling;
+} test_request;
+
+static void make_requests(test_request *requests) {
+    for (int i = 0; i < REQUESTS; i++) {
+        requests[i].prompt_length = (size_t)(1 + i * 13);
+        for (size_t k = 0; k < requests[i].prompt_length; k++)
+            requests[i].prompt[k] = (int32_t)((k * k + 31 * (size_t)i + 3) % VOCAB);
+        requests[i].sampling = (perk_sampling){.max_tokens = 12 + 8 * i, .ignore_eos = 1};
+        if (i % 2) requests[i].sampling.temperature = 0.9f;
+        requests[i].sampling.seed = (uint64_t)i;
+    }
+}
+
+static void answer_alone(test_request *requests, perk_config config) {
+    perk_engine *engine = open_engine(config);
+    for (int i = 0; i < REQUESTS; i++) {
+        perk_request *request;
+        int32_t running = 1;
+        CHECK_OK(perk_engine_submit(engine, requests[i].prompt, requests[i].prompt_length, &requests[i].sampling,
+                                    &request, &err));
+        while (running) CHECK_OK(perk_engine_step(engine, &running, &err));
+        const int32_t *tokens = perk_request_tokens(request, &requests[i].count);
+        CHECK(perk_request_finish(request) == PERK_FINISH_LENGTH);
+        CHECK((int32_t)requests[i].count == requests[i].sampling.max_tokens);
+        memcpy(requests[i].answer, tokens, requests[i].count * sizeof *tokens);
+        perk_request_free(request);
+    }
+    perk_engine_free(engine);
+}
+
+static void check_together(const test_request *requests, perk_config config) {
+    perk_engine *engine = open_engine(config);
+    perk_request *submitted[REQUESTS];
+    int32_t running = 1;
+    for (int i = 0; i < REQUESTS; i++) {
+        CHECK_OK(perk_engine_submit(engine, requests[i].prompt, requests[i].prompt_length, &requests[i].sampling,
+                                    &submitted[i], &err));
+        if (i % 2) CHECK_OK(perk_engine_step(engine, &running, &err)); /* some arrive while others run */
+    }
+    while (running) CHECK_OK(perk_engine_step(engine, &running, &err));
+    for (int i = 0; i < REQUESTS; i++) {
+        size_t count;
+        const int32_t *tokens = perk_request_tokens(submitted[i], &count);
+        CHECK(count == requests[i].count);
+        CHECK(memcmp(tokens, requests[i].answer, count * sizeof *tokens) == 0, "request %d answers otherwise", i);
+    }
+    CHECK_OK(perk_engine_step(engine, &running, &err));
+    CHECK(running == 0);
+    perk_engine_free(engine); /* and the requests with it */
+}
+
+static void test_batches(void) {
+    static test_request requests[REQUESTS];
+    make_requests(requests);
+    answer_alone(requests, (perk_config){.max_num_batched_tokens = 64, .max_seq_length = 160});
+    /* chunks of many sizes, few places, few pages */
+    check_together(requests, (perk_config){.max_num_batched_tokens = 16, .max_seq_length = 160});
+    check_together(requests, (perk_config){.max_num_batched_tokens = 1, .max_seq_length = 160});
+    check_together(requests, (perk_config){.max_num_batched_tokens = 7,
+                                           .max_num_batched_requests = 2,
+                                           .page_size = 16,
+                                           .max_seq_length = 160});
+    check_together(
+        requests,
+        (perk_config){.max_num_batched_tokens = 24, .page_size = 16, .max_num_pages = 10, .max_seq_length = 160});
+    check_together(requests, (perk_config){.max_num_batched_tokens = 9,
+                                           .max_num_logit_rows = 1,
+                                           .page_size = 32,
+                                           .max_num_pages = 6,
+                                           .max_seq_length = 160});
+}
+
+static void test_cancel(void) {
+    perk_engine *engine = open_engine((perk_config){.max_seq_length = 64, .page_size = 16, .max_num_pages = 4});
+    perk_request *first, *second;
+    perk_sampling sampling = {.max_tokens = 30, .ignore_eos = 1};
+    int32_t prompt[] = {1, 2, 3}, running;
+    size_t count;
+    CHECK_OK(perk_engine_submit(engine, prompt, 3, &sampling, &first, &err));
+    CHECK_OK(perk_engine_submit(engine, prompt, 3, &sampling, &second, &err));
+    for (int i = 0; i < 4; i++) CHECK_OK(perk_engine_step(engine, &running, &err));
+    CHECK(running == 2 && perk_request_finish(first) == PERK_FINISH_NONE);
+    perk_request_cancel(first);
+    CHECK(perk_request_finish(first) == PERK_FINISH_CANCELLED);
+    perk_request_tokens(first, &count);
+    CHECK(count == 4);
+    perk_request_free(first);
+    while (running) CHECK_OK(perk_engine_step(engine, &running, &err));
+    perk_request_tokens(second, &count);
+    CHECK(count == 30 && perk_request_finish(second) == PERK_FINISH_LENGTH);
+    perk_engine_free(engine);
+}
+
+/* The answer ends where max_seq_length does. */
+static void test_full_sequence(void) {
+    perk_engine *engine = open_engine((perk_config){.max_seq_length = 32});
+    perk_sampling sampling = {.ignore_eos = 1};
+    perk_generation generation;
+    int32_t prompt[40] = {4, 5, 6};
+    CHECK_OK(perk_engine_generate(engine, prompt, 3, &sampling, NULL, NULL, &generation, &err));
+    CHECK(generation.tokens == 29 && generation.finish == PERK_FINISH_LENGTH && generation.prompt_tokens == 3);
+    CHECK_OK(perk_engine_generate(engine, prompt, 31, &sampling, NULL, NULL, &generation, &err));
+    CHECK(generation.tokens == 1);
+    CHECK_FAILS(perk_engine_generate(engine, prompt, 40, &sampling, NULL, NULL, &generation, &err), PERK_LIMIT, "40");
+    CHECK(strstr(err.message, "32"));
+    perk_engine_free(engine);
+}
+
+/* ---- logits ---- */
+
+static void test_logits(void) {
+    enum { COUNT = 50 };
+    static float whole[COUNT * VOCAB], chunked[COUNT * VOCAB];
+    int32_t ids[COUNT + 1];
+    for (int i = 0; i <= COUNT; i++) ids[i] = (i * i + 7) % VOCAB;
+    perk_engine *engine = open_engine((perk_config){.max_num_batched_tokens = 64, .max_num_logit_rows = 64});
+    CHECK_OK(perk_engine_logits(engine, ids, COUNT, whole, &err));
+    CHECK_OK(perk_engine_logits(engine, ids, 0, NULL, &err));
+    perk_engine_free(engine);
+
+    /* In the middle of a request whose pages are needed: both come out as alone. */
+    engine = open_engine((perk_config){.max_num_batched_tokens = 16,
+                                       .max_num_logit_rows = 3,
+                                       .page_size = 16,
+                                       .max_num_pages = 4,
+                                       .max_seq_length = 50});
+    perk_sampling sampling = {.max_tokens = 9, .ignore_eos = 1};
+    perk_request *request;
+    int32_t running = 1;
+    CHECK_OK(perk_engine_submit(engine, ids, 20, &sampling, &request, &err));
+    for (int i = 0; i < 5; i++) CHECK_OK(perk_engine_step(engine, &running, &err));
+    CHECK_OK(perk_engine_logits(engine, ids, COUNT, chunked, &err));
+    CHECK(memcmp(whole, chunked, sizeof whole) == 0, "chunks change the logits");
+    while (running) CHECK_OK(perk_engine_step(engine, &running, &err));
+
+    /* Greedy tokens are the largest logits of the text that they make. */
+    size_t count;
+    const int32_t *tokens = perk_request_tokens(request, &count);
+    memcpy(ids + 20, tokens, count * sizeof *tokens);
+    CHECK_OK(perk_engine_logits(engine, ids, 20 + count, chunked, &err));
+    for (size_t i = 0; i < count; i++) {
+        const float *row = chunked + (19 + i) * VOCAB;
+        for (int k = 0; k < VOCAB; k++) CHECK(row[k] <= row[tokens[i]]);
+    }
+    CHECK_FAILS(perk_engine_logits(engine, ids, 51, chunked, &err), PERK_LIMIT, "max_seq_length 50");
+    ids[1] = VOCAB;
+    CHECK_FAILS(perk_engine_logits(engine, ids, 2, chunked, &err), PERK_INVALID_ARGUMENT, "vocabulary");
+    perk_engine_free(engine);
+}
+
+/* ---- opening ---- */
+
+static void test_opening(void) {
+    perk_engine *engine;
+    perk_engine_options options = {.backend = PERK_BACKEND_GPU};
+    setenv("PERK_LIBCUDA", "/nonexistent/libcuda.so.1", 1);
+    CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_NO_DRIVER, "");
+    CHECK(engine == NULL);
+    CHECK_OK(perk_engine_open(&engine, FOLDER, NULL, &err)); /* auto: falls back */
+    CHECK(perk_engine_report(engine)->backend == PERK_BACKEND_REFERENCE);
+    CHECK(perk_engine_report(engine)->total_ms > 0 && perk_engine_report(engine)->weights_bytes > 0);
+    CHECK(perk_engine_tokenizer(engine) == NULL && perk_engine_config(engine)->max_seq_length == 256);
+    CHECK_FAILS(perk_engine_generate_text(engine, "Hello", NULL, NULL, NULL, NULL, &err), PERK_NOT_FOUND, "tokenizer");
+    perk_engine_free(engine);
+    perk_engine_free(NULL);
+
+    options = (perk_engine_options){.backend = PERK_BACKEND_REFERENCE};
+    CHECK_FAILS(perk_engine_open(&engine, NULL, &options, &err), PERK_INVALID_ARGUMENT, "folder");
+    CHECK_FAILS(perk_engine_open(&engine, "/nonexistent", &options, &err), PERK_NOT_FOUND, "/nonexistent");
+    options.config = (perk_config){.max_num_pages = 3, .max_seq_length = 200};
+    CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_LIMIT, "max_num_pages to 4");
+    options.config.max_seq_length = 0; /* not asked for: what three pages of 64 hold */
+    CHECK_OK(perk_engine_open(&engine, FOLDER, &options, &err));
+    CHECK(perk_engine_config(engine)->max_seq_length == 192);
+    perk_engine_free(engine);
+    options.config = (perk_config){.page_size = 17};
+    CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "page_size");
+    options = (perk_engine_options){.backend = (perk_backend)9};
+    CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "backend");
+    options = (perk_engine_options){.precision = 3};
+    CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "precision");
+    options = (perk_engine_options){.threads = -1};
+    CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "threads");
+}
+
+/* ---- a failed step ---- */
+
+static void copy_file(const temp_folder *folder, const char *name, size_t spoil_from) {
+    char *data;
+    size_t size;
+    char path[1024];
+    snprintf(path, sizeof path, FOLDER "/%s", name);
+    CHECK_OK(perk_read_file(path, 1 << 24, &data, &size, &err));
+    if (spoil_from < size) memset(data + spoil_from, 0xff, size - spoil_from);
+    temp_write(folder, name, data, size);
+    free(data);
+}
+
+/* Weights that are all NaN: nothing can be sampled, and the engine stays closed with that reason. */
+static void test_failed_step(void) {
+    temp_folder folder = temp_make();
+    char *data;
+    size_t size;
+    uint64_t header;
+    CHECK_OK(perk_read_file(FOLDER "/model.safetensors", 1 << 24, &data, &size, &err));
+    memcpy(&header, data, 8);
+    free(data);
+    copy_file(&folder, "config.json", SIZE_MAX);
+    copy_file(&folder, "model.safetensors", 8 + (size_t)header);
+    perk_engine_options options = {.backend = PERK_BACKEND_REFERENCE};
+    perk_engine *engine;
+    perk_request *request;
+    perk_sampling sampling = {.temperature = 1};
+    int32_t prompt[] = {1, 2}, running;
+    float logits[2 * VOCAB];
+    CHECK_OK(perk_engine_open(&engine, folder.path, &options, &err));
+    CHECK_OK(perk_engine_submit(engine, prompt, 2, &sampling, &request, &err));
+    CHECK_FAILS(perk_engine_step(engine, &running, &err), PERK_INTERNAL, "not finite");
+    CHECK_FAILS(perk_engine_step(engine, &running, &err), PERK_INTERNAL, "not finite");
+    CHECK_FAILS(perk_engine_submit(engine, prompt, 2, &sampling, &request, &err), PERK_INTERNAL, "not finite");
+    CHECK_FAILS(perk_engine_logits(engine, prompt, 2, logits, &err), PERK_INTERNAL, "not finite");
+    CHECK_FAILS(perk_engine_generate(engine, prompt, 2, NULL, NULL, NULL, NULL, &err), PERK_INTERNAL, "not finite");
+    perk_engine_free(engine);
+    temp_remove(&folder);
+}
+
+/* ---- text ---- */
+
+typedef struct heard {
+    perk_buffer text;
+    int32_t tokens[256];
+    size_t count, stop_after;
+} heard;
+
+static int hear(void *user, int32_t token, const char *text, size_t size) {
+    heard *all = user;
+    CHECK(text && text[size] == '\0' && all->count < 256);
+    perk_buffer_append(&all->text, text, size);
+    all->tokens[all->count++] = token;
+    return all->stop_after && all->count == all->stop_after;
+}
+
+static void test_text(void) {
+    perk_engine_options options = {.backend = PERK_BACKEND_REFERENCE};
+    perk_engine *engine;
+    if (access(TINY "/model.safetensors", R_OK) != 0) {
+        fprintf(stderr, "examples/tiny is not there: text generation is not tested\n");
+        return;
+    }
+    CHECK_OK(perk_engine_open(&engine, TINY, &options, &err));
+    const perk_tokenizer *tokenizer = perk_engine_tokenizer(engine);
+    CHECK(tokenizer);
+    for (uint64_t seed = 0; seed < 6; seed++) {
+        /* Hot sampling makes all kinds of bytes: the pieces must add up to the text of the whole. */
+        perk_sampling sampling = {.temperature = seed ? 1.0f + (float)seed : 0, .seed = seed, .max_tokens = 60};
+        perk_generation generation;
+        heard all = {.stop_after = seed == 5 ? 7 : 0};
+        CHECK_OK(perk_engine_generate_text(engine, "Once upon a time", &sampling, hear, &all, &generation, &err));
+        CHECK(generation.tokens == (int32_t)all.count && generation.prompt_tokens > 0);
+        CHECK(generation.finish == (seed == 5                 ? PERK_FINISH_CANCELLED
+                                    : generation.tokens == 60 ? PERK_FINISH_LENGTH
+                                                              : PERK_FINISH_STOP));
+        char *text;
+        size_t size;
+        CHECK_OK(perk_tokenizer_decode(tokenizer, all.tokens, all.count, 1, &text, &size, &err));
+        if (seed < 5) CHECK(all.text.size == size && memcmp(all.text.data, text, size) == 0, "%s", text);
+        if (seed == 5) CHECK(all.count == 7);
+        free(text);
+        perk_buffer_free(&all.text);
+    }
+    CHECK_FAILS(perk_engine_generate_text(engine, "", NULL, NULL, NULL, NULL, &err), PERK_INVALID_ARGUMENT, "empty");
+    CHECK_FAILS(perk_engine_generate_text(engine, NULL, NULL, NULL, NULL, NULL, &err), PERK_INVALID_ARGUMENT, "prompt");
+    perk_engine_free(engine);
+}
+
+int main(void) {
+    test_batches();
+    test_cancel();
+    test_full_sequence();
+    test_logits();
+    test_opening();
+    test_failed_step();
+    test_text();
+    return 0;
+}

@@ -1,0 +1,319 @@
+/* The scheduler over a fake model whose next token is a hash of everything that its KV pages hold: a page that is lost,
+ * shared or stale, a token in the wrong place, or a chunk out of order changes the answer. */
+#include "sampler.h"
+#include "scheduler.h"
+#include "test.h"
+
+enum { VOCAB = 40, EOS = 7 };
+
+static perk_error err;
+
+/* ---- random numbers ---- */
+
+typedef struct random_draws {
+    uint64_t seed, place;
+} random_draws;
+
+static int roll(random_draws *dice, int low, int high) {
+    return low + (int)(perk_uniform(dice->seed, dice->place++) * (high - low + 1));
+}
+
+/* ---- the fake model ---- */
+
+static uint64_t extend(uint64_t hash, int32_t token) {
+    return (hash ^ (uint64_t)(token + 1)) * UINT64_C(0x100000001b3);
+}
+
+static void hash_logits(uint64_t hash, float *logits) {
+    for (int i = 0; i < VOCAB; i++) logits[i] = (float)(perk_uniform(hash, (uint64_t)i) * 8 - 4);
+}
+
+static int32_t largest(const float *logits) {
+    int32_t best = 0;
+    for (int32_t i = 1; i < VOCAB; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+typedef struct fake_executor {
+    perk_config config;
+    int32_t *cells; /* [pages][page_size] the token in each position; what a real cache would hold */
+    float *logits;
+    int32_t *argmax;
+} fake_executor;
+
+static void fake_open(fake_executor *fake, const perk_config *config) {
+    fake->config = *config;
+    fake->cells = calloc((size_t)config->max_num_pages * (size_t)config->page_size, sizeof *fake->cells);
+    fake->logits = calloc((size_t)config->max_num_logit_rows * VOCAB, sizeof *fake->logits);
+    fake->argmax = calloc((size_t)config->max_num_logit_rows, sizeof *fake->argmax);
+    CHECK(fake->cells && fake->logits && fake->argmax);
+}
+
+static void fake_close(fake_executor *fake) {
+    free(fake->cells);
+    free(fake->logits);
+    free(fake->argmax);
+}
+
+static int32_t *cell(fake_executor *fake, const perk_batch *batch, int32_t request, int32_t position) {
+    int32_t size = fake->config.page_size;
+    int32_t page = batch->page_table[request * batch->pages_per_request + position / size];
+    CHECK(page >= 0 && page < fake->config.max_num_pages);
+    return &fake->cells[page * size + position % size];
+}
+
+static void fake_step(fake_executor *fake, const perk_batch *batch, bool want_logits, perk_step_result *result) {
+    for (int32_t t = 0; t < batch->num_tokens; t++)
+        *cell(fake, batch, batch->token_request[t], batch->positions[t]) = batch->token_ids[t];
+    for (int32_t row = 0; row < batch->num_logit_rows; row++) {
+        int32_t t = batch->logit_rows[row], request = batch->token_request[t];
+        CHECK(batch->positions[t] + 1 == batch->kv_length[request]);
+        uint64_t hash = 1;
+        for (int32_t p = 0; p <= batch->positions[t]; p++) hash = extend(hash, *cell(fake, batch, request, p));
+        hash_logits(hash, fake->logits + row * VOCAB);
+        fake->argmax[row] = largest(fake->logits + row * VOCAB);
+    }
+    *result = (perk_step_result){.argmax = fake->argmax, .logits = want_logits ? fake->logits : NULL};
+}
+
+/* What a request must answer, computed alone. */
+static int32_t expected_answer(const perk_config *config, const int32_t *prompt, int32_t length,
+                               const perk_sampling *sampling, int32_t *answer, perk_finish *finish) {
+    float logits[VOCAB];
+    perk_sampler *sampler;
+    int32_t count = 0, room = config->max_seq_length - length;
+    if (sampling->max_tokens && sampling->max_tokens < room) room = sampling->max_tokens;
+    uint64_t hash = 1;
+    CHECK_OK(perk_sampler_create(&sampler, VOCAB, &err));
+    for (int32_t i = 0; i < length; i++) hash = extend(hash, prompt[i]);
+    *finish = PERK_FINISH_LENGTH;
+    while (count < room) {
+        hash_logits(hash, logits);
+        CHECK_OK(perk_sampler_pick(sampler, logits, sampling, (uint64_t)count, &answer[count], &err));
+        hash = extend(hash, answer[count]);
+        if (answer[count++] != EOS || sampling->ignore_eos) continue;
+        *finish = PERK_FINISH_STOP;
+        break;
+    }
+    perk_sampler_free(sampler);
+    return count;
+}
+
+/* ---- one run: random arrivals, cancellations, a checked step, until all is done ---- */
+
+/* Every page is free or in exactly one request. */
+static void check_pages(const perk_scheduler *scheduler, const perk_config *config) {
+    char *owners = calloc((size_t)config->max_num_pages, 1);
+    CHECK(owners);
+    int32_t taken = 0;
+    bool waiting = false;
+    for (const perk_request *request = perk_scheduler_first(scheduler); request; request = request->next) {
+        CHECK(request->page_count * config->page_size >= request->cached);
+        CHECK(!waiting || request->page_count == 0, "a request with pages stands behind one without");
+        waiting = request->page_count == 0;
+        for (int32_t i = 0; i < request->page_count; i++, taken++)
+            CHECK(++owners[request->pages[i]] == 1, "page %d is owned twice", request->pages[i]);
+    }
+    CHECK(taken + perk_pages_available(perk_scheduler_pages(scheduler)) == config->max_num_pages, "pages were lost");
+    free(owners);
+}
+
+typedef struct test_job {
+    perk_request *request;
+    int32_t prompt[64], prompt_length;
+    perk_sampling sampling;
+    bool cancelled, checked;
+} test_job;
+
+static void submit(perk_scheduler *scheduler, const perk_config *config, random_draws *dice, test_job *job) {
+    job->prompt_length = roll(dice, 1, PERK_MIN(60, config->max_seq_length - 1));
+    for (int32_t i = 0; i < job->prompt_length; i++) job->prompt[i] = roll(dice, 0, VOCAB - 1);
+    job->sampling.max_tokens = roll(dice, 0, 1) ? roll(dice, 1, 30) : 0;
+    job->sampling.ignore_eos = roll(dice, 0, 1);
+    if (roll(dice, 0, 2) == 0) {
+        job->sampling.temperature = 0.8f;
+        job->sampling.top_k = roll(dice, 0, 10);
+        job->sampling.seed = (uint64_t)roll(dice, 0, 5);
+    }
+    CHECK_OK(
+        perk_scheduler_submit(scheduler, job->prompt, (size_t)job->prompt_length, &job->sampling, &job->request, &err));
+}
+
+static void check_answer(const perk_config *config, test_job *job) {
+    int32_t answer[512];
+    perk_finish finish;
+    size_t count;
+    const int32_t *tokens = perk_request_tokens(job->request, &count);
+    int32_t expected = expected_answer(config, job->prompt, job->prompt_length, &job->sampling, answer, &finish);
+    if (job->cancelled)
+        CHECK(perk_request_finish(job->request) == PERK_FINISH_CANCELLED && (int32_t)count <= expected);
+    else
+        CHECK(perk_request_finish(job->request) == finish && (int32_t)count == expected, "%d tokens, finish %d",
+              (int)count, (int)perk_request_finish(job->request));
+    CHECK(memcmp(tokens, answer, count * sizeof *tokens) == 0, "wrong tokens");
+    job->checked = true;
+}
+
+static void one_step(perk_scheduler *scheduler, fake_executor *fake, perk_batch *batch) {
+    bool want_logits;
+    perk_step_result result;
+    CHECK_OK(perk_scheduler_fill(scheduler, batch, &want_logits, &err));
+    CHECK(batch->num_tokens > 0 || perk_scheduler_unfinished(scheduler) == 0);
+    check_pages(scheduler, &fake->config);
+    if (batch->num_tokens == 0) return;
+    fake_step(fake, batch, want_logits, &result);
+    CHECK_OK(perk_scheduler_commit(scheduler, &result, &err));
+    check_pages(scheduler, &fake->config);
+}
+
+static void run_random(uint64_t seed) {
+    enum { JOBS = 24, EOS_COUNT = 1 };
+    random_draws dice = {.seed = seed};
+    int32_t eos = EOS;
+    perk_config config = {.page_size = 16};
+    config.max_num_batched_tokens = roll(&dice, 1, 20);
+    config.max_num_batched_requests = roll(&dice, 1, PERK_MIN(6, config.max_num_batched_tokens));
+    config.max_num_logit_rows = roll(&dice, 1, config.max_num_batched_requests);
+    config.max_seq_length = roll(&dice, 2, 120);
+    int32_t each = (config.max_seq_length + 15) / 16;
+    config.max_num_pages = each + roll(&dice, 0, each * 3);
+
+    perk_scheduler *scheduler;
+    perk_batch *batch;
+    fake_executor fake;
+    fake_open(&fake, &config);
+    CHECK_OK(perk_batch_create(&batch, &config, &err));
+    CHECK_OK(perk_scheduler_create(&scheduler, &config, VOCAB, &eos, EOS_COUNT, &err));
+    test_job jobs[JOBS] = {{0}};
+    int submitted = 0, steps = 0;
+    while (submitted < JOBS || perk_scheduler_unfinished(scheduler) > 0) {
+        while (submitted < JOBS && roll(&dice, 0, 3) == 0) submit(scheduler, &config, &dice, &jobs[submitted++]);
+        test_job *victim = submitted ? &jobs[roll(&dice, 0, submitted - 1)] : NULL;
+        if (victim && !victim->checked && roll(&dice, 0, 60) == 0) {
+            victim->cancelled = perk_request_finish(victim->request) == PERK_FINISH_NONE;
+            perk_request_cancel(victim->request);
+        }
+        if (roll(&dice, 0, 40) == 0) { /* somebody borrows pages for a moment */
+            int32_t pages[512], count = roll(&dice, 0, config.max_num_pages);
+            CHECK(perk_scheduler_borrow(scheduler, count, pages));
+            perk_scheduler_return(scheduler, pages, count);
+        }
+        one_step(scheduler, &fake, batch);
+        CHECK(++steps < 100000, "no end");
+        for (int i = 0; i < submitted; i++) {
+            if (jobs[i].checked || perk_request_finish(jobs[i].request) == PERK_FINISH_NONE) continue;
+            check_answer(&config, &jobs[i]);
+            if (roll(&dice, 0, 1)) perk_request_free(jobs[i].request); /* the others go with the scheduler */
+        }
+    }
+    CHECK(perk_pages_available(perk_scheduler_pages(scheduler)) == config.max_num_pages);
+    perk_scheduler_free(scheduler);
+    perk_batch_free(batch);
+    fake_close(&fake);
+}
+
+/* ---- particular cases ---- */
+
+static void test_pages(void) {
+    perk_pages *pages;
+    int32_t list[8];
+    CHECK_OK(perk_pages_create(&pages, 5, &err));
+    CHECK(!perk_pages_take(pages, 6, list) && perk_pages_available(pages) == 5);
+    CHECK(!perk_pages_take(pages, -1, list));
+    CHECK(perk_pages_take(pages, 5, list) && perk_pages_available(pages) == 0);
+    CHECK(perk_pages_give(pages, list, 2) && perk_pages_available(pages) == 2);
+    CHECK(!perk_pages_give(pages, list, 3), "two of these are free already");
+    CHECK(perk_pages_available(pages) == 3);
+    int32_t wrong[] = {-1, 5};
+    CHECK(!perk_pages_give(pages, wrong, 2) && perk_pages_available(pages) == 3);
+    perk_pages_free(pages);
+    CHECK_FAILS(perk_pages_create(&pages, 0, &err), PERK_INVALID_ARGUMENT, "at least 1");
+}
+
+static void test_bad_requests(perk_scheduler *scheduler) {
+    perk_request *request;
+    int32_t prompt[70] = {0};
+    CHECK_FAILS(perk_scheduler_submit(scheduler, prompt, 0, NULL, &request, &err), PERK_INVALID_ARGUMENT, "empty");
+    CHECK_FAILS(perk_scheduler_submit(scheduler, NULL, 3, NULL, &request, &err), PERK_INVALID_ARGUMENT, "empty");
+    CHECK_FAILS(perk_scheduler_submit(scheduler, prompt, 65, NULL, &request, &err), PERK_LIMIT, "65");
+    CHECK_FAILS(perk_scheduler_submit(scheduler, prompt, 64, NULL, &request, &err), PERK_LIMIT, "max_seq_length 64");
+    prompt[3] = VOCAB;
+    CHECK_FAILS(perk_scheduler_submit(scheduler, prompt, 9, NULL, &request, &err), PERK_INVALID_ARGUMENT, "token 3");
+    prompt[3] = -1;
+    CHECK_FAILS(perk_scheduler_submit(scheduler, prompt, 9, NULL, &request, &err), PERK_INVALID_ARGUMENT, "id -1");
+    perk_sampling bad = {.top_p = 2};
+    CHECK_FAILS(perk_scheduler_submit(scheduler, prompt, 2, &bad, &request, &err), PERK_INVALID_ARGUMENT, "top_p");
+    CHECK(request == NULL && perk_scheduler_unfinished(scheduler) == 0);
+}
+
+/* Two requests that fit together only while they are short: the newer one is set back, and nobody notices. */
+static void test_set_back(void) {
+    perk_config config = {.max_num_batched_tokens = 8,
+                          .max_num_batched_requests = 2,
+                          .max_num_logit_rows = 2,
+                          .page_size = 16,
+                          .max_num_pages = 4,
+                          .max_seq_length = 64};
+    perk_scheduler *scheduler;
+    perk_batch *batch;
+    perk_request *older, *newer;
+    fake_executor fake;
+    fake_open(&fake, &config);
+    CHECK_OK(perk_batch_create(&batch, &config, &err));
+    CHECK_OK(perk_scheduler_create(&scheduler, &config, VOCAB, NULL, 0, &err));
+    test_bad_requests(scheduler);
+    int32_t prompt[5] = {1, 2, 3, 4, 5};
+    CHECK_OK(perk_scheduler_submit(scheduler, prompt, 5, NULL, &older, &err));
+    CHECK_OK(perk_scheduler_submit(scheduler, prompt, 4, NULL, &newer, &err));
+    bool was_running = false, was_set_back = false;
+    while (perk_scheduler_unfinished(scheduler) > 0) {
+        one_step(scheduler, &fake, batch);
+        if (newer->page_count) was_running = true;
+        if (was_running && newer->finish == PERK_FINISH_NONE && newer->page_count == 0) was_set_back = true;
+    }
+    CHECK(was_set_back, "the pool was too large for this test");
+    test_job jobs[2] = {{.request = older, .prompt_length = 5}, {.request = newer, .prompt_length = 4}};
+    for (int i = 0; i < 2; i++) {
+        memcpy(jobs[i].prompt, prompt, sizeof prompt);
+        jobs[i].sampling.ignore_eos = 1; /* this scheduler knows no end token */
+        check_answer(&config, &jobs[i]);
+    }
+    perk_scheduler_free(scheduler);
+    perk_batch_free(batch);
+    fake_close(&fake);
+}
+
+/* What an executor must not give: the scheduler refuses it. */
+static void test_bad_results(void) {
+    perk_config config = {.max_num_batched_tokens = 4,
+                          .max_num_batched_requests = 1,
+                          .max_num_logit_rows = 1,
+                          .page_size = 16,
+                          .max_num_pages = 1,
+                          .max_seq_length = 16};
+    perk_scheduler *scheduler;
+    perk_batch *batch;
+    perk_request *request;
+    int32_t prompt[] = {1}, argmax = VOCAB;
+    bool want_logits;
+    CHECK_OK(perk_batch_create(&batch, &config, &err));
+    CHECK_OK(perk_scheduler_create(&scheduler, &config, VOCAB, NULL, 0, &err));
+    CHECK_OK(perk_scheduler_submit(scheduler, prompt, 1, NULL, &request, &err));
+    CHECK_OK(perk_scheduler_fill(scheduler, batch, &want_logits, &err));
+    CHECK_FAILS(perk_scheduler_commit(scheduler, &(perk_step_result){.argmax = &argmax}, &err), PERK_INTERNAL,
+                "outside");
+    CHECK_FAILS(perk_scheduler_commit(scheduler, &(perk_step_result){0}, &err), PERK_INTERNAL, "no logits");
+    perk_scheduler_free(scheduler);
+    perk_batch_free(batch);
+}
+
+int main(void) {
+    test_pages();
+    test_set_back();
+    test_bad_results();
+    const char *runs = getenv("PERK_TEST_RUNS");
+    uint64_t count = runs ? strtoull(runs, NULL, 10) : 300;
+    for (uint64_t seed = 0; seed < count; seed++) run_random(seed);
+    return 0;
+}
