@@ -1,6 +1,6 @@
 /* What the host and the kernel agree on: task records, kernel arguments, the step's batch, the packed weight layout,
- * the hang report. C and device C++ both compile this file, so sizes cannot drift. No includes: NVRTC has no headers;
- * the host includes <stdint.h> first.
+ * the hang report. C and device C++ both compile this file, so sizes cannot drift. NVRTC has no headers of its own, hence
+ * the types.
  */
 #ifndef PERK_ABI_H
 #define PERK_ABI_H
@@ -11,6 +11,8 @@ typedef unsigned short uint16_t;
 typedef int int32_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
+#else
+#include <stdint.h>
 #endif
 
 /* ---- the block: 8 warps compute, one streams weights ---- */

@@ -1,15 +1,11 @@
 #include "planning.h"
 
-#include "models/models.h"
-#include "src/config.h"
 #include "src/device.h"
-
-#include <sys/stat.h>
 
 void perk_cli_add_planning(perk_cli_options *options, perk_cli_planning *planning) {
     perk_config *config = &planning->config;
     const perk_cli_option items[] = {
-        PERK_CLI_OPTION_TEXT("model", &planning->model, "DIR", "a model folder, or a config.json alone"),
+        PERK_CLI_OPTION_TEXT("model", &planning->path, "DIR", "a model folder, or a config.json alone"),
         PERK_CLI_OPTION_TEXT("arch", &planning->arch, "ARCH", "sm_80, sm_90a (the default), sm_120a, ..."),
         PERK_CLI_OPTION_INT("workers", &planning->workers, "N", "multiprocessors; 0: the usual device's", 0, 65536),
         PERK_CLI_OPTION_BYTES("shared-memory", &planning->shared_memory, "that a block may have"),
@@ -27,47 +23,6 @@ void perk_cli_add_planning(perk_cli_options *options, perk_cli_planning *plannin
     perk_cli_add(options, items, (int)PERK_COUNT(items));
 }
 
-/* ---- the graph ---- */
-
-static const perk_model_family families[] = {
-#define PERK_MODEL(architecture, build) {architecture, build},
-#include "models/models.def"
-#undef PERK_MODEL
-};
-
-/* The config alone: no weights are needed to plan, and those that a folder has are not looked at. */
-static perk_status open_config(perk_cli_planning *planning, perk_error *err) {
-    struct stat info;
-    bool folder = stat(planning->model, &info) == 0 && S_ISDIR(info.st_mode);
-    char *path = folder ? perk_format("%s/config.json", planning->model) : perk_strdup(planning->model);
-    if (!path) return perk_fail_memory(err, "a path");
-    perk_status status = perk_checkpoint_open(&planning->checkpoint, path, err);
-    free(path);
-    return status;
-}
-
-static perk_status make_graph(perk_cli_planning *planning, int32_t *max_positions, perk_error *err) {
-    perk_status status = open_config(planning, err);
-    if (status) return status;
-    const json_t *config = perk_checkpoint_config(planning->checkpoint);
-    const char *name = json_string_value(json_array_get(perk_config_get(config, "architectures"), 0));
-    const perk_model_family *family = NULL;
-    for (size_t i = 0; name && i < PERK_COUNT(families); i++)
-        if (strcmp(families[i].architecture, name) == 0) family = &families[i];
-    if (!family)
-        return perk_fail(err, PERK_UNSUPPORTED, "%s: architecture \"%.60s\" is not supported", planning->model,
-                         name ? name : "");
-    int64_t positions;
-    status = perk_config_i64(config, "max_position_embeddings", 32768, 1, INT32_MAX, &positions, err);
-    if (!status) status = perk_graph_create(&planning->graph, family->architecture, err);
-    if (status) return status;
-    *max_positions = (int32_t)positions;
-    family->build(planning->graph, config);
-    return perk_graph_check(planning->graph, err);
-}
-
-/* ---- the plan ---- */
-
 static perk_status describe_device(const perk_cli_planning *planning, perk_device_desc *device, perk_error *err) {
     perk_status status = perk_device_describe_arch(planning->arch ? planning->arch : "sm_90a", device, err);
     if (status) return status;
@@ -80,23 +35,20 @@ static perk_status describe_device(const perk_cli_planning *planning, perk_devic
 perk_status perk_cli_make_plan(perk_cli_planning *planning, perk_error *err) {
     double start = perk_now();
     perk_device_desc device = {0};
-    int32_t max_positions = 0;
     perk_status status = describe_device(planning, &device, err);
-    if (!status) status = make_graph(planning, &max_positions, err);
-    if (!status) status = perk_config_resolve(&planning->config, max_positions, err);
+    if (!status) status = perk_model_describe(&planning->model, planning->path, err);
+    if (!status) status = perk_config_resolve(&planning->config, planning->model->max_positions, err);
     if (status) return status;
     double graph_done = perk_now();
     planning->graph_ms = (graph_done - start) * 1e3;
-    status = perk_plan_create(&planning->plan, planning->graph, &device, &planning->config, err);
+    status = perk_plan_create(&planning->plan, planning->model->graph, &device, &planning->config, err);
     planning->plan_ms = (perk_now() - graph_done) * 1e3;
     return status;
 }
 
 void perk_cli_planning_free(perk_cli_planning *planning) {
     perk_plan_free(planning->plan);
-    perk_graph_free(planning->graph);
-    perk_checkpoint_free(planning->checkpoint);
+    perk_model_free(planning->model);
     planning->plan = NULL;
-    planning->graph = NULL;
-    planning->checkpoint = NULL;
+    planning->model = NULL;
 }

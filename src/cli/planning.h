@@ -4,18 +4,17 @@
 
 #include "cli.h"
 
-#include "src/checkpoint.h"
+#include "src/model.h"
 #include "src/plan.h"
 
 typedef struct perk_cli_planning {
-    const char *model, *arch;
-    int32_t workers;        /* 0: of the architecture's usual device */
-    uint64_t shared_memory; /* bytes a block; 0: the same */
+    const char *path, *arch; /* of the model; of the device */
+    int32_t workers;         /* 0: of the architecture's usual device */
+    uint64_t shared_memory;  /* bytes a block; 0: the same */
     int portable, json;
     perk_config config;
 
-    perk_checkpoint *checkpoint; /* of which only the config is read */
-    perk_graph *graph;
+    perk_model *model; /* without weights */
     perk_plan *plan;
     double graph_ms, plan_ms;
 } perk_cli_planning;

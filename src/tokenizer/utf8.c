@@ -43,6 +43,7 @@ bool perk_utf8_valid(const char *text, size_t size) {
 }
 
 size_t perk_utf8_repair(const char *text, size_t size, bool final, perk_buffer *out) {
+    if (size == 0) text = ""; /* it may be NULL, to which nothing may be added, not even 0 */
     size_t copied = 0, i = 0;
     while (i < size) {
         size_t length = 1;

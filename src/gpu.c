@@ -1,0 +1,393 @@
+/* The GPU executor: plan -> check -> program -> memory -> weights, then one launch a step. */
+#include "gpu_state.h"
+
+#include <stdio.h>
+
+#include "float.h"
+
+static perk_gpu *gpu_of(perk_executor *self) { return (perk_gpu *)self; }
+
+/* ---- making it ---- */
+
+static perk_status open_device(perk_gpu *gpu, const perk_gpu_options *options, perk_error *err) {
+    perk_status status = perk_driver_open(&gpu->driver, err);
+    if (status != PERK_OK) return status;
+    const perk_driver *driver = gpu->driver;
+    status = perk_driver_device_info(driver, options->device, &gpu->info, err);
+    if (status != PERK_OK) return status;
+    if (!gpu->info.cooperative_launch)
+        return perk_fail(err, PERK_UNSUPPORTED, "%s cannot launch cooperative kernels", gpu->info.name);
+    status = perk_driver_check(driver, driver->cuDevicePrimaryCtxRetain(&gpu->context, gpu->info.device), err,
+                               "opening %s", gpu->info.name);
+    if (status != PERK_OK) return status;
+    gpu->context_retained = true;
+    status = perk_driver_check(driver, driver->cuCtxSetCurrent(gpu->context), err, "using %s", gpu->info.name);
+    if (status != PERK_OK) return status;
+    return perk_driver_check(driver, driver->cuStreamCreate(&gpu->stream, CU_STREAM_NON_BLOCKING), err, "making a stream");
+}
+
+static perk_status make_plan(perk_gpu *gpu, const perk_graph *graph, const perk_gpu_options *options,
+                             perk_start_report *report, perk_error *err) {
+    perk_device_desc device;
+    double begin = perk_now();
+    perk_status status = perk_device_describe(&gpu->info, &device, err);
+    if (status != PERK_OK) return status;
+    if (options->portable) perk_device_make_portable(&device);
+    status = perk_plan_create(&gpu->plan, graph, &device, &gpu->config, err);
+    report->plan_ms = (perk_now() - begin) * 1e3;
+    if (status != PERK_OK || options->unchecked) return status;
+    begin = perk_now();
+    status = perk_plan_check(gpu->plan, err);
+    report->check_ms = (perk_now() - begin) * 1e3;
+    return status;
+}
+
+static perk_status load_module(perk_gpu *gpu, perk_error *err) {
+    const perk_driver *driver = gpu->driver;
+    CUresult result = driver->cuModuleLoadData(&gpu->module, gpu->program.cubin);
+    if (result == CUDA_SUCCESS) result = driver->cuModuleGetFunction(&gpu->kernel, gpu->module, PERK_KERNEL_NAME);
+    if (result == CUDA_SUCCESS)
+        result = driver->cuFuncSetAttribute(gpu->kernel, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, gpu->plan->shared_bytes);
+    perk_status status = perk_driver_check(driver, result, err, "loading the program");
+    if (status != PERK_OK) return status;
+    int blocks = 0;
+    result = driver->cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, gpu->kernel, PERK_BLOCK_THREADS,
+                                                                 (size_t)gpu->plan->shared_bytes);
+    status = perk_driver_check(driver, result, err, "asking for the program's occupancy");
+    if (status == PERK_OK && blocks < 1)
+        status = perk_fail(err, PERK_INTERNAL, "the program (%d registers, %d bytes of shared memory) does not fit an SM of %s",
+                           (int)gpu->program.kernel.registers, gpu->plan->shared_bytes, gpu->info.name);
+    return status;
+}
+
+static perk_status build_program(perk_gpu *gpu, const perk_gpu_options *options, perk_cache *cache,
+                                 perk_start_report *report, perk_error *err) {
+    const perk_program_options build = {.cache = cache, .driver_version = gpu->driver->version, .log = &options->log};
+    perk_status status = perk_program_build(gpu->plan, &build, &gpu->program, err);
+    if (status != PERK_OK) return status;
+    double begin = perk_now();
+    status = load_module(gpu, err);
+    report->module_ms = (perk_now() - begin) * 1e3;
+    report->emit_ms = gpu->program.emit_ms + gpu->program.lookup_ms;
+    report->compile_ms = gpu->program.compile_ms;
+    report->cache_hit = gpu->program.cache_hit;
+    report->registers = (int32_t)gpu->program.kernel.registers;
+    report->spill_bytes = (int32_t)gpu->program.spill_bytes;
+    report->shared_bytes = gpu->plan->shared_bytes;
+    report->cubin_bytes = (int32_t)gpu->program.cubin_size;
+    return status;
+}
+
+static int plan_tensor_of(const perk_plan *plan, const perk_tensor *tensor) {
+    for (int i = 0; i < plan->tensor_count && tensor; i++)
+        if (plan->tensors[i].graph_tensor == tensor->index && plan->tensors[i].space == PERK_SPACE_ACTIVATIONS) return i;
+    return -1;
+}
+
+/* The results that a step brings back: the last argmax, and its logits; or the last fp32 output. */
+static void find_results(perk_gpu *gpu) {
+    const perk_graph *graph = gpu->plan->graph;
+    gpu->argmax_tensor = gpu->logits_tensor = -1;
+    for (int i = 0; i < graph->op_count; i++) {
+        const perk_tensor *out = graph->ops[i]->output;
+        if (out->dtype == PERK_I32) gpu->argmax_tensor = plan_tensor_of(gpu->plan, out);
+        if (out->dtype == PERK_F32) gpu->logits_tensor = plan_tensor_of(gpu->plan, out);
+    }
+}
+
+static perk_status pin(perk_gpu *gpu, void **out, size_t bytes, unsigned flags, const char *what, perk_error *err) {
+    perk_status status = perk_driver_check(gpu->driver, gpu->driver->cuMemHostAlloc(out, bytes, flags), err,
+                                           "pinning %zu bytes for %s", bytes, what);
+    if (status == PERK_OK) memset(*out, 0, bytes);
+    return status;
+}
+
+static perk_status open_step_buffers(perk_gpu *gpu, perk_error *err) {
+    perk_status status = pin(gpu, (void **)&gpu->batch_host, (size_t)gpu->layout.words * 4, 0, "the batch", err);
+    if (status == PERK_OK)
+        status = pin(gpu, (void **)&gpu->hang, sizeof *gpu->hang, CU_MEMHOSTALLOC_DEVICEMAP, "the hang report", err);
+    if (status == PERK_OK && gpu->argmax_tensor >= 0)
+        status = pin(gpu, (void **)&gpu->argmax_host, gpu->plan->tensors[gpu->argmax_tensor].bytes, 0, "tokens", err);
+    return status;
+}
+
+static perk_status upload_tasks(perk_gpu *gpu, perk_error *err) {
+    perk_task_record *records;
+    int per_worker;
+    perk_status status = perk_emit_records(gpu->plan, &records, &per_worker, err);
+    if (status != PERK_OK) return status;
+    size_t bytes = (size_t)gpu->plan->device.worker_count * (size_t)per_worker * sizeof *records;
+    status = perk_driver_check(gpu->driver, gpu->driver->cuStreamSynchronize(gpu->stream), err, "clearing memory");
+    if (status == PERK_OK)
+        status = perk_driver_check(gpu->driver, gpu->driver->cuMemcpyHtoD(gpu->tasks.address, records, bytes), err,
+                                   "copying the task lists");
+    free(records);
+    return status;
+}
+
+static void fill_report(const perk_gpu *gpu, perk_start_report *report) {
+    report->backend = PERK_BACKEND_GPU;
+    snprintf(report->device, sizeof report->device, "%s", gpu->info.name);
+    snprintf(report->arch, sizeof report->arch, "%s", gpu->plan->device.arch);
+    report->weights_bytes = gpu->plan->space_bytes[PERK_SPACE_WEIGHTS] + gpu->plan->space_bytes[PERK_SPACE_CONSTANTS];
+}
+
+static perk_status start(perk_gpu *gpu, const perk_graph *graph, const perk_checkpoint *checkpoint,
+                         const perk_gpu_options *options, perk_cache *cache, perk_start_report *report, perk_error *err) {
+    double begin = perk_now();
+    perk_status status = open_device(gpu, options, err);
+    report->driver_ms = (perk_now() - begin) * 1e3;
+    if (status == PERK_OK) status = make_plan(gpu, graph, options, report, err);
+    if (status != PERK_OK) return status;
+    gpu->layout = perk_plan_batch_layout(gpu->plan);
+    find_results(gpu);
+    status = build_program(gpu, options, cache, report, err);
+    begin = perk_now();
+    if (status == PERK_OK) status = perk_gpu_allocate(gpu, err);
+    if (status == PERK_OK) status = open_step_buffers(gpu, err);
+    if (status == PERK_OK) status = upload_tasks(gpu, err);
+    if (status == PERK_OK) status = perk_gpu_load_weights(gpu, checkpoint, options, cache, err);
+    report->weights_ms = (perk_now() - begin) * 1e3;
+    if (status == PERK_OK) fill_report(gpu, report);
+    return status;
+}
+
+/* ---- steps ---- */
+
+static const char *role_text(uint32_t role) {
+    switch (role) {
+    case PERK_ROLE_COUNTER: return "counter";
+    case PERK_ROLE_RING_FULL: return "weights in ring slot barrier";
+    case PERK_ROLE_RING_EMPTY: return "room in ring slot barrier";
+    }
+    return "unknown";
+}
+
+/* The report of a wait that exceeded its limit, in words. */
+static perk_status fail_hang(const perk_gpu *gpu, perk_error *err) {
+    const perk_hang_report *hang = gpu->hang;
+    const perk_plan *plan = gpu->plan;
+    const char *stage = hang->task < (uint32_t)plan->task_count ? plan->stages[plan->tasks[hang->task].stage].name : "?";
+    const char *of = "";
+    if (hang->role == PERK_ROLE_COUNTER && hang->counter < (uint32_t)plan->stage_count)
+        of = plan->stages[hang->counter].name;
+    return perk_fail(err, PERK_HANG,
+                     "step %u: worker %u, task %u (%s) waited more than %d s for %s %u%s%s: seen %u, wanted %u; the launch "
+                     "was ended and the engine must be opened again",
+                     hang->step, hang->worker, hang->task, stage, (int)PERK_GPU_WAIT_LIMIT_SECONDS, role_text(hang->role),
+                     hang->counter, *of ? " of " : "", of, hang->seen, hang->wanted);
+}
+
+static perk_status fail_step(perk_gpu *gpu, perk_status status, perk_error *err) {
+    perk_error local = {.status = status};
+    perk_error *error = err ? err : &local;
+    if (gpu->hang->complete) status = fail_hang(gpu, error);
+    gpu->failed = true;
+    gpu->failure = *error;
+    return status;
+}
+
+static perk_status launch(perk_gpu *gpu, perk_error *err) {
+    const perk_driver *driver = gpu->driver;
+    CUdeviceptr hang = 0;
+    perk_status status = perk_driver_check(driver, driver->cuMemHostGetDevicePointer(&hang, gpu->hang, 0), err,
+                                           "mapping the hang report");
+    if (status != PERK_OK) return status;
+    perk_kernel_args args = {
+        .tasks = (const perk_task_record *)(uintptr_t)gpu->tasks.address,
+        .weights = (const uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_WEIGHTS].address,
+        .constants = (const uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_CONSTANTS].address,
+        .activations = (uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_ACTIVATIONS].address,
+        .kv = (uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_KV].address,
+        .batch = (const int32_t *)(uintptr_t)gpu->batch.address,
+        .counters = (uint32_t *)(uintptr_t)gpu->counters.address,
+        .hang_claim = (uint32_t *)(uintptr_t)gpu->hang_claim.address,
+        .hang = (perk_hang_report *)(uintptr_t)hang,
+        .wait_limit_ns = (uint64_t)PERK_GPU_WAIT_LIMIT_SECONDS * 1000000000u,
+        .step = gpu->steps,
+    };
+    void *params[] = {&args};
+    return perk_driver_check(driver,
+                             driver->cuLaunchCooperativeKernel(gpu->kernel, (unsigned)gpu->plan->device.worker_count, 1, 1,
+                                                               PERK_BLOCK_THREADS, 1, 1, (unsigned)gpu->plan->shared_bytes,
+                                                               gpu->stream, params),
+                             err, "launching the program");
+}
+
+/* Starts copying `rows` rows of a plan tensor to the host. */
+static perk_status fetch_rows(perk_gpu *gpu, int tensor, int32_t rows, void *host, perk_error *err) {
+    const perk_plan_tensor *t = &gpu->plan->tensors[tensor];
+    size_t bytes = (size_t)rows * (size_t)t->row_stride * perk_dtype_size(t->dtype);
+    if (bytes == 0) return PERK_OK;
+    return perk_driver_check(
+        gpu->driver,
+        gpu->driver->cuMemcpyDtoHAsync(host, gpu->spaces[t->space].address + t->offset, bytes, gpu->stream), err,
+        "copying %s", t->name);
+}
+
+/* Rows that lie `stride` apart move together. */
+static void close_gaps(void *values, int32_t rows, size_t width, size_t stride) {
+    for (int32_t r = 1; r < rows && stride != width; r++)
+        memmove((char *)values + (size_t)r * width, (char *)values + (size_t)r * stride, width);
+}
+
+static perk_status fetch_results(perk_gpu *gpu, const perk_batch *batch, bool want_logits, perk_error *err) {
+    perk_status status = PERK_OK;
+    if (gpu->argmax_tensor >= 0)
+        status = fetch_rows(gpu, gpu->argmax_tensor, batch->num_logit_rows, gpu->argmax_host, err);
+    if (status != PERK_OK || !want_logits || gpu->logits_tensor < 0) return status;
+    if (!gpu->logits_host)
+        status = pin(gpu, (void **)&gpu->logits_host, gpu->plan->tensors[gpu->logits_tensor].bytes, 0, "logits", err);
+    if (status == PERK_OK) status = fetch_rows(gpu, gpu->logits_tensor, batch->num_logit_rows, gpu->logits_host, err);
+    return status;
+}
+
+static void give_results(perk_gpu *gpu, const perk_batch *batch, bool want_logits, perk_step_result *result) {
+    *result = (perk_step_result){0};
+    if (gpu->argmax_tensor >= 0) {
+        const perk_plan_tensor *t = &gpu->plan->tensors[gpu->argmax_tensor];
+        close_gaps(gpu->argmax_host, batch->num_logit_rows, sizeof(int32_t), (size_t)t->row_stride * sizeof(int32_t));
+        result->argmax = gpu->argmax_host;
+    }
+    if (want_logits && gpu->logits_tensor >= 0) {
+        const perk_plan_tensor *t = &gpu->plan->tensors[gpu->logits_tensor];
+        close_gaps(gpu->logits_host, batch->num_logit_rows, (size_t)t->cols * sizeof(float),
+                   (size_t)t->row_stride * sizeof(float));
+        result->logits = gpu->logits_host;
+    }
+}
+
+static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool want_logits, perk_step_result *result,
+                            perk_error *err) {
+    perk_gpu *gpu = gpu_of(self);
+    const perk_driver *driver = gpu->driver;
+    if (gpu->failed) {
+        if (err) *err = gpu->failure;
+        return gpu->failure.status;
+    }
+    perk_status status = perk_driver_check(driver, driver->cuCtxSetCurrent(gpu->context), err, "using the device");
+    if (status != PERK_OK) return status;
+    perk_gpu_batch_write(gpu->plan, &gpu->layout, batch, gpu->batch_host);
+    status = perk_driver_check(
+        driver,
+        driver->cuMemcpyHtoDAsync(gpu->batch.address, gpu->batch_host, (size_t)gpu->layout.words * 4, gpu->stream), err,
+        "copying the batch");
+    if (status == PERK_OK) status = launch(gpu, err);
+    if (status == PERK_OK) status = fetch_results(gpu, batch, want_logits, err);
+    if (status == PERK_OK)
+        status = perk_driver_check(driver, driver->cuStreamSynchronize(gpu->stream), err, "running step %u", gpu->steps);
+    if (status != PERK_OK) return fail_step(gpu, status, err);
+    gpu->steps++;
+    give_results(gpu, batch, want_logits, result);
+    return PERK_OK;
+}
+
+/* ---- tensors, for tests ---- */
+
+static perk_status check_rows(const perk_gpu *gpu, int tensor, const perk_tensor *wanted, int64_t rows, perk_error *err) {
+    if (tensor < 0)
+        return perk_fail(err, PERK_NOT_FOUND, "%s has no memory of its own in the plan; keep it (perk_keep)", wanted->name);
+    if (rows < 0 || rows > gpu->plan->tensors[tensor].rows)
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "%s has %d rows, not %lld", wanted->name,
+                         gpu->plan->tensors[tensor].rows, (long long)rows);
+    return PERK_OK;
+}
+
+static perk_status gpu_write(perk_executor *self, const perk_tensor *input, const float *values, int64_t rows,
+                             perk_error *err) {
+    perk_gpu *gpu = gpu_of(self);
+    int index = plan_tensor_of(gpu->plan, input);
+    perk_status status = check_rows(gpu, index, input, rows, err);
+    if (status != PERK_OK) return status;
+    const perk_plan_tensor *t = &gpu->plan->tensors[index];
+    size_t stride = (size_t)t->row_stride, count = (size_t)rows * stride;
+    uint16_t *packed = perk_calloc(count, sizeof *packed);
+    if (!packed) return perk_fail_memory(err, input->name);
+    for (size_t r = 0; r < (size_t)rows; r++)
+        for (size_t c = 0; c < (size_t)t->cols; c++)
+            packed[r * stride + c] = perk_f32_to_bf16(values[r * (size_t)t->cols + c]);
+    gpu->driver->cuCtxSetCurrent(gpu->context);
+    status = perk_driver_check(
+        gpu->driver, gpu->driver->cuMemcpyHtoD(gpu->spaces[t->space].address + t->offset, packed, count * sizeof *packed), err,
+        "writing %s", input->name);
+    free(packed);
+    return status;
+}
+
+static void widen_row(const perk_plan_tensor *t, const void *row, float *out) {
+    for (int32_t c = 0; c < t->cols; c++) {
+        if (t->dtype == PERK_BF16) out[c] = perk_bf16_to_f32(((const uint16_t *)row)[c]);
+        else if (t->dtype == PERK_F32) out[c] = ((const float *)row)[c];
+        else out[c] = (float)((const int32_t *)row)[c];
+    }
+}
+
+static perk_status gpu_read(perk_executor *self, const perk_tensor *tensor, float *values, int64_t rows, perk_error *err) {
+    perk_gpu *gpu = gpu_of(self);
+    int index = plan_tensor_of(gpu->plan, tensor);
+    perk_status status = check_rows(gpu, index, tensor, rows, err);
+    if (status != PERK_OK) return status;
+    const perk_plan_tensor *t = &gpu->plan->tensors[index];
+    size_t row_bytes = (size_t)t->row_stride * perk_dtype_size(t->dtype);
+    char *raw = perk_calloc((size_t)rows, row_bytes);
+    if (!raw) return perk_fail_memory(err, tensor->name);
+    gpu->driver->cuCtxSetCurrent(gpu->context);
+    status = perk_driver_check(
+        gpu->driver, gpu->driver->cuMemcpyDtoH(raw, gpu->spaces[t->space].address + t->offset, (size_t)rows * row_bytes), err,
+        "reading %s", tensor->name);
+    for (int64_t r = 0; r < rows && status == PERK_OK; r++) widen_row(t, raw + (size_t)r * row_bytes, values + r * t->cols);
+    free(raw);
+    return status;
+}
+
+/* ---- the end ---- */
+
+static void gpu_free(perk_executor *self) {
+    perk_gpu *gpu = gpu_of(self);
+    if (!gpu) return;
+    const perk_driver *driver = gpu->driver;
+    if (gpu->context_retained) {
+        driver->cuCtxSetCurrent(gpu->context);
+        if (gpu->stream) driver->cuStreamSynchronize(gpu->stream);
+        perk_gpu_memory *all[] = {&gpu->tasks, &gpu->batch, &gpu->counters, &gpu->hang_claim};
+        for (int i = 0; i < PERK_SPACE_COUNT; i++)
+            if (gpu->spaces[i].address) driver->cuMemFree(gpu->spaces[i].address);
+        for (size_t i = 0; i < PERK_COUNT(all); i++)
+            if (all[i]->address) driver->cuMemFree(all[i]->address);
+        void *pinned[] = {gpu->batch_host, gpu->hang, gpu->argmax_host, gpu->logits_host};
+        for (size_t i = 0; i < PERK_COUNT(pinned); i++)
+            if (pinned[i]) driver->cuMemFreeHost(pinned[i]);
+        if (gpu->module) driver->cuModuleUnload(gpu->module);
+        if (gpu->stream) driver->cuStreamDestroy(gpu->stream);
+        driver->cuDevicePrimaryCtxRelease(gpu->info.device);
+    }
+    perk_program_free(&gpu->program);
+    perk_plan_free(gpu->plan);
+    perk_driver_free(gpu->driver);
+    free(gpu);
+}
+
+static const perk_executor_type gpu_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free};
+
+perk_status perk_gpu_create(perk_executor **out, const perk_graph *graph, const perk_checkpoint *checkpoint,
+                            const perk_config *config, const perk_gpu_options *options, perk_start_report *report,
+                            perk_error *err) {
+    *out = NULL;
+    perk_start_report local = {0};
+    perk_cache *cache = NULL;
+    perk_gpu *gpu = perk_calloc(1, sizeof *gpu);
+    if (!gpu) return perk_fail_memory(err, "the GPU executor");
+    gpu->executor.type = &gpu_type;
+    gpu->config = *config;
+    const perk_cache_options cache_options = {
+        .folder = options->cache_folder, .log = options->log, .disabled = options->no_cache};
+    perk_status status = perk_cache_open(&cache, &cache_options, err);
+    if (status == PERK_OK) status = start(gpu, graph, checkpoint, options, cache, report ? report : &local, err);
+    perk_cache_free(cache);
+    if (status != PERK_OK) {
+        gpu_free(&gpu->executor);
+        return status;
+    }
+    *out = &gpu->executor;
+    return PERK_OK;
+}

@@ -1,0 +1,54 @@
+/* The GPU executor's state, shared by its files: context and step (gpu.c), memory and weights (gpu_load.c). */
+#ifndef PERK_SRC_GPU_STATE_H
+#define PERK_SRC_GPU_STATE_H
+
+#include "gpu.h"
+
+#include "device.h"
+#include "driver.h"
+#include "gpu_batch.h"
+#include "program.h"
+
+/* One allocation of device memory. */
+typedef struct perk_gpu_memory {
+    CUdeviceptr address;
+    uint64_t bytes;
+} perk_gpu_memory;
+
+typedef struct perk_gpu {
+    perk_executor executor; /* first: the executor's table leads here */
+    perk_driver *driver;
+    perk_device_info info;
+    CUcontext context;
+    bool context_retained;
+    CUstream stream;
+
+    perk_config config;
+    perk_plan *plan;
+    perk_program program;
+    perk_batch_layout layout;
+    CUmodule module;
+    CUfunction kernel;
+
+    perk_gpu_memory spaces[PERK_SPACE_COUNT];
+    perk_gpu_memory tasks, batch, counters, hang_claim;
+    int32_t *batch_host;           /* pinned */
+    perk_hang_report *hang;        /* pinned and mapped */
+    int32_t *argmax_host;          /* pinned, [logit rows][row stride] */
+    float *logits_host;            /* pinned, [logit rows][row stride], made on first use */
+    int argmax_tensor, logits_tensor; /* in the plan; -1: the graph has none */
+    uint32_t steps;                /* completed by this program */
+    bool failed;                   /* a launch failed: the context is gone */
+    perk_error failure;
+} perk_gpu;
+
+enum { PERK_GPU_WAIT_LIMIT_SECONDS = 10 }; /* of one wait in the kernel */
+
+/* Reserves all device memory of the plan. PERK_DEVICE_MEMORY says how much was needed for what, and how much is free. */
+perk_status perk_gpu_allocate(perk_gpu *gpu, perk_error *err);
+
+/* Copies and packs the weights, and fills the rope tables. */
+perk_status perk_gpu_load_weights(perk_gpu *gpu, const perk_checkpoint *checkpoint, const perk_gpu_options *options,
+                                  perk_cache *cache, perk_error *err);
+
+#endif

@@ -1,0 +1,67 @@
+"""Random models of the shapes, as transformers holds them and as model folders.
+
+Weights are N(0, 1 / sqrt(fan in)), norm weights 1 + 0.1 N, biases 0.1 N: activations keep their size from layer to
+layer, so that every layer counts in the logits.
+"""
+import concurrent.futures
+import json
+import pathlib
+import shutil
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SHARD_BYTES = 2 << 30
+
+
+def best_place(wanted_bytes):
+    """The folder for temporary models: /tmp unless it lacks the room and memory has it. Returns (folder, free bytes)."""
+    places = [(pathlib.Path(place), shutil.disk_usage(place).free) for place in ("/tmp", "/dev/shm")
+              if pathlib.Path(place).is_dir()]
+    enough = [place for place in places if place[1] * 0.9 > wanted_bytes]
+    return enough[0] if enough else max(places, key=lambda place: place[1])
+
+
+def empty_model(folder, device):
+    """The transformers model of `folder`'s config.json, in bf16 on `device`, its weights still to be drawn."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    return model.eval()
+
+
+@torch.no_grad()
+def draw(model, seed):
+    for index, (name, weight) in enumerate(model.named_parameters()):
+        generator = torch.Generator(weight.device).manual_seed(seed * 100003 + index)
+        if name.endswith(".bias"):
+            weight.normal_(0, 0.1, generator=generator)
+        elif weight.dim() == 1:
+            weight.normal_(1, 0.1, generator=generator)
+        else:
+            weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)
+
+
+def save(model, folder):
+    """Writes the weights as Hugging Face shards them, several files at a time."""
+    shards, size = [{}], 0
+    for name, weight in model.named_parameters():
+        if size + weight.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = weight
+        size += weight.nbytes
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+
+    def write(name, shard):
+        save_file({key: weight.detach().cpu().contiguous() for key, weight in shard.items()}, folder / name)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, names, shards))
+    if len(shards) > 1:
+        places = {key: name for name, shard in zip(names, shards) for key in shard}
+        total = sum(weight.nbytes for shard in shards for weight in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""Compares perk with transformers on the same device, over the shapes of shapes.py.
+
+    tests/gpu/parity.py --perk build/bin/perk                             every shape, on the GPU
+    tests/gpu/parity.py --perk build/bin/perk --shapes qwen3-0.6b tiny
+    tests/gpu/parity.py --perk build/bin/perk --device cpu --backend reference --shapes gqa5-odd
+
+For each shape a random model (or the folder that the shape names) is run by transformers in fp32 (without TF32), which
+is the yardstick, and in bf16, which measures the noise that the number format brings.
+  logits   teacher-forced over several prompts. Relative L2 error of perk against the yardstick: at most 1.2 times that
+           of transformers in bf16; no row's error above twice the worst row's in bf16; and another step size or feature
+           set differs from the first by no more than two results within the noise may.
+  greedy   64 tokens after each prompt, the yardstick teacher-forced on perk's own. Each token's logit in the yardstick
+           is at most twice the largest error of transformers in bf16 below the best one: so the tokens are equal
+           wherever the two best are further apart than the noise.
+
+Exit codes: 0 everything passed, 1 something failed. Needs torch, transformers, safetensors and numpy.
+"""
+import argparse
+import gc
+import json
+import pathlib
+import signal
+import sys
+import tempfile
+
+import numpy
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+import models
+import shapes
+from harness import FAILED, ROOT, Failure, Perk, Rows, require
+
+NOISE_FACTOR, ROW_FACTOR, MAX_TOKENS = 1.2, 2.0, 64
+SPARE_BYTES = 1 << 30  # of the disk: for logits
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--perk", default=str(ROOT / "build" / "bin" / "perk"), help="the perk binary")
+    parser.add_argument("--shapes", nargs="+", default=[*shapes.QUICK, *shapes.LARGE], choices=list(shapes.SHAPES), metavar="SHAPE",
+                        help=f"of {', '.join(shapes.SHAPES)}")
+    parser.add_argument("--backend", default="gpu", choices=["gpu", "reference"])
+    parser.add_argument("--device", default="cuda", help="where transformers runs")
+    parser.add_argument("--rows", help="a file that gets a line of JSON for each result")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+class Subject:
+    """A model folder, the transformers model over it, and the prompts."""
+
+    def __init__(self, name, work, room, device, seed):
+        self.name, self.device, self.shape = name, device, shapes.SHAPES[name]
+        self.config = shapes.read_config(self.shape)
+        self.layers = shapes.fit_layers(self.config, room)
+        if self.shape.folder:
+            self.folder = ROOT / self.shape.folder
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16).to(device).eval()
+        else:
+            self.folder = work
+            (self.folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+            self.model = models.empty_model(self.folder, device)
+            models.draw(self.model, seed)
+            models.save(self.model, self.folder)
+        random = numpy.random.default_rng(seed)
+        self.prompts = {length: random.integers(self.config["vocab_size"], size=length).tolist()
+                        for length in self.shape.lengths}
+
+    @torch.no_grad()
+    def logits(self, ids):
+        return self.model(torch.tensor([ids], device=self.device)).logits[0].float()
+
+    def all_logits(self):
+        return torch.cat([self.logits(ids) for ids in self.prompts.values()])
+
+    def widen(self):
+        """The same weights in fp32; bf16 values are fp32 values."""
+        self.model.float()
+
+
+class Yardstick:
+    """fp32 logits of all prompts, and how far bf16 strays from them."""
+
+    def __init__(self, exact, rounded):
+        self.exact = exact
+        self.noise, self.noise_row, self.noise_max = self.errors(rounded)
+
+    def errors(self, found):
+        """(relative L2 over everything, of the worst row, largest difference of a logit)"""
+        difference = found - self.exact
+        rows = difference.norm(dim=1) / self.exact.norm(dim=1)
+        return ((difference.norm() / self.exact.norm()).item(), rows.max().item(), difference.abs().max().item())
+
+    def numbers(self):
+        return dict(bf16_l2=self.noise, bf16_worst_row=self.noise_row, bf16_max_abs=self.noise_max)
+
+
+def perk_logits(perk, subject, options, work):
+    given, made = work / "ids.json", work / "logits.npy"
+    given.write_text(json.dumps(list(subject.prompts.values())))
+    try:
+        perk.succeed("logits", "--model", subject.folder, "--ids", given, "--out", made, "--backend", perk.backend,
+                     *options, timeout=subject.shape.seconds)
+        return torch.from_numpy(numpy.load(made))
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def attempt(function, *args, **options):
+    """What the function returns, or the Failure to report in its place."""
+    try:
+        return function(*args, **options)
+    except Failure as failure:
+        return failure
+    except (OSError, ValueError, KeyError) as error:  # a result that cannot be read
+        return Failure(f"{type(error).__name__}: {error}")
+
+
+def run_perk(perk, subject, work):
+    """Everything that perk makes of the subject: {variant: logits}, {prompt length: the run's JSON}; a Failure in the
+    place of what could not be made. It runs while the model is still in bf16, when there is most room beside it."""
+    logits = {variant: attempt(perk_logits, perk, subject, options, work)
+              for variant, options in subject.shape.variants.items()}
+    runs = {length: attempt(perk.generate, subject.folder, subject.prompts[length], MAX_TOKENS,
+                            timeout=subject.shape.seconds) for length in subject.shape.greedy}
+    return logits, runs
+
+
+def check_logits(part, yardstick, found, base):
+    if isinstance(found, Failure):
+        raise found
+    exact = yardstick.exact
+    require(found.shape == exact.shape, f"shape {tuple(found.shape)}, expected {tuple(exact.shape)}")
+    found = found.to(exact.device)
+    bad = (~torch.isfinite(found)).any(dim=1).nonzero().flatten().tolist()
+    require(not bad, f"{len(bad)} rows are not finite, the first is {bad[:1]}")
+    error, row, largest = yardstick.errors(found)
+    part.numbers.update(l2=error, worst_row=row, max_abs=largest, **yardstick.numbers())
+    part.detail = f"error {error:.2e}, {error / yardstick.noise:.2f} of bf16's"
+    require(error <= NOISE_FACTOR * yardstick.noise,
+            f"relative error {error:.3e} is {error / yardstick.noise:.2f} times bf16's {yardstick.noise:.3e}")
+    require(row <= ROW_FACTOR * yardstick.noise_row,
+            f"a row's error {row:.3e} is {row / yardstick.noise_row:.2f} times bf16's worst {yardstick.noise_row:.3e}")
+    if isinstance(base, Failure) or base.shape != exact.shape:
+        return
+    apart = ((found - base.to(exact.device)).norm() / exact.norm()).item()
+    part.numbers["apart_from_base"] = apart
+    require(apart <= 2**0.5 * NOISE_FACTOR * yardstick.noise, f"{apart:.3e} apart from the first variant")
+
+
+def check_greedy(part, yardstick, subject, made):
+    """`made`: {prompt length: the JSON of perk run}."""
+    noise = 2 * yardstick.noise_max
+    total, equal, clear, worst = 0, 0, 0, 0.0
+    for length, run in made.items():
+        if isinstance(run, Failure):
+            raise run
+        tokens = run["tokens"]
+        require(len(tokens) == MAX_TOKENS, f"{len(tokens)} tokens after a prompt of {length}, expected {MAX_TOKENS}")
+        logits = subject.logits(subject.prompts[length] + tokens[:-1])[length - 1:]
+        chosen = torch.tensor(tokens, device=logits.device)
+        best = logits.topk(2, dim=1).values
+        behind = best[:, 0] - logits.gather(1, chosen[:, None])[:, 0]
+        total += len(tokens)
+        equal += int((behind == 0).sum())
+        clear += int((best[:, 0] - best[:, 1] > noise).sum())
+        worst = max(worst, behind.max().item())
+        at = int(behind.argmax())
+        require(behind[at] <= noise, f"token {at} after a prompt of {length} is {tokens[at]}, which is {behind[at]:.3g} "
+                                     f"behind the best, {int(logits[at].argmax())}; the noise is {noise:.3g}")
+    pace = min(run["times"]["decode_ms"] for run in made.values()) / (MAX_TOKENS - 1)
+    part.numbers.update(tokens=total, equal=equal, clear=clear, furthest_behind=worst, noise=noise,
+                        ms_a_token=pace, compile_ms=max(run["start"]["compile_ms"] for run in made.values()),
+                        weights_ms=min(run["start"]["weights_ms"] for run in made.values()))
+    part.detail = f"{equal} of {total} tokens equal, none differs beyond the noise; {clear} steps are clear of it"
+
+
+def check_shape(rows, perk, subject, work):
+    rounded = subject.all_logits()
+    if subject.device != "cpu":
+        torch.cuda.empty_cache()
+    logits, runs = run_perk(perk, subject, work)
+    subject.widen()
+    yardstick = Yardstick(subject.all_logits(), rounded)
+    del rounded
+    full = shapes.read_config(subject.shape)["num_hidden_layers"]
+    fewer = "" if subject.layers == full else f", {subject.layers} of {full} layers (little disk)"
+    base = next(iter(logits.values()))
+    for variant, found in logits.items():
+        with rows.part(f"logits {subject.name}, {variant}{fewer}") as part:
+            part.numbers["layers"] = subject.layers
+            check_logits(part, yardstick, found, base)
+    with rows.part(f"greedy {subject.name}{fewer}") as part:
+        part.numbers["layers"] = subject.layers
+        check_greedy(part, yardstick, subject, runs)
+
+
+def run_shape(rows, perk, name, args):
+    wanted = shapes.count_bytes(shapes.read_config(shapes.SHAPES[name])) + SPARE_BYTES
+    place, free = models.best_place(wanted)
+    with tempfile.TemporaryDirectory(prefix="perk-parity-", dir=place) as folder:
+        work = pathlib.Path(folder)
+        try:
+            subject = Subject(name, work, int(free * 0.9) - SPARE_BYTES, args.device, args.seed)
+            check_shape(rows, perk, subject, work)
+        except Exception as error:  # of torch: perk's own failures are rows already
+            rows.add(f"parity {name}", FAILED, f"{type(error).__name__}: {error}")
+    gc.collect()
+    if args.device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def main():
+    args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves through the folders' clean-up
+    logging.disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    rows = Rows(args.rows)
+    perk = Perk(args.perk, args.backend)
+    for name in args.shapes:
+        run_shape(rows, perk, name, args)
+    return 1 if rows.failed() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
