@@ -5,5 +5,5 @@ set -eu
 cd "$(dirname "$0")/.."
 folder=${1:-build}
 [ $# = 0 ] || shift
-cmake --log-level=NOTICE -G Ninja -S . -B "$folder" "$@"
+cmake -G Ninja -S . -B "$folder" "$@" >/dev/null
 cmake --build "$folder" ${TARGET:+--target "$TARGET"} ${CI:+-- --quiet}

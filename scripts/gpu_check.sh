@@ -19,7 +19,7 @@ for word in "$@"; do
 done
 
 if ! "$python" -c 'import numpy, safetensors, torch, transformers' 2>/dev/null; then
-    echo "gpu_check: $python lacks one of torch, transformers, safetensors, numpy; set PERK_PYTHON to one that has them" >&2
+    echo "gpu_check: $python lacks one of torch, transformers, safetensors, numpy; PERK_PYTHON names another" >&2
     exit 1
 fi
 if [ ! -x "$build/bin/perk" ]; then

@@ -11,5 +11,10 @@ TARGET=perk_cli scripts/build.sh build
 
 # NVRTC, where scripts/install.sh had to fetch it.
 [ -n "${VIRTUAL_ENV:-}" ] || [ ! -d .cuda ] || export VIRTUAL_ENV="$PWD/.cuda"
-echo
-build/bin/perk run --model examples/tiny --prompt "$prompt" --temperature 0.7 --top-p 0.95 --seed 1 --verbose
+if build/bin/perk doctor --require-gpu >/dev/null 2>&1; then
+    echo "On the GPU:"
+else
+    echo "On the CPU, for want of a usable GPU (build/bin/perk doctor says why):"
+fi
+printf '\n%s' "$prompt"
+build/bin/perk run --model examples/tiny --prompt "$prompt" --temperature 0.7 --top-p 0.95 --seed 1

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Prints one hash over the sources that decide what runs on a GPU: every file's path and content. The same tree gives the
-# same hash on every machine, with and without git; tests/gpu/record.json says with it what was tested.
+# Prints one hash over the sources that decide what runs on a GPU: path and content of every file. A tree has the same
+# hash on every machine, with and without git; tests/gpu/record.json says with it what was tested.
 set -eu
 
 cd "$(dirname "$0")/.."

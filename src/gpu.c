@@ -23,7 +23,10 @@ static perk_status open_device(perk_gpu *gpu, const perk_gpu_options *options, p
     gpu->context_retained = true;
     status = perk_driver_check(driver, driver->cuCtxSetCurrent(gpu->context), err, "using %s", gpu->info.name);
     if (status != PERK_OK) return status;
-    return perk_driver_check(driver, driver->cuStreamCreate(&gpu->stream, CU_STREAM_NON_BLOCKING), err, "making a stream");
+    CUresult result = driver->cuStreamCreate(&gpu->stream, CU_STREAM_NON_BLOCKING);
+    if (result == CUDA_SUCCESS && options->timing) result = driver->cuEventCreate(&gpu->begin, CU_EVENT_DEFAULT);
+    if (result == CUDA_SUCCESS && options->timing) result = driver->cuEventCreate(&gpu->end, CU_EVENT_DEFAULT);
+    return perk_driver_check(driver, result, err, "making a stream");
 }
 
 static perk_status make_plan(perk_gpu *gpu, const perk_graph *graph, const perk_gpu_options *options,
@@ -257,6 +260,11 @@ static void give_results(perk_gpu *gpu, const perk_batch *batch, bool want_logit
     }
 }
 
+static perk_status record(perk_gpu *gpu, CUevent event, perk_error *err) {
+    if (!event) return PERK_OK;
+    return perk_driver_check(gpu->driver, gpu->driver->cuEventRecord(event, gpu->stream), err, "recording a time");
+}
+
 static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool want_logits, perk_step_result *result,
                             perk_error *err) {
     perk_gpu *gpu = gpu_of(self);
@@ -272,7 +280,9 @@ static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool w
         driver,
         driver->cuMemcpyHtoDAsync(gpu->batch.address, gpu->batch_host, (size_t)gpu->layout.words * 4, gpu->stream), err,
         "copying the batch");
+    if (status == PERK_OK) status = record(gpu, gpu->begin, err);
     if (status == PERK_OK) status = launch(gpu, err);
+    if (status == PERK_OK) status = record(gpu, gpu->end, err);
     if (status == PERK_OK) status = fetch_results(gpu, batch, want_logits, err);
     if (status == PERK_OK)
         status = perk_driver_check(driver, driver->cuStreamSynchronize(gpu->stream), err, "running step %u", gpu->steps);
@@ -357,6 +367,8 @@ static void gpu_free(perk_executor *self) {
         void *pinned[] = {gpu->batch_host, gpu->hang, gpu->argmax_host, gpu->logits_host};
         for (size_t i = 0; i < PERK_COUNT(pinned); i++)
             if (pinned[i]) driver->cuMemFreeHost(pinned[i]);
+        if (gpu->begin) driver->cuEventDestroy(gpu->begin);
+        if (gpu->end) driver->cuEventDestroy(gpu->end);
         if (gpu->module) driver->cuModuleUnload(gpu->module);
         if (gpu->stream) driver->cuStreamDestroy(gpu->stream);
         driver->cuDevicePrimaryCtxRelease(gpu->info.device);

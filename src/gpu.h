@@ -5,10 +5,12 @@
 #include "checkpoint.h"
 #include "executor.h"
 #include "perk/engine.h"
+#include "plan.h"
 
 typedef struct perk_gpu_options {
     int device;
     bool portable, unchecked, no_cache;
+    bool timing; /* measure the device time of every step */
     const char *cache_folder;
     int threads; /* of the weight loader; 0: all cores */
     perk_log log;
@@ -20,5 +22,13 @@ typedef struct perk_gpu_options {
 perk_status perk_gpu_create(perk_executor **out, const perk_graph *graph, const perk_checkpoint *checkpoint,
                             const perk_config *config, const perk_gpu_options *options, perk_start_report *report,
                             perk_error *err);
+
+/* For measurements. The plan is the executor's own. Milliseconds of the last step on the device, from just before the
+ * launch to its end (0 without `timing`). */
+const perk_plan *perk_gpu_plan(const perk_executor *executor);
+perk_status perk_gpu_step_ms(perk_executor *executor, double *milliseconds, perk_error *err);
+/* The read bandwidth of this device, in bytes a second: all SMs read the packed weights once, through the copy engine
+ * where there is one, and do nothing with them. Median of `runs`. */
+perk_status perk_gpu_read_ceiling(perk_executor *executor, int runs, double *bytes_per_second, perk_error *err);
 
 #endif

@@ -37,6 +37,7 @@ typedef struct perk_gpu {
     int32_t *argmax_host;          /* pinned, [logit rows][row stride] */
     float *logits_host;            /* pinned, [logit rows][row stride], made on first use */
     int argmax_tensor, logits_tensor; /* in the plan; -1: the graph has none */
+    CUevent begin, end;            /* around a launch; NULL without timing */
     uint32_t steps;                /* completed by this program */
     bool failed;                   /* a launch failed: the context is gone */
     perk_error failure;

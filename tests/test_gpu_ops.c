@@ -223,7 +223,7 @@ static void test_attention(int heads, int kv_heads, int dim, int tokens, int nor
     char what[64];
     snprintf(what, sizeof what, "attention %d/%d x %d, T%d%s%s", heads, kv_heads, dim, tokens, norms ? " norm" : "",
              window ? " window" : "");
-    open_bench(&b, what, tokens, 4, 256);
+    open_bench(&b, what, tokens, tokens < 4 ? tokens : 4, 256);
     int width = (heads + 2 * kv_heads) * dim;
     float inv_freq[128];
     for (int i = 0; i < dim / 2; i++) inv_freq[i] = powf(10000.0f, -2.0f * (float)i / (float)dim);

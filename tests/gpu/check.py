@@ -6,8 +6,11 @@ costs its own rows alone. Exit codes: 0 nothing failed, 1 something failed, 77 t
 """
 import argparse
 import datetime
+import importlib.metadata
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -24,11 +27,22 @@ def parse():
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build", help="a folder with bin/perk, bin/test_*")
     parser.add_argument("--out", type=pathlib.Path, help="where record.json and gpu_check.log go; default: tests/gpu "
                                                          "and the build folder")
-    parser.add_argument("--quick", action="store_true", help="no shape beyond 0.6B; the record is written to --out only")
+    parser.add_argument("--quick", action="store_true", help="no shape beyond 0.6B; a record goes to --out only")
     parser.add_argument("--budget", type=float, default=460, help="seconds; what has not run by then fails")
     parser.add_argument("--cpu", action="store_true",
                         help="try this script where there is no GPU: the reference executor on the small shapes")
     return parser.parse_args()
+
+
+def end(process):
+    """Ends what still runs of a process and its children: first politely, so that folders are cleaned up."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                pass
 
 
 class Check:
@@ -45,19 +59,14 @@ class Check:
         self.log.write(f"\n$ {' '.join(map(str, command))}\n")
         self.log.flush()
         begin = self.log.tell()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, cwd=ROOT)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT,
+                                   cwd=ROOT, start_new_session=True)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
         finally:  # also on Ctrl-C
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            end(process)
         said = pathlib.Path(self.log.name).read_bytes()[begin:].decode(errors="replace")
         self.log.seek(0, 2)
         if code is None:
@@ -116,13 +125,15 @@ class Check:
 
 
 def hash_of_sources():
-    return subprocess.run([ROOT / "scripts" / "source_hash.sh"], capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run([ROOT / "scripts" / "source_hash.sh"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def driver_version():
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()[0].strip()
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout.splitlines()[0].strip()
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
 
@@ -132,9 +143,8 @@ def versions():
     found = {"python": sys.version.split()[0]}
     for name in ("torch", "transformers"):
         try:
-            from importlib.metadata import version
-            found[name] = version(name)
-        except ImportError:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
 

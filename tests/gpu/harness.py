@@ -1,6 +1,7 @@
 """What the GPU checks share: rows of results, running perk, and reading what it says."""
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -24,6 +25,11 @@ def require(condition, message):
         raise Failure(message)
 
 
+def storable(value):
+    """JSON knows no NaN and no infinity: they become text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Part:
     """One row in the making. `detail` is a line for the table, `numbers` go into the record."""
 
@@ -38,7 +44,8 @@ class Rows:
         self.path, self.rows = path, []
 
     def add(self, name, status, detail="", numbers=None, seconds=0.0):
-        row = dict(name=name, status=status, detail=detail, numbers=numbers or {}, seconds=round(seconds, 2))
+        numbers = {key: storable(value) for key, value in (numbers or {}).items()}
+        row = dict(name=name, status=status, detail=detail, numbers=numbers, seconds=round(seconds, 2))
         self.rows.append(row)
         if self.path:
             with open(self.path, "a") as file:

@@ -16,7 +16,7 @@ SHARD_BYTES = 2 << 30
 
 
 def best_place(wanted_bytes):
-    """The folder for temporary models: /tmp unless it lacks the room and memory has it. Returns (folder, free bytes)."""
+    """Where temporary models go: /tmp unless it lacks the room and memory has it. Returns (folder, free bytes)."""
     places = [(pathlib.Path(place), shutil.disk_usage(place).free) for place in ("/tmp", "/dev/shm")
               if pathlib.Path(place).is_dir()]
     enough = [place for place in places if place[1] * 0.9 > wanted_bytes]

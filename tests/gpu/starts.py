@@ -50,7 +50,8 @@ class Starts:
         found = self.perk.json("doctor", "--require-gpu", PERK_CACHE_DIR=str(self.cache))
         require(found["gpu_ready"], "gpu_ready is false")
         part.numbers.update({key: found[key] for key in ("driver", "devices", "nvrtc", "nccl")})
-        part.detail = f"{found['devices'][0]['name']}, CUDA {found['driver']['cuda']}, NVRTC {found['nvrtc']['version']}"
+        device, cuda, nvrtc = found["devices"][0]["name"], found["driver"]["cuda"], found["nvrtc"]["version"]
+        part.detail = f"{device}, CUDA {cuda}, NVRTC {nvrtc}"
 
     # ---- starts ----
 
