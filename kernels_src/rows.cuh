@@ -32,29 +32,59 @@ __device__ __forceinline__ float warp_sum(float value) {
     return value;
 }
 
-// out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight. A task owns the rows first, first + stride, ...; a warp a row.
+// Sum over the block's consumers, in every thread; the order of additions is fixed. Uses the reduction scratch: a barrier
+// must lie between two calls.
+__device__ __forceinline__ float block_sum(const Worker &w, float value) {
+    float *shared = reinterpret_cast<float *>(__cvta_shared_to_generic(w.reduction()));
+    value = warp_sum(value);
+    if (w.lane == 0) shared[w.warp] = value;
+    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+    float total = 0.0f;
+    for (uint32_t warp = 0; warp < PERK_CONSUMER_WARPS; warp++) total += shared[warp];
+    return total;
+}
+
+// out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight. A task owns the rows first, first + stride, ...; the block works on
+// one row at a time, 8 columns a thread and piece. Columns beyond the width are zero and stay so.
 // Operands: 0 x, 1 weight (constants), 2 out.
 template <Rows kRows, uint32_t kWidth, uint32_t kStride>
-__device__ void rmsnorm(const Worker &w, const TaskView &task, float eps) {
+__device__ __forceinline__ void rmsnorm(const Worker &w, const TaskView &task, float eps) {
+    constexpr uint32_t kPieces = (kWidth + 7) / 8;
+    constexpr uint32_t kThreadPieces = (kPieces + PERK_CONSUMER_THREADS - 1) / PERK_CONSUMER_THREADS;
     const uint32_t rows = row_count<kRows>(w), first = task.first(), stride = task.stride(), count = task.count();
     const uint8_t *x = w.args.activations + task.operand(0), *weight = w.args.constants + task.operand(1);
     uint8_t *out = w.args.activations + task.operand(2);
-    for (uint32_t i = w.warp; i < count; i += PERK_CONSUMER_WARPS) {
+    for (uint32_t i = 0; i < count; i++) {
         const uint32_t row = first + i * stride;
         if (row >= rows) break;
-        const uint8_t *source = x + uint64_t(row) * kStride * 2;
+        const uint64_t row_start = uint64_t(row) * kStride * 2;
+        Vec16 values[kThreadPieces];
         float square_sum = 0.0f;
-        for (uint32_t column = w.lane * 2; column < kWidth; column += 64) {
-            const uint32_t pair = load_coherent4(source + column * 2);
-            const float low = low_bf16(pair), high = column + 1 < kWidth ? high_bf16(pair) : 0.0f;
-            square_sum += low * low + high * high;
+#pragma unroll
+        for (uint32_t p = 0; p < kThreadPieces; p++) {
+            const uint32_t piece = w.thread + p * PERK_CONSUMER_THREADS;
+            values[p] = piece < kPieces ? load_coherent16(x + row_start + piece * 16) : Vec16{0, 0, 0, 0};
         }
-        const float scale = rsqrtf(warp_sum(square_sum) / kWidth + eps);
-        for (uint32_t column = w.lane; column < kWidth; column += 32) {
-            const float value = from_bf16(load_coherent2(source + column * 2));
-            const float gain = from_bf16(__ldg(reinterpret_cast<const uint16_t *>(weight) + column));
-            reinterpret_cast<uint16_t *>(out + uint64_t(row) * kStride * 2)[column] = to_bf16(value * scale * gain);
+#pragma unroll
+        for (uint32_t p = 0; p < kThreadPieces; p++) {
+            const uint32_t pairs[4] = {values[p].x, values[p].y, values[p].z, values[p].w};
+#pragma unroll
+            for (uint32_t j = 0; j < 4; j++)
+                square_sum += low_bf16(pairs[j]) * low_bf16(pairs[j]) + high_bf16(pairs[j]) * high_bf16(pairs[j]);
         }
+        const float scale = rsqrtf(block_sum(w, square_sum) / kWidth + eps);
+#pragma unroll
+        for (uint32_t p = 0; p < kThreadPieces; p++) {
+            const uint32_t piece = w.thread + p * PERK_CONSUMER_THREADS;
+            if (piece >= kPieces) continue;
+            const Vec16 gain = load_constant16(weight + piece * 16);
+            auto pair = [&](uint32_t value, uint32_t g) {
+                return pack_bf16(low_bf16(value) * scale * low_bf16(g), high_bf16(value) * scale * high_bf16(g));
+            };
+            *reinterpret_cast<Vec16 *>(out + row_start + piece * 16) =
+                Vec16{pair(values[p].x, gain.x), pair(values[p].y, gain.y), pair(values[p].z, gain.z), pair(values[p].w, gain.w)};
+        }
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
     }
 }
 

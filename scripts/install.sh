@@ -18,6 +18,7 @@ need_header xxhash.h libxxhash-dev
 need_header pcre2.h libpcre2-dev
 need_header utf8proc.h libutf8proc-dev
 if [ "${1:-}" = --ci ]; then
+    need_command git git
     need_command gcc gcc
     need_command c++ g++
     need_command pkg-config pkg-config

@@ -1,6 +1,7 @@
 /* The GPU executor: plan -> check -> program -> memory -> weights, then one launch a step. */
 #include "gpu_state.h"
 
+#include <pthread.h>
 #include <stdio.h>
 
 #include "float.h"
@@ -9,24 +10,55 @@ static perk_gpu *gpu_of(perk_executor *self) { return (perk_gpu *)self; }
 
 /* ---- making it ---- */
 
-static perk_status open_device(perk_gpu *gpu, const perk_gpu_options *options, perk_error *err) {
+static perk_status find_device(perk_gpu *gpu, const perk_gpu_options *options, perk_error *err) {
     perk_status status = perk_driver_open(&gpu->driver, err);
-    if (status != PERK_OK) return status;
+    if (status == PERK_OK) status = perk_driver_device_info(gpu->driver, options->device, &gpu->info, err);
+    if (status == PERK_OK && !gpu->info.cooperative_launch)
+        status = perk_fail(err, PERK_UNSUPPORTED, "%s cannot launch cooperative kernels", gpu->info.name);
+    return status;
+}
+
+/* Making the context takes over 100 ms of a start, and nothing until the module is loaded needs it: it is made on a
+ * thread beside planning, checking and compiling. */
+typedef struct context_thread {
+    perk_gpu *gpu;
+    pthread_t thread;
+    bool started;
+    CUresult result;
+    double milliseconds;
+} context_thread;
+
+static void *retain_context(void *argument) {
+    context_thread *t = argument;
+    double begin = perk_now();
+    t->result = t->gpu->driver->cuDevicePrimaryCtxRetain(&t->gpu->context, t->gpu->info.device);
+    t->milliseconds = (perk_now() - begin) * 1e3;
+    return NULL;
+}
+
+static void begin_context(context_thread *t) {
+    t->started = pthread_create(&t->thread, NULL, retain_context, t) == 0;
+    if (!t->started) retain_context(t);
+}
+
+static perk_status finish_context(context_thread *t, perk_error *err) {
+    perk_gpu *gpu = t->gpu;
     const perk_driver *driver = gpu->driver;
-    status = perk_driver_device_info(driver, options->device, &gpu->info, err);
-    if (status != PERK_OK) return status;
-    if (!gpu->info.cooperative_launch)
-        return perk_fail(err, PERK_UNSUPPORTED, "%s cannot launch cooperative kernels", gpu->info.name);
-    status = perk_driver_check(driver, driver->cuDevicePrimaryCtxRetain(&gpu->context, gpu->info.device), err,
-                               "opening %s", gpu->info.name);
-    if (status != PERK_OK) return status;
-    gpu->context_retained = true;
-    status = perk_driver_check(driver, driver->cuCtxSetCurrent(gpu->context), err, "using %s", gpu->info.name);
-    if (status != PERK_OK) return status;
-    CUresult result = driver->cuStreamCreate(&gpu->stream, CU_STREAM_NON_BLOCKING);
+    if (t->started) pthread_join(t->thread, NULL);
+    t->started = false;
+    if (gpu->context_retained) return PERK_OK;
+    perk_status status = perk_driver_check(driver, t->result, err, "opening %s", gpu->info.name);
+    gpu->context_retained = status == PERK_OK;
+    return status;
+}
+
+static perk_status open_stream(perk_gpu *gpu, const perk_gpu_options *options, perk_error *err) {
+    const perk_driver *driver = gpu->driver;
+    CUresult result = driver->cuCtxSetCurrent(gpu->context);
+    if (result == CUDA_SUCCESS) result = driver->cuStreamCreate(&gpu->stream, CU_STREAM_NON_BLOCKING);
     if (result == CUDA_SUCCESS && options->timing) result = driver->cuEventCreate(&gpu->begin, CU_EVENT_DEFAULT);
     if (result == CUDA_SUCCESS && options->timing) result = driver->cuEventCreate(&gpu->end, CU_EVENT_DEFAULT);
-    return perk_driver_check(driver, result, err, "making a stream");
+    return perk_driver_check(driver, result, err, "making a stream on %s", gpu->info.name);
 }
 
 static perk_status make_plan(perk_gpu *gpu, const perk_graph *graph, const perk_gpu_options *options,
@@ -45,8 +77,9 @@ static perk_status make_plan(perk_gpu *gpu, const perk_graph *graph, const perk_
     return status;
 }
 
-static perk_status load_module(perk_gpu *gpu, perk_error *err) {
+static perk_status load_module(perk_gpu *gpu, perk_start_report *report, perk_error *err) {
     const perk_driver *driver = gpu->driver;
+    double begin = perk_now();
     CUresult result = driver->cuModuleLoadData(&gpu->module, gpu->program.cubin);
     if (result == CUDA_SUCCESS) result = driver->cuModuleGetFunction(&gpu->kernel, gpu->module, PERK_KERNEL_NAME);
     if (result == CUDA_SUCCESS)
@@ -60,6 +93,7 @@ static perk_status load_module(perk_gpu *gpu, perk_error *err) {
     if (status == PERK_OK && blocks < 1)
         status = perk_fail(err, PERK_INTERNAL, "the program (%d registers, %d bytes of shared memory) does not fit an SM of %s",
                            (int)gpu->program.kernel.registers, gpu->plan->shared_bytes, gpu->info.name);
+    report->module_ms = (perk_now() - begin) * 1e3;
     return status;
 }
 
@@ -68,9 +102,6 @@ static perk_status build_program(perk_gpu *gpu, const perk_gpu_options *options,
     const perk_program_options build = {.cache = cache, .driver_version = gpu->driver->version, .log = &options->log};
     perk_status status = perk_program_build(gpu->plan, &build, &gpu->program, err);
     if (status != PERK_OK) return status;
-    double begin = perk_now();
-    status = load_module(gpu, err);
-    report->module_ms = (perk_now() - begin) * 1e3;
     report->emit_ms = gpu->program.emit_ms + gpu->program.lookup_ms;
     report->compile_ms = gpu->program.compile_ms;
     report->cache_hit = gpu->program.cache_hit;
@@ -138,13 +169,25 @@ static void fill_report(const perk_gpu *gpu, perk_start_report *report) {
 static perk_status start(perk_gpu *gpu, const perk_graph *graph, const perk_checkpoint *checkpoint,
                          const perk_gpu_options *options, perk_cache *cache, perk_start_report *report, perk_error *err) {
     double begin = perk_now();
-    perk_status status = open_device(gpu, options, err);
+    context_thread context = {.gpu = gpu};
+    perk_status status = find_device(gpu, options, err);
+    if (status != PERK_OK) return status;
     report->driver_ms = (perk_now() - begin) * 1e3;
-    if (status == PERK_OK) status = make_plan(gpu, graph, options, report, err);
+    begin_context(&context);
+    status = make_plan(gpu, graph, options, report, err);
+    if (status == PERK_OK) status = build_program(gpu, options, cache, report, err);
+    perk_error context_failure = {0};
+    perk_status context_status = finish_context(&context, &context_failure);
+    report->context_ms = context.milliseconds;
+    if (status == PERK_OK && context_status != PERK_OK) {
+        if (err) *err = context_failure;
+        status = context_status;
+    }
     if (status != PERK_OK) return status;
     gpu->layout = perk_plan_batch_layout(gpu->plan);
     find_results(gpu);
-    status = build_program(gpu, options, cache, report, err);
+    status = open_stream(gpu, options, err);
+    if (status == PERK_OK) status = load_module(gpu, report, err);
     begin = perk_now();
     if (status == PERK_OK) status = perk_gpu_allocate(gpu, err);
     if (status == PERK_OK) status = open_step_buffers(gpu, err);

@@ -91,7 +91,8 @@ typedef struct rope_args {
 } rope_args;
 
 enum { PACK_THREADS = 256 };
-enum { STAGING_BUFFERS = 3, STAGING_BYTES = 32 << 20 }; /* large enough for full bus speed, small enough to pin fast */
+/* Large enough for full bus speed; smaller for small models, because pinning memory takes about 0.3 ms a MB. */
+enum { STAGING_BUFFERS = 3, STAGING_BYTES_MIN = 1 << 20, STAGING_BYTES_MAX = 32 << 20 };
 
 typedef struct staging {
     void *host;
@@ -106,7 +107,8 @@ typedef struct loader {
     CUmodule module;
     CUfunction pack_tiles, pack_rows, fill_rope;
     staging buffers[STAGING_BUFFERS];
-    uint64_t slices; /* issued so far */
+    uint64_t staging_bytes; /* of one buffer */
+    uint64_t slices;        /* issued so far */
     uint64_t done_bytes, total_bytes;
 } loader;
 
@@ -145,8 +147,8 @@ static perk_status open_staging(loader *l, perk_error *err) {
     const perk_driver *driver = l->gpu->driver;
     for (int i = 0; i < STAGING_BUFFERS; i++) {
         staging *b = &l->buffers[i];
-        CUresult result = driver->cuMemHostAlloc(&b->host, STAGING_BYTES, 0);
-        if (result == CUDA_SUCCESS) result = driver->cuMemAlloc(&b->device, STAGING_BYTES);
+        CUresult result = driver->cuMemHostAlloc(&b->host, l->staging_bytes, 0);
+        if (result == CUDA_SUCCESS) result = driver->cuMemAlloc(&b->device, l->staging_bytes);
         if (result == CUDA_SUCCESS) result = driver->cuEventCreate(&b->packed, CU_EVENT_DISABLE_TIMING);
         perk_status status = perk_driver_check(driver, result, err, "reserving buffers for loading");
         if (status != PERK_OK) return status;
@@ -237,7 +239,7 @@ static perk_status issue_slice(loader *l, const perk_checkpoint_tensor *stored, 
 /* Moves one stored tensor, slice by slice. */
 static perk_status load_matrix_part(loader *l, const perk_checkpoint_tensor *stored, const destination *to, uint64_t rows,
                                     uint64_t cols, perk_error *err) {
-    uint64_t row_bytes = cols * perk_dtype_size(stored->dtype), slice = STAGING_BYTES / row_bytes;
+    uint64_t row_bytes = cols * perk_dtype_size(stored->dtype), slice = l->staging_bytes / row_bytes;
     if (slice == 0)
         return perk_fail(err, PERK_UNSUPPORTED, "%s: a row of %llu bytes is more than a load buffer holds", stored->name,
                          (unsigned long long)row_bytes);
@@ -328,7 +330,10 @@ perk_status perk_gpu_load_weights(perk_gpu *gpu, const perk_checkpoint *checkpoi
         if (tensor->graph_tensor < 0 || tensor->space == PERK_SPACE_ACTIVATIONS) continue;
         const perk_tensor *weight = gpu->plan->graph->tensors[tensor->graph_tensor];
         l.total_bytes += (uint64_t)weight->rows * (uint64_t)weight->cols * 2;
+        l.staging_bytes = PERK_MAX(l.staging_bytes, (uint64_t)weight->cols * 4); /* a row of any dtype fits */
     }
+    uint64_t wanted = PERK_MAX(l.total_bytes / 8, (uint64_t)STAGING_BYTES_MIN);
+    l.staging_bytes = PERK_MAX(l.staging_bytes, PERK_MIN(wanted, (uint64_t)STAGING_BYTES_MAX));
     perk_status status = perk_threads_create(&l.threads, options->threads, err);
     if (status == PERK_OK) status = open_packer(&l, options, cache, err);
     if (status == PERK_OK) status = open_staging(&l, err);

@@ -47,7 +47,8 @@ typedef struct perk_start_report {
     char device[128], arch[16];
     int32_t cache_hit; /* the cubin came from the cache */
     double open_ms;    /* config, graph, tokenizer, checkpoint headers */
-    double driver_ms;  /* driver and context */
+    double driver_ms;  /* opening the driver and finding the device */
+    double context_ms; /* making the context; runs beside plan, check, emit and compile */
     double plan_ms, check_ms, emit_ms, compile_ms, module_ms;
     double weights_ms;
     uint64_t weights_bytes;

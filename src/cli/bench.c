@@ -204,9 +204,9 @@ static int print_results(bench_state *b) {
         printf("  of the ceiling %6.1f %% (step), %.1f %% (device)\n", 100 * floor_ms / wall, 100 * floor_ms / device);
         printf("  check          relative error %.2e against the reference executor%s\n", b->check_error,
                b->check_error < 0 ? " (not made)" : "");
-        printf("  start          driver %.0f, plan %.1f, check %.1f, emit %.1f, compile %.0f%s, module %.1f, weights %.0f ms "
+        printf("  start          driver %.0f, context %.0f, plan %.1f, check %.1f, emit %.1f, compile %.0f%s, module %.1f, weights %.0f ms "
                "(%.2f GB/s)\n",
-               b->report.driver_ms, b->report.plan_ms, b->report.check_ms, b->report.emit_ms, b->report.compile_ms,
+               b->report.driver_ms, b->report.context_ms, b->report.plan_ms, b->report.check_ms, b->report.emit_ms, b->report.compile_ms,
                b->report.cache_hit ? " (cached)" : "", b->report.module_ms, b->report.weights_ms,
                (double)b->report.weights_bytes * 1e-6 / b->report.weights_ms);
         return PERK_EXIT_OK;

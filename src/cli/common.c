@@ -117,7 +117,7 @@ void perk_cli_add_engine(perk_cli_options *options, perk_cli_engine *engine) {
 
 /* The phases of a start, for printing in both forms. */
 #define START_PHASES(X)                                                                                                \
-    X(open_ms) X(driver_ms) X(plan_ms) X(check_ms) X(emit_ms) X(compile_ms) X(module_ms) X(weights_ms) X(total_ms)
+    X(open_ms) X(driver_ms) X(context_ms) X(plan_ms) X(check_ms) X(emit_ms) X(compile_ms) X(module_ms) X(weights_ms) X(total_ms)
 
 static const char *backend_name(perk_backend backend) { return backend == PERK_BACKEND_GPU ? "gpu" : "reference"; }
 

@@ -31,7 +31,10 @@ def parse():
     parser.add_argument("--budget", type=float, default=460, help="seconds; what has not run by then fails")
     parser.add_argument("--cpu", action="store_true",
                         help="try this script where there is no GPU: the reference executor on the small shapes")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.build = args.build.resolve()  # the parts run in the root of the repository
+    args.out = args.out and args.out.resolve()
+    return args
 
 
 def end(process):
@@ -79,7 +82,7 @@ class Check:
             path = self.args.build / "bin" / name
             if not path.exists():
                 raise Skip("not in this build")
-            code, said = self.run([path], limit)
+            code, said = self.run([path, ROOT], limit)  # it may have been built elsewhere
             part.detail = last_lines(said, 1)
             if code == NO_GPU:
                 raise Skip(last_lines(said, 1))

@@ -1,0 +1,168 @@
+/* Whole models on the GPU against the reference executor: the shipped model and the small Qwen3 configurations of the
+ * fixtures; logits in chunks of several sizes, several requests at once. Skipped where there is no GPU. */
+#include "perk/engine.h"
+
+#include "test.h"
+
+#include <dirent.h>
+#include <math.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { LOGIT_TOKENS = 50, REQUESTS = 5, NEW_TOKENS = 32 };
+
+static perk_error err;
+static const char *root;
+
+static perk_engine *open_engine(const char *folder, perk_backend backend, int tokens, int portable) {
+    perk_engine_options options = {.backend = backend, .portable = portable, .precision = 1};
+    options.config = (perk_config){.max_num_batched_tokens = tokens, .max_num_batched_requests = tokens < REQUESTS ? tokens : REQUESTS,
+                                   .max_num_logit_rows = tokens, .page_size = 16, .max_seq_length = 128};
+    perk_engine *engine = NULL;
+    perk_status status = perk_engine_open(&engine, folder, &options, &err);
+    if (status == PERK_UNSUPPORTED) return NULL;
+    CHECK(status == PERK_OK, "%s: %s", folder, err.message);
+    return engine;
+}
+
+static void some_ids(int32_t *ids, int count, int vocab, int salt) {
+    for (int i = 0; i < count; i++) ids[i] = (i * 37 + salt * 101 + i * i * 3 + 11) % vocab;
+}
+
+static double relative_error(const float *got, const float *want, size_t count) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < count; i++) {
+        CHECK(isfinite(got[i]), "logit %zu is %g", i, (double)got[i]);
+        difference += ((double)got[i] - (double)want[i]) * ((double)got[i] - (double)want[i]);
+        norm += (double)want[i] * (double)want[i];
+    }
+    return sqrt(difference / fmax(norm, 1e-30));
+}
+
+/* Every token that a request chose must be within `noise` of the best by the reference's own logits. */
+static double worst_choice(perk_engine *reference, const int32_t *prompt, int prompt_count, const int32_t *tokens, int count) {
+    int vocab = perk_engine_vocab_size(reference), total = prompt_count + count;
+    int32_t *ids = malloc((size_t)total * sizeof *ids);
+    float *logits = malloc((size_t)total * (size_t)vocab * sizeof *logits);
+    memcpy(ids, prompt, (size_t)prompt_count * sizeof *ids);
+    memcpy(ids + prompt_count, tokens, (size_t)count * sizeof *ids);
+    CHECK_OK(perk_engine_logits(reference, ids, (size_t)total, logits, &err));
+    double worst = 0;
+    for (int i = 0; i < count; i++) {
+        const float *row = logits + (size_t)(prompt_count + i - 1) * (size_t)vocab;
+        float best = row[0];
+        for (int v = 1; v < vocab; v++) best = row[v] > best ? row[v] : best;
+        worst = fmax(worst, (double)(best - row[tokens[i]]));
+    }
+    free(ids);
+    free(logits);
+    return worst;
+}
+
+static double run_requests(perk_engine *gpu, perk_engine *reference) {
+    int vocab = perk_engine_vocab_size(gpu);
+    int32_t prompts[REQUESTS][64];
+    int lengths[REQUESTS] = {1, 15, 16, 17, 40};
+    perk_request *requests[REQUESTS];
+    perk_sampling sampling = {.max_tokens = NEW_TOKENS, .ignore_eos = 1};
+    for (int r = 0; r < REQUESTS; r++) {
+        some_ids(prompts[r], lengths[r], vocab, r);
+        CHECK_OK(perk_engine_submit(gpu, prompts[r], (size_t)lengths[r], &sampling, &requests[r], &err));
+    }
+    int32_t running = 1;
+    for (int steps = 0; running > 0; steps++) {
+        CHECK_OK(perk_engine_step(gpu, &running, &err));
+        CHECK(steps < 2000, "the requests do not end");
+    }
+    double worst = 0;
+    for (int r = 0; r < REQUESTS; r++) {
+        size_t count;
+        const int32_t *tokens = perk_request_tokens(requests[r], &count);
+        CHECK(count == NEW_TOKENS, "%zu tokens", count);
+        worst = fmax(worst, worst_choice(reference, prompts[r], lengths[r], tokens, (int)count));
+        perk_request_free(requests[r]);
+    }
+    return worst;
+}
+
+static void test_folder(const char *folder, int tokens, int portable) {
+    int32_t ids[LOGIT_TOKENS];
+    perk_engine *gpu = open_engine(folder, PERK_BACKEND_GPU, tokens, portable);
+    if (!gpu) {
+        printf("%-24s refused: %.90s\n", strrchr(folder, '/') + 1, err.message);
+        return;
+    }
+    perk_engine *reference = open_engine(folder, PERK_BACKEND_REFERENCE, 16, 0);
+    size_t values = LOGIT_TOKENS * (size_t)perk_engine_vocab_size(gpu);
+    float *got = malloc(values * sizeof *got), *want = malloc(values * sizeof *want);
+    some_ids(ids, LOGIT_TOKENS, perk_engine_vocab_size(gpu), 3);
+    CHECK_OK(perk_engine_logits(gpu, ids, LOGIT_TOKENS, got, &err));
+    CHECK_OK(perk_engine_logits(reference, ids, LOGIT_TOKENS, want, &err));
+    double error = relative_error(got, want, values), top = 0;
+    for (size_t i = 0; i < values; i++) top = fmax(top, fabs((double)want[i]));
+    double gap = run_requests(gpu, reference);
+    printf("%-24s T%-3d %-9s logits %.2e, worst choice %.2e below the best of top %.1f\n", strrchr(folder, '/') + 1, tokens,
+           portable ? "portable" : "native", error, gap, top);
+    CHECK(error <= 2e-2, "%s", folder);
+    CHECK(gap <= 4e-2 * top, "%s: a request chose a token %.3g below the best", folder, gap);
+    free(got);
+    free(want);
+    perk_engine_free(gpu);
+    perk_engine_free(reference);
+}
+
+static int passed, failed;
+
+/* In a process of its own: a hang or a fault on the GPU costs one case. */
+static void run_case(const char *folder, int tokens, int portable) {
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(90);
+        test_folder(folder, tokens, portable);
+        fflush(stdout);
+        _exit(0);
+    }
+    int result = 1;
+    waitpid(child, &result, 0);
+    if (result == 0) passed++;
+    else failed++;
+    if (result != 0) printf("FAILED (%d): %s T%d%s\n", result, folder, tokens, portable ? " portable" : "");
+}
+
+static int has_gpu(void) {
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        char folder[600];
+        perk_engine *engine;
+        perk_engine_options options = {.backend = PERK_BACKEND_GPU};
+        snprintf(folder, sizeof folder, "%s/examples/tiny", root);
+        perk_status status = perk_engine_open(&engine, folder, &options, &err);
+        if (status == PERK_NO_DRIVER || status == PERK_NO_DEVICE) fprintf(stderr, "skipped, no GPU: %s\n", err.message);
+        _exit(status == PERK_NO_DRIVER || status == PERK_NO_DEVICE ? TEST_SKIP : 0);
+    }
+    int result = 1;
+    waitpid(child, &result, 0);
+    return !(WIFEXITED(result) && WEXITSTATUS(result) == TEST_SKIP);
+}
+
+int main(int argc, char **argv) {
+    char path[1200], fixtures[600];
+    root = argc > 1 ? argv[1] : PERK_SOURCE_DIR;
+    if (!has_gpu()) return TEST_SKIP;
+    snprintf(path, sizeof path, "%s/examples/tiny", root);
+    for (int portable = 0; portable < 2; portable++)
+        for (int tokens = 1; tokens <= 64; tokens *= 4) run_case(path, tokens, portable);
+    snprintf(fixtures, sizeof fixtures, "%s/tests/fixtures/qwen3", root);
+    DIR *folder = opendir(fixtures);
+    CHECK(folder, "%s", fixtures);
+    for (struct dirent *entry; (entry = readdir(folder));) {
+        if (entry->d_name[0] == '.') continue;
+        snprintf(path, sizeof path, "%s/%s", fixtures, entry->d_name);
+        run_case(path, 16, 0);
+    }
+    closedir(folder);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed ? 1 : 0;
+}
