@@ -87,8 +87,8 @@ static void emit_switch(const perk_plan *plan, perk_buffer *out) {
         const perk_stage *first = NULL;
         for (int s = plan->stage_count - 1; s >= 0; s--)
             if (plan->stages[s].kind == kind) first = &plan->stages[s];
-        perk_buffer_printf(out, "    case %d: // %s ...\n        %s\n        break;\n", kind, first ? first->name : "unused",
-                           plan->kinds[kind]);
+        perk_buffer_printf(out, "    case %d: // %s ...\n        %s\n        break;\n", kind,
+                           first ? first->name : "unused", plan->kinds[kind]);
     }
     perk_buffer_printf(out, "    }\n    return chunk;\n}\n} // namespace perk\n\n");
 }
@@ -101,12 +101,12 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
     perk_buffer_printf(source, "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
                                "#include \"linear.cuh\"\n#include \"attention.cuh\"\n\n");
     emit_switch(plan, source);
-    perk_buffer_printf(source,
-                       "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
-                       "(const __grid_constant__ perk_kernel_args args) {\n"
-                       "    perk::worker_main(args, [](const perk::Worker &worker, const perk::TaskView &task, uint32_t "
-                       "chunk) { return perk::run_task(worker, task, chunk); });\n"
-                       "}\n");
+    perk_buffer_printf(
+        source, "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
+                "(const __grid_constant__ perk_kernel_args args) {\n"
+                "    perk::worker_main(args, [](const perk::Worker &worker, const perk::TaskView &task, uint32_t "
+                "chunk) { return perk::run_task(worker, task, chunk); });\n"
+                "}\n");
     return source->failed ? perk_fail_memory(err, "the program's source") : PERK_OK;
 }
 
@@ -172,8 +172,10 @@ perk_status perk_emit_records(const perk_plan *plan, perk_task_record **records,
         perk_task_record *list = *records + (size_t)w * (size_t)*per_worker;
         int count = plan->worker_begin[w + 1] - plan->worker_begin[w];
         for (int i = 0; i < *per_worker; i++) {
-            if (i < count) list[i] = make_record(plan, plan->worker_begin[w] + i);
-            else list[i].kind = PERK_TASK_END;
+            if (i < count)
+                list[i] = make_record(plan, plan->worker_begin[w] + i);
+            else
+                list[i].kind = PERK_TASK_END;
         }
     }
     return PERK_OK;

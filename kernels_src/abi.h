@@ -1,6 +1,6 @@
 /* What the host and the kernel agree on: task records, kernel arguments, the step's batch, the packed weight layout,
- * the hang report. C and device C++ both compile this file, so sizes cannot drift. NVRTC has no headers of its own, hence
- * the types.
+ * the hang report. C and device C++ both compile this file, so sizes cannot drift. NVRTC has no headers of its own,
+ * hence the types.
  */
 #ifndef PERK_ABI_H
 #define PERK_ABI_H
@@ -26,12 +26,15 @@ enum {
  * A matrix W [rows, cols] is cut into row tiles of 16 rows; a tile into blocks of 16 rows x 32 columns = 1 KB, padded
  * with zeros. A block holds two fragments of 512 bytes: what the 32 lanes of a warp need as the left operand of
  * mma.m16n8k16, 16 bytes a lane, so that a lane reads its registers with one load. The columns of a block are dealt to
- * the lanes so that the right operand is read in natural order, too: lane 4g+q works on columns 8q .. 8q+7 of the block,
- * fragment 0 on the first four and fragment 1 on the last four of them. In a fragment a lane holds, in order, the pairs
+ * the lanes so that the right operand is read in natural order, too: lane 4g+q works on columns 8q .. 8q+7 of the
+ * block, fragment 0 on the first four and fragment 1 on the last four of them. In a fragment a lane holds, in order,
+ * the pairs
+ *
  *     (row g, first pair) (row g+8, first pair) (row g, second pair) (row g+8, second pair).
+ *
  * Chunks of up to 16 blocks of one tile are the unit of the stream. Tile t of a stage belongs to worker
- * (t + rotation) % workers; the tiles of one round (t / workers) are interleaved chunk by chunk, so that at any time the
- * workers read neighbouring memory.
+ * (t + rotation) % workers; the tiles of one round (t / workers) are interleaved chunk by chunk, so that at any time
+ * the workers read neighbouring memory.
  */
 enum {
     PERK_TILE_ROWS = 16,
@@ -61,18 +64,18 @@ enum {
 
 /* One task of one worker, 128 bytes: a warp reads it with one load, a word a lane. */
 typedef struct perk_task_record {
-    uint32_t kind;                              /* which instantiation runs it; PERK_TASK_END */
-    uint32_t task;                              /* index in the plan, for reports */
-    uint32_t first, stride, count;              /* its units: first, first + stride, ... */
-    uint32_t wait_counter[PERK_RECORD_WAITS];   /* value >= step * per_step + needed */
-    uint32_t wait_per_step[PERK_RECORD_WAITS];  /* 0: no wait */
+    uint32_t kind;                             /* which instantiation runs it; PERK_TASK_END */
+    uint32_t task;                             /* index in the plan, for reports */
+    uint32_t first, stride, count;             /* its units: first, first + stride, ... */
+    uint32_t wait_counter[PERK_RECORD_WAITS];  /* value >= step * per_step + needed */
+    uint32_t wait_per_step[PERK_RECORD_WAITS]; /* 0: no wait */
     uint32_t wait_needed[PERK_RECORD_WAITS];
-    uint32_t signal_counter;                    /* += 1 when the task is done */
-    uint32_t operand[PERK_RECORD_OPERANDS];     /* byte offset / 256 in the operand's space */
+    uint32_t signal_counter;                /* += 1 when the task is done */
+    uint32_t operand[PERK_RECORD_OPERANDS]; /* byte offset / 256 in the operand's space */
     uint32_t scalar;
-    uint32_t stream_base;                       /* packed weights of the stage: byte offset / 1024 */
-    uint32_t stream_tiles;                      /* row tiles of the stage; 0: streams nothing */
-    uint32_t stream_blocks;                     /* blocks a tile */
+    uint32_t stream_base;   /* packed weights of the stage: byte offset / 1024 */
+    uint32_t stream_tiles;  /* row tiles of the stage; 0: streams nothing */
+    uint32_t stream_blocks; /* blocks a tile */
     uint32_t reserved[PERK_RECORD_WORDS - 28];
 } perk_task_record;
 
@@ -98,14 +101,14 @@ typedef struct perk_attention_item {
 
 /* Word offsets of the arrays, from the program's maxima. */
 typedef struct perk_batch_layout {
-    int32_t token_ids, positions, token_request, token_query_tile, logit_rows, page_table, query_tiles,
-        attention_items, words;
+    int32_t token_ids, positions, token_request, token_query_tile, logit_rows, page_table, query_tiles, attention_items,
+        words;
 } perk_batch_layout;
 
 /* ---- a wait that exceeded its limit ---- */
 typedef struct perk_hang_report {
     uint32_t worker;
-    uint32_t task, role; /* role: PERK_ROLE_* */
+    uint32_t task, role;            /* role: PERK_ROLE_* */
     uint32_t counter, seen, wanted; /* for mbarriers: slot, parity */
     uint32_t step, complete;        /* complete: all other fields are written */
 } perk_hang_report;

@@ -94,7 +94,8 @@ struct Attention {
         }
         const uint32_t position = __ldg(w.args.batch + program::batch_positions + token);
         const uint32_t request = __ldg(w.args.batch + program::batch_token_request + token);
-        if (!is_value) norm_and_rotate(w, low, high, is_query ? o.q_norm : o.k_norm, o.rope + uint64_t(position) * kHalf, eps);
+        if (!is_value)
+            norm_and_rotate(w, low, high, is_query ? o.q_norm : o.k_norm, o.rope + uint64_t(position) * kHalf, eps);
 
         uint16_t *out = reinterpret_cast<uint16_t *>(o.q) + uint64_t(token) * kQStride + source_head * kHeadDim;
         uint32_t step = 1;
@@ -119,10 +120,12 @@ struct Attention {
     static __device__ __forceinline__ void append(const Worker &w, const TaskView &task, float eps) {
         const uint32_t first = task.first(), stride = task.stride(), count = task.count();
         const uint64_t q_norm = task.operand(2), k_norm = task.operand(3);
-        const AppendOperands o{w.args.activations + task.operand(0), w.args.activations + task.operand(1),
+        const AppendOperands o{w.args.activations + task.operand(0),
+                               w.args.activations + task.operand(1),
                                kQNorm ? reinterpret_cast<const uint16_t *>(w.args.constants + q_norm) : nullptr,
                                kKNorm ? reinterpret_cast<const uint16_t *>(w.args.constants + k_norm) : nullptr,
-                               reinterpret_cast<const float2 *>(w.args.constants + task.operand(4)), task.scalar()};
+                               reinterpret_cast<const float2 *>(w.args.constants + task.operand(4)),
+                               task.scalar()};
         for (uint32_t i = 0; i < count; i++) {
             const uint32_t unit = first + i * stride, head = unit / kParts;
             const TokenSlice slice = token_slice(w, unit % kParts, kParts);
@@ -181,9 +184,9 @@ struct Attention {
         return make_float2(__shfl_sync(0xffffffffu, value, source), __shfl_sync(0xffffffffu, value, source + 4));
     }
 
-    // Positions of a KV unit that starts at `begin`: the score tile j gives lane 4g+q the positions 4q+2j and 4q+2j+1 of
-    // row g, because row n of the key operand is position 4(n/2) + 2j + n%2. A lane's scores are then exactly its right
-    // operand of the second product, with no exchange between lanes. Rows 8 to 15 of the left operand are zero.
+    // Positions of a KV unit that starts at `begin`: the score tile j gives lane 4g+q the positions 4q+2j and 4q+2j+1
+    // of row g, because row n of the key operand is position 4(n/2) + 2j + n%2. A lane's scores are then exactly its
+    // right operand of the second product, with no exchange between lanes. Rows 8 to 15 of the left operand are zero.
     static __device__ __forceinline__ void score_unit(const Worker &w, uint32_t layer, uint32_t head, uint32_t request,
                                                       uint32_t begin, uint32_t end, float (&scores)[2][4]) {
         const uint32_t n = w.lane / 4, group_start = begin + n / 2 * 4;
@@ -223,8 +226,8 @@ struct Attention {
             }
         maximum = quad_max(maximum);
         const float reference = maximum == -infinity() ? 0.0f : maximum; // all masked: weights 0, not NaN
-        // Most units do not raise the maximum. (The branch also keeps the loads of values from being moved up among those
-        // of keys, where they would cost spills.)
+        // Most units do not raise the maximum. (The branch also keeps the loads of values from being moved up among
+        // those of keys, where they would cost spills.)
         if (__any_sync(0xffffffffu, maximum > state.maximum)) {
             const float shrink = exp2_approx(state.maximum - reference);
             const float2 column_shrink = of_columns(w, shrink);
@@ -258,8 +261,9 @@ struct Attention {
         const uint2 mask = mask_first(lane_start >= end ? 0 : min(4u, end - lane_start));
         float scores[2][4] = {};
         score_unit(w, layer, head, request, begin, end, scores);
-        const uint8_t *values = key_page(w, layer, page_of(w, request, lane_position), head) +
-                                (kPageElements + w.lane / 4 * program::page_size + lane_position % program::page_size) * 2;
+        const uint8_t *values =
+            key_page(w, layer, page_of(w, request, lane_position), head) +
+            (kPageElements + w.lane / 4 * program::page_size + lane_position % program::page_size) * 2;
         softmax_unit(w, state, scores, limit, window, lane_start, end, scale);
         const uint32_t p0 = pack_bf16(scores[0][0], scores[0][1]), p1 = pack_bf16(scores[1][0], scores[1][1]);
 #pragma unroll
@@ -281,8 +285,7 @@ struct Attention {
 #pragma unroll
         for (uint32_t d = 0; d < kDimTiles; d++)
 #pragma unroll
-            for (uint32_t c = 0; c < 4; c++)
-                out[(2 * q + c % 2) * kHeadDim + d * 16 + c / 2 * 8 + g] = state.out[d][c];
+            for (uint32_t c = 0; c < 4; c++) out[(2 * q + c % 2) * kHeadDim + d * 16 + c / 2 * 8 + g] = state.out[d][c];
     }
 
     static __device__ __forceinline__ void attend_item(const Worker &w, const uint8_t *q_base, uint64_t partials,
@@ -296,7 +299,8 @@ struct Attention {
         const uint32_t column = (head * kGroup + row % kGroup) * kHeadDim + w.lane % 4 * 8;
 #pragma unroll
         for (uint32_t d = 0; d < kDimBlocks; d++)
-            store_shared16(query_slot(w, d), load_coherent16(q_base + (uint64_t(token) * kQStride + column + d * 32) * 2));
+            store_shared16(query_slot(w, d),
+                           load_coherent16(q_base + (uint64_t(token) * kQStride + column + d * 32) * 2));
         State state;
         state.maximum = -infinity();
         state.sum = 0.0f;
@@ -312,7 +316,8 @@ struct Attention {
 
     // Unit (head, part): the items part, part + kParts, ..., dealt to the warps.
     // Operands: 0 q, 1 partials. Scalar: the layer in the KV cache. `scale` is for base 2: scale * log2(e).
-    static __device__ __forceinline__ void partial(const Worker &w, const TaskView &task, float scale, uint32_t window) {
+    static __device__ __forceinline__ void partial(const Worker &w, const TaskView &task, float scale,
+                                                   uint32_t window) {
         const uint32_t first = task.first(), stride = task.stride(), count = task.count(), layer = task.scalar();
         const uint64_t q = task.operand(0), partials = task.operand(1);
         const uint32_t items = w.batch().num_attention_items;

@@ -8,8 +8,8 @@ constexpr uint32_t kCeilingSlots = 6;
 } // namespace perk
 
 // Chunk c of block b is chunk c * blocks + b of the range: neighbours in time are neighbours in memory.
-extern "C" __global__ void __launch_bounds__(1024, 1) perk_read_ceiling(const uint8_t *source, uint64_t chunks,
-                                                                        uint32_t *sink) {
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    perk_read_ceiling(const uint8_t *source, uint64_t chunks, uint32_t *sink) {
     using namespace perk;
 #if PERK_PORTABLE
     uint32_t seen = 0;
@@ -28,7 +28,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) perk_read_ceiling(const ui
     uint32_t started = 0, finished = 0;
     for (uint64_t chunk = blockIdx.x; chunk < chunks || finished < started; chunk += gridDim.x) {
         if (started - finished == kCeilingSlots || chunk >= chunks) {
-            while (!ptx::mbarrier_test(barriers + 8 * (finished % kCeilingSlots), finished / kCeilingSlots & 1)) {}
+            while (!ptx::mbarrier_test(barriers + 8 * (finished % kCeilingSlots), finished / kCeilingSlots & 1)) {
+            }
             finished++;
         }
         if (chunk >= chunks) continue;

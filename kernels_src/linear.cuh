@@ -1,7 +1,7 @@
-// linear: out = x W^T for 1 to 64 rows of x, with the packed weights as the left operand of the tensor cores: a row tile
-// is 16 outputs, its columns are the rows of x. The 8 warps share a tile by splitting its depth (column block kb belongs
-// to warp kb % 8) and add their partial sums in shared memory; one warp finishes the tile: scale of a folded norm, bias,
-// residual, silu, store.
+// linear: out = x W^T for 1 to 64 rows of x, with the packed weights as the left operand of the tensor cores: a row
+// tile is 16 outputs, its columns are the rows of x. The 8 warps share a tile by splitting its depth (column block kb
+// belongs to warp kb % 8) and add their partial sums in shared memory; one warp finishes the tile: scale of a folded
+// norm, bias, residual, silu, store.
 #pragma once
 
 namespace perk {
@@ -16,12 +16,13 @@ enum class Epilogue {
 // Operands of a linear stage, by role.
 enum LinearOperand { kInput, kOutput, kResidual, kNormWeight, kBias, kCandidates };
 
-template <Rows kRowsOf, uint32_t kMaxRows, uint32_t kIn, uint32_t kOut, bool kFoldedNorm, Epilogue kEpilogue, bool kHasBias>
+template <Rows kRowsOf, uint32_t kMaxRows, uint32_t kIn, uint32_t kOut, bool kFoldedNorm, Epilogue kEpilogue,
+          bool kHasBias>
 struct Linear {
     static constexpr uint32_t kBlocks = (kIn + PERK_BLOCK_COLS - 1) / PERK_BLOCK_COLS; // of a tile
     static constexpr uint32_t kChunks = (kBlocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS;
     static constexpr uint32_t kWarpBlocks = (kBlocks + PERK_CONSUMER_WARPS - 1) / PERK_CONSUMER_WARPS; // of one warp
-    static constexpr uint32_t kColumnTiles = (kMaxRows + 7) / 8; // of 8 rows of x
+    static constexpr uint32_t kColumnTiles = (kMaxRows + 7) / 8;                                       // of 8 rows of x
     static constexpr uint32_t kInStride = PERK_ROW_STRIDE(kIn);
     static constexpr uint32_t kOutWidth = kEpilogue == Epilogue::silu ? kOut / 2 : kOut;
     static constexpr uint32_t kOutStride = PERK_ROW_STRIDE(kOutWidth);
@@ -34,9 +35,7 @@ struct Linear {
                   "the plan gave this stage too little reduction scratch");
 
     // Staged input: every warp keeps its own column blocks of x, 64 bytes a block and row.
-    static constexpr uint32_t staged_bytes(uint32_t rows) {
-        return PERK_CONSUMER_WARPS * kWarpBlocks * 64 * rows;
-    }
+    static constexpr uint32_t staged_bytes(uint32_t rows) { return PERK_CONSUMER_WARPS * kWarpBlocks * 64 * rows; }
     static constexpr bool kAlwaysStaged = staged_bytes(kMaxRows) <= program::staging_bytes;
     static_assert(kAlwaysStaged || !kFoldedNorm, "a folded norm needs its input staged");
 
@@ -90,6 +89,7 @@ struct Linear {
         constexpr uint32_t kLanePieces = (kPieces + 31) / 32;
         constexpr uint32_t kGroup = kLanePieces >= 8 ? 1 : (8 / kLanePieces < kMaxRows ? 8 / kLanePieces : kMaxRows);
         const uint32_t base = w.staging() + w.warp * kWarpBlocks * rows * 64;
+#pragma unroll 1
         for (uint32_t first = 0; first < rows; first += kGroup) {
             Vec16 values[kGroup][kLanePieces];
 #pragma unroll
@@ -133,28 +133,33 @@ struct Linear {
     static __device__ __forceinline__ uint32_t multiply_tile(const Worker &w, const Input &input, uint32_t rows,
                                                              uint32_t chunk, float (&sums)[kColumnTiles][4]) {
         constexpr uint32_t kShare = PERK_CHUNK_BLOCKS / PERK_CONSUMER_WARPS; // blocks of a chunk that are a warp's
+        constexpr uint32_t kAhead = kColumnTiles <= 2 ? kShare : 1; // as many are read ahead as registers allow
+#pragma unroll 1
         for (uint32_t c = 0; c < kChunks; c++, chunk++) {
-            Vec16 x[kShare][kColumnTiles];
 #pragma unroll
-            for (uint32_t s = 0; s < kShare; s++) {
-                const uint32_t kb = c * PERK_CHUNK_BLOCKS + s * PERK_CONSUMER_WARPS + w.warp;
+            for (uint32_t first = 0; first < kShare; first += kAhead) {
+                Vec16 x[kAhead][kColumnTiles];
 #pragma unroll
-                for (uint32_t n = 0; n < kColumnTiles; n++)
-                    if (kb < kBlocks && n * 8 < rows) x[s][n] = input.load(w, kb, n);
-            }
-            wait_full(w, chunk);
+                for (uint32_t s = 0; s < kAhead; s++) {
+                    const uint32_t kb = c * PERK_CHUNK_BLOCKS + (first + s) * PERK_CONSUMER_WARPS + w.warp;
 #pragma unroll
-            for (uint32_t s = 0; s < kShare; s++) {
-                const uint32_t block = s * PERK_CONSUMER_WARPS + w.warp;
-                if (c * PERK_CHUNK_BLOCKS + block >= kBlocks) continue;
-                const uint32_t address = w.ring_slot(chunk) + block * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
-                const Vec16 a = load_shared16(address), b = load_shared16(address + 512);
+                    for (uint32_t n = 0; n < kColumnTiles; n++)
+                        if (kb < kBlocks && n * 8 < rows) x[s][n] = input.load(w, kb, n);
+                }
+                if (first == 0) wait_full(w, chunk);
 #pragma unroll
-                for (uint32_t n = 0; n < kColumnTiles; n++)
-                    if (n * 8 < rows) {
-                        mma(sums[n], a.x, a.y, a.z, a.w, x[s][n].x, x[s][n].y);
-                        mma(sums[n], b.x, b.y, b.z, b.w, x[s][n].z, x[s][n].w);
-                    }
+                for (uint32_t s = 0; s < kAhead; s++) {
+                    const uint32_t block = (first + s) * PERK_CONSUMER_WARPS + w.warp;
+                    if (c * PERK_CHUNK_BLOCKS + block >= kBlocks) continue;
+                    const uint32_t address = w.ring_slot(chunk) + block * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
+                    const Vec16 a = load_shared16(address), b = load_shared16(address + 512);
+#pragma unroll
+                    for (uint32_t n = 0; n < kColumnTiles; n++)
+                        if (n * 8 < rows) {
+                            mma(sums[n], a.x, a.y, a.z, a.w, x[s][n].x, x[s][n].y);
+                            mma(sums[n], b.x, b.y, b.z, b.w, x[s][n].z, x[s][n].w);
+                        }
+                }
             }
             release_chunk(w, chunk);
         }
@@ -170,8 +175,10 @@ struct Linear {
 
     // Which matrix row the lane's low (g) or high (g+8) output is.
     static __device__ __forceinline__ uint32_t output_row(const Worker &w, uint32_t tile, bool high) {
-        if constexpr (kEpilogue == Epilogue::silu) return (high ? kOutWidth : 0) + tile * 8 + w.lane / 4;
-        else return tile * PERK_TILE_ROWS + w.lane / 4 + (high ? 8 : 0);
+        if constexpr (kEpilogue == Epilogue::silu)
+            return (high ? kOutWidth : 0) + tile * 8 + w.lane / 4;
+        else
+            return tile * PERK_TILE_ROWS + w.lane / 4 + (high ? 8 : 0);
     }
 
     static __device__ __forceinline__ float residual_at(const Finish &f, uint32_t row, uint32_t output, uint32_t rows) {
@@ -200,8 +207,10 @@ struct Linear {
             auto store = [&](uint32_t column, float value) {
                 if (column >= kOut) return;
                 const uint64_t index = uint64_t(row) * kOutStride + column;
-                if constexpr (kEpilogue == Epilogue::logits) reinterpret_cast<float *>(f.out)[index] = value;
-                else reinterpret_cast<uint16_t *>(f.out)[index] = to_bf16(value);
+                if constexpr (kEpilogue == Epilogue::logits)
+                    reinterpret_cast<float *>(f.out)[index] = value;
+                else
+                    reinterpret_cast<uint16_t *>(f.out)[index] = to_bf16(value);
             };
             store(output, low);
             store(output + 8, high);
@@ -209,8 +218,8 @@ struct Linear {
     }
 
     // The best of the tile's 16 logits of one row, left for argmax. All lanes take part.
-    static __device__ __forceinline__ void store_candidate(const Worker &w, const Finish &f, uint32_t tile, uint32_t row,
-                                                           uint32_t rows, float low, float high) {
+    static __device__ __forceinline__ void store_candidate(const Worker &w, const Finish &f, uint32_t tile,
+                                                           uint32_t row, uint32_t rows, float low, float high) {
         const uint32_t output = output_row(w, tile, false);
         Best best{kLowest, 0xffffffffu};
         if (output < kOut) best.take(low, output);
@@ -247,7 +256,8 @@ struct Linear {
         for (uint32_t r = 0; r < 2; r++) {
             const uint32_t row = column_tile * 8 + w.lane % 4 * 2 + r;
             const float scale = kFoldedNorm && row < rows ? norm_scale(w, row, eps) : 1.0f;
-            const float low = sum[r] * scale + bias[0] + residual[r], high = sum[2 + r] * scale + bias[1] + residual[2 + r];
+            const float low = sum[r] * scale + bias[0] + residual[r],
+                        high = sum[2 + r] * scale + bias[1] + residual[2 + r];
             if (row < rows) store_row(w, f, tile, row, low, high);
             if constexpr (kEpilogue == Epilogue::logits) store_candidate(w, f, tile, row, rows, low, high);
         }
@@ -259,6 +269,7 @@ struct Linear {
     static __device__ __forceinline__ uint32_t run_tiles(const Worker &w, const TaskView &task, const Input &input,
                                                          const Finish &f, uint32_t rows, uint32_t chunk, float eps) {
         const uint32_t first = task.first(), stride = task.stride(), count = task.count();
+#pragma unroll 1
         for (uint32_t i = 0; i < count; i++) {
             const uint32_t tile = first + i * stride, buffer = i % kBuffers;
             const uint32_t my_column_tile = (w.warp - i) % PERK_CONSUMER_WARPS; // rotates, so that finishing is shared
@@ -297,8 +308,7 @@ struct Linear {
             stage_input(w, x, gain, rows);
             return run_tiles(w, task, StagedInput(w, rows), finish, rows, chunk, eps);
         }
-        if constexpr (!kAlwaysStaged)
-            return run_tiles(w, task, DirectInput(w, x, rows), finish, rows, chunk, eps);
+        if constexpr (!kAlwaysStaged) return run_tiles(w, task, DirectInput(w, x, rows), finish, rows, chunk, eps);
         return chunk;
     }
 };

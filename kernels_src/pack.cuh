@@ -1,5 +1,5 @@
-// Loading: what a checkpoint holds, row-major in bf16, fp16 or fp32, to what programs read (abi.h has the packed layout).
-// A small program of its own; it runs once, at load.
+// Loading: what a checkpoint holds, row-major in bf16, fp16 or fp32, to what programs read (abi.h has the packed
+// layout). A small program of its own; it runs once, at load.
 #pragma once
 
 namespace perk {
@@ -68,7 +68,8 @@ extern "C" __global__ void perk_pack_tiles(const __grid_constant__ perk_pack_arg
                                  uint64_t(lane_in_round) * chunk_blocks + in_chunk;
     // Lane and register of the piece's four pairs: see "packed weights" in abi.h.
     const uint32_t lane = in_tile % 8 * 4 + piece % 4, is_high = in_tile / 8;
-    uint32_t *target = reinterpret_cast<uint32_t *>(a.target + block_index * PERK_WEIGHT_BLOCK_BYTES) + lane * 4 + is_high;
+    uint32_t *target =
+        reinterpret_cast<uint32_t *>(a.target + block_index * PERK_WEIGHT_BLOCK_BYTES) + lane * 4 + is_high;
     target[0] = values.x;
     target[2] = values.y;
     target[128] = values.z; // the second fragment: 512 bytes on

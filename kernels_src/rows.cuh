@@ -32,8 +32,8 @@ __device__ __forceinline__ float warp_sum(float value) {
     return value;
 }
 
-// Sum over the block's consumers, in every thread; the order of additions is fixed. Uses the reduction scratch: a barrier
-// must lie between two calls.
+// Sum over the block's consumers, in every thread; the order of additions is fixed. Uses the reduction scratch: a
+// barrier must lie between two calls.
 __device__ __forceinline__ float block_sum(const Worker &w, float value) {
     float *shared = reinterpret_cast<float *>(__cvta_shared_to_generic(w.reduction()));
     value = warp_sum(value);
@@ -44,9 +44,9 @@ __device__ __forceinline__ float block_sum(const Worker &w, float value) {
     return total;
 }
 
-// out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight. A task owns the rows first, first + stride, ...; the block works on
-// one row at a time, 8 columns a thread and piece. Columns beyond the width are zero and stay so.
-// Operands: 0 x, 1 weight (constants), 2 out.
+// out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight. A task owns the rows first, first + stride, ...; the block works
+// on one row at a time, 8 columns a thread and piece. Columns beyond the width are zero and stay so. Operands: 0 x, 1
+// weight (constants), 2 out.
 template <Rows kRows, uint32_t kWidth, uint32_t kStride>
 __device__ __forceinline__ void rmsnorm(const Worker &w, const TaskView &task, float eps) {
     constexpr uint32_t kPieces = (kWidth + 7) / 8;
@@ -82,7 +82,8 @@ __device__ __forceinline__ void rmsnorm(const Worker &w, const TaskView &task, f
                 return pack_bf16(low_bf16(value) * scale * low_bf16(g), high_bf16(value) * scale * high_bf16(g));
             };
             *reinterpret_cast<Vec16 *>(out + row_start + piece * 16) =
-                Vec16{pair(values[p].x, gain.x), pair(values[p].y, gain.y), pair(values[p].z, gain.z), pair(values[p].w, gain.w)};
+                Vec16{pair(values[p].x, gain.x), pair(values[p].y, gain.y), pair(values[p].z, gain.z),
+                      pair(values[p].w, gain.w)};
         }
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
     }
@@ -147,7 +148,8 @@ __device__ void argmax(const Worker &w, const TaskView &task) {
         if (w.lane == 0) shared[w.warp] = best;
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
         if (w.thread == 0) {
-            for (uint32_t warp = 1; warp < PERK_CONSUMER_WARPS; warp++) best.take(shared[warp].value, shared[warp].index);
+            for (uint32_t warp = 1; warp < PERK_CONSUMER_WARPS; warp++)
+                best.take(shared[warp].value, shared[warp].index);
             out[uint64_t(row) * kOutStride] = static_cast<int32_t>(best.index);
         }
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);

@@ -7,7 +7,7 @@ namespace perk {
 
 using namespace ptx;
 
-constexpr uint32_t kConsumerBarrier = 1; // named barrier of the 8 consumer warps; 0 is __syncthreads
+constexpr uint32_t kConsumerBarrier = 1;    // named barrier of the 8 consumer warps; 0 is __syncthreads
 constexpr uint32_t kPollsPerClockRead = 64; // reading the global timer costs more than a poll
 
 // ---- shared memory: ring slots | staging of activations | reduction scratch | barriers ----
@@ -56,7 +56,7 @@ struct Worker {
 
 // Writes who waits for what and ends the launch. The host reads the report from mapped memory.
 __device__ __forceinline__ void report_hang(const perk_kernel_args &args, uint32_t worker, uint32_t task, uint32_t role,
-                                         uint32_t counter, uint32_t seen, uint32_t wanted) {
+                                            uint32_t counter, uint32_t seen, uint32_t wanted) {
     if (atomicCAS(args.hang_claim, 0u, 1u) == 0u) {
         volatile perk_hang_report *report = args.hang;
         report->worker = worker;
@@ -240,8 +240,10 @@ __device__ __forceinline__ void worker_main(const perk_kernel_args &args, RunTas
     extern __shared__ __align__(1024) uint8_t shared_memory[];
     Worker w{args, blockIdx.x, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, shared_address(shared_memory), 0};
     init_ring(w);
-    if (w.warp == PERK_CONSUMER_WARPS) produce(w);
-    else consume(w, run_task);
+    if (w.warp == PERK_CONSUMER_WARPS)
+        produce(w);
+    else
+        consume(w, run_task);
 }
 
 } // namespace perk

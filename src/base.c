@@ -1,6 +1,8 @@
 #define _POSIX_C_SOURCE 200809L
 #include "base.h"
 
+#include "tokenizer/utf8.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -21,10 +23,9 @@ const char *perk_status_text(perk_status status) {
 
 #define PERK_TEXT(x) #x
 #define PERK_VERSION_TEXT(major, minor, patch) PERK_TEXT(major) "." PERK_TEXT(minor) "." PERK_TEXT(patch)
-const char *perk_version(void) {
-    return PERK_VERSION_TEXT(PERK_VERSION_MAJOR, PERK_VERSION_MINOR, PERK_VERSION_PATCH);
-}
+const char *perk_version(void) { return PERK_VERSION_TEXT(PERK_VERSION_MAJOR, PERK_VERSION_MINOR, PERK_VERSION_PATCH); }
 
+/* Messages are UTF-8, but what they quote may not be, and both are cut to fit, within a character if need be. */
 perk_status perk_fail(perk_error *err, perk_status status, const char *format, ...) {
     if (!err) return status;
     err->status = status;
@@ -32,6 +33,7 @@ perk_status perk_fail(perk_error *err, perk_status status, const char *format, .
     va_start(args, format);
     vsnprintf(err->message, sizeof err->message, format, args);
     va_end(args);
+    perk_utf8_mask(err->message);
     return status;
 }
 
@@ -47,6 +49,7 @@ perk_status perk_fail_prefix(perk_error *err, perk_status status, const char *fo
         size_t room = sizeof err->message - (size_t)used;
         snprintf(err->message + used, room, ": %.*s", (int)room, old);
     }
+    perk_utf8_mask(err->message);
     return status;
 }
 
@@ -61,6 +64,7 @@ void perk_log_write(const perk_log *log, perk_log_level level, const char *forma
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
+    perk_utf8_mask(message);
     log->write(log->user, level, message);
 }
 

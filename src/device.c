@@ -14,8 +14,8 @@ static const struct {
     int capability, sm_count, shared_kb;
     const char *card;
 } cards[] = {
-    {80, 108, 163, "A100"},  {86, 84, 99, "A40"},        {87, 16, 163, "Orin"},  {89, 142, 99, "L40S"},
-    {90, 132, 227, "H100"},  {100, 148, 227, "B200"},    {103, 148, 227, "B300"}, {110, 20, 227, "Thor"},
+    {80, 108, 163, "A100"},         {86, 84, 99, "A40"},     {87, 16, 163, "Orin"},   {89, 142, 99, "L40S"},
+    {90, 132, 227, "H100"},         {100, 148, 227, "B200"}, {103, 148, 227, "B300"}, {110, 20, 227, "Thor"},
     {120, 188, 99, "RTX PRO 6000"}, {121, 48, 99, "GB10"},
 };
 
@@ -25,7 +25,9 @@ static perk_status describe(int capability, int sm_count, int shared_bytes, perk
                          "compute capability %d.%d: perk needs 8.0 (A100) or newer, for bf16 tensor cores and "
                          "asynchronous copies",
                          capability / 10, capability % 10);
-    *desc = (perk_device_desc){.capability = capability, .worker_count = sm_count, .shared_memory = shared_bytes,
+    *desc = (perk_device_desc){.capability = capability,
+                               .worker_count = sm_count,
+                               .shared_memory = shared_bytes,
                                .portable = capability < BULK_COPY_CAPABILITY};
     perk_arch_of_capability(capability / 10, capability % 10, desc->arch);
     return PERK_OK;

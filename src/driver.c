@@ -113,16 +113,40 @@ static int attribute(const perk_driver *driver, CUdevice device, CUdevice_attrib
     return driver->cuDeviceGetAttribute(&value, which, device) == CUDA_SUCCESS && value > 0 ? value : 0;
 }
 
-static void read_attributes(const perk_driver *driver, perk_device_info *info) {
+/* What perk needs to know: here a failure is one. */
+static perk_status read_needed(const perk_driver *driver, perk_device_info *info, perk_error *err) {
+    int shared = 0, cooperative = 0;
+    const struct {
+        CUdevice_attribute which;
+        int *value;
+        const char *what;
+    } needed[] = {
+        {CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, &info->cc_major, "compute capability"},
+        {CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, &info->cc_minor, "compute capability"},
+        {CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, &info->sm_count, "number of SMs"},
+        {CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, &shared, "shared memory"},
+        {CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH, &cooperative, "cooperative launches"},
+    };
+    for (size_t i = 0; i < PERK_COUNT(needed); i++) {
+        CUresult result = driver->cuDeviceGetAttribute(needed[i].value, needed[i].which, info->device);
+        perk_status status =
+            perk_driver_check(driver, result, err, "asking GPU %d for its %s", info->ordinal, needed[i].what);
+        if (status != PERK_OK) return status;
+    }
+    info->shared_per_block_optin = (size_t)PERK_MAX(shared, 0);
+    info->cooperative_launch = cooperative != 0;
+    if (info->cc_major > 0 && info->sm_count > 0) return PERK_OK;
+    return perk_fail(err, PERK_DRIVER, "GPU %d (%s): the driver does not tell its capability or size", info->ordinal,
+                     info->name);
+}
+
+static void read_rest(const perk_driver *driver, perk_device_info *info) {
     CUdevice device = info->device;
-    info->cc_major = attribute(driver, device, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
-    info->cc_minor = attribute(driver, device, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
-    info->sm_count = attribute(driver, device, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
-    info->shared_per_block_optin =
-        (size_t)attribute(driver, device, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+    CUuuid uuid = {{0}};
+    if (driver->cuDeviceGetUuid && driver->cuDeviceGetUuid(&uuid, device) == CUDA_SUCCESS)
+        memcpy(info->uuid, uuid.bytes, sizeof info->uuid);
     info->shared_per_sm = (size_t)attribute(driver, device, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR);
     info->l2_bytes = (size_t)attribute(driver, device, CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE);
-    info->cooperative_launch = attribute(driver, device, CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH) != 0;
     info->memory_clock_khz = attribute(driver, device, CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE);
     info->memory_bus_bits = attribute(driver, device, CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH);
 }
@@ -142,12 +166,7 @@ perk_status perk_driver_device_info(const perk_driver *driver, int ordinal, perk
     CUresult sized = driver->cuDeviceTotalMem(&info->total_memory, info->device);
     status = perk_driver_check(driver, sized, err, "asking GPU %d for its memory", ordinal);
     if (status != PERK_OK) return status;
-    CUuuid uuid = {{0}};
-    if (driver->cuDeviceGetUuid && driver->cuDeviceGetUuid(&uuid, info->device) == CUDA_SUCCESS)
-        memcpy(info->uuid, uuid.bytes, sizeof info->uuid);
-    read_attributes(driver, info);
-    if (info->cc_major == 0 || info->sm_count == 0)
-        return perk_fail(err, PERK_DRIVER, "GPU %d (%s): the driver does not tell its capability or size", ordinal,
-                         info->name);
-    return PERK_OK;
+    status = read_needed(driver, info, err);
+    if (status == PERK_OK) read_rest(driver, info);
+    return status;
 }

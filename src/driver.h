@@ -24,7 +24,6 @@
     X(cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", true)                                                 \
     X(cuCtxPushCurrent, "cuCtxPushCurrent_v2", true)                                                                   \
     X(cuCtxPopCurrent, "cuCtxPopCurrent_v2", true)                                                                     \
-    X(cuCtxSetCurrent, "cuCtxSetCurrent", true)                                                                        \
     X(cuCtxSynchronize, "cuCtxSynchronize", true)                                                                      \
     X(cuMemAlloc, "cuMemAlloc_v2", true)                                                                               \
     X(cuMemFree, "cuMemFree_v2", true)                                                                                 \

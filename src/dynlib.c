@@ -16,7 +16,7 @@
 #define NATIVE_MACHINE EM_X86_64
 #endif
 
-enum { MAX_NOTE_BYTES = 64 * 1024, MAX_LOADER_CONF = 64 * 1024, MAX_CONF_DEPTH = 4, MAX_REPORT = 760 };
+enum { MAX_NOTE_BYTES = 4 * 1024, MAX_LOADER_CONF = 64 * 1024, MAX_CONF_DEPTH = 4, MAX_REPORT = 760 };
 
 /* ---- ELF: is it ours to load, and which build is it --------------------------------------------- */
 
@@ -60,8 +60,8 @@ static bool find_build_id(const unsigned char *notes, size_t size, size_t align,
 
 static bool read_build_id(int fd, const Elf64_Ehdr *header, char hex[PERK_BUILD_ID_SIZE]) {
     bool found = false;
-    unsigned char *notes = malloc(MAX_NOTE_BYTES);
-    for (size_t i = 0; notes && !found && i < header->e_phnum; i++) {
+    unsigned char notes[MAX_NOTE_BYTES]; /* not allocated: a lack of memory must not look like a lack of a build-id */
+    for (size_t i = 0; !found && i < header->e_phnum; i++) {
         Elf64_Phdr segment;
         if (header->e_phoff > INT64_MAX || !read_at(fd, &segment, sizeof segment, header->e_phoff + i * sizeof segment))
             break;
@@ -69,7 +69,6 @@ static bool read_build_id(int fd, const Elf64_Ehdr *header, char hex[PERK_BUILD_
         if (segment.p_type == PT_NOTE && read_at(fd, notes, size, segment.p_offset))
             found = find_build_id(notes, size, (size_t)segment.p_align, hex);
     }
-    free(notes);
     return found;
 }
 

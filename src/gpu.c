@@ -8,6 +8,23 @@
 
 static perk_gpu *gpu_of(perk_executor *self) { return (perk_gpu *)self; }
 
+perk_status perk_gpu_enter(const perk_gpu *gpu, perk_error *err) {
+    return perk_driver_check(gpu->driver, gpu->driver->cuCtxPushCurrent(gpu->context), err, "using %s", gpu->info.name);
+}
+
+void perk_gpu_leave(const perk_gpu *gpu) {
+    CUcontext left;
+    gpu->driver->cuCtxPopCurrent(&left);
+}
+
+perk_status perk_gpu_upload(const perk_gpu *gpu, CUdeviceptr to, const void *from, size_t bytes, const char *what,
+                            perk_error *err) {
+    const perk_driver *driver = gpu->driver;
+    CUresult result = driver->cuMemcpyHtoDAsync(to, from, bytes, gpu->stream);
+    if (result == CUDA_SUCCESS) result = driver->cuStreamSynchronize(gpu->stream);
+    return perk_driver_check(driver, result, err, "copying %s to the device", what);
+}
+
 /* ---- making it ---- */
 
 static perk_status find_device(perk_gpu *gpu, const perk_gpu_options *options, perk_error *err) {
@@ -54,8 +71,7 @@ static perk_status finish_context(context_thread *t, perk_error *err) {
 
 static perk_status open_stream(perk_gpu *gpu, const perk_gpu_options *options, perk_error *err) {
     const perk_driver *driver = gpu->driver;
-    CUresult result = driver->cuCtxSetCurrent(gpu->context);
-    if (result == CUDA_SUCCESS) result = driver->cuStreamCreate(&gpu->stream, CU_STREAM_NON_BLOCKING);
+    CUresult result = driver->cuStreamCreate(&gpu->stream, CU_STREAM_NON_BLOCKING);
     if (result == CUDA_SUCCESS && options->timing) result = driver->cuEventCreate(&gpu->begin, CU_EVENT_DEFAULT);
     if (result == CUDA_SUCCESS && options->timing) result = driver->cuEventCreate(&gpu->end, CU_EVENT_DEFAULT);
     return perk_driver_check(driver, result, err, "making a stream on %s", gpu->info.name);
@@ -83,7 +99,8 @@ static perk_status load_module(perk_gpu *gpu, perk_start_report *report, perk_er
     CUresult result = driver->cuModuleLoadData(&gpu->module, gpu->program.cubin);
     if (result == CUDA_SUCCESS) result = driver->cuModuleGetFunction(&gpu->kernel, gpu->module, PERK_KERNEL_NAME);
     if (result == CUDA_SUCCESS)
-        result = driver->cuFuncSetAttribute(gpu->kernel, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, gpu->plan->shared_bytes);
+        result = driver->cuFuncSetAttribute(gpu->kernel, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                            gpu->plan->shared_bytes);
     perk_status status = perk_driver_check(driver, result, err, "loading the program");
     if (status != PERK_OK) return status;
     int blocks = 0;
@@ -91,7 +108,8 @@ static perk_status load_module(perk_gpu *gpu, perk_start_report *report, perk_er
                                                                  (size_t)gpu->plan->shared_bytes);
     status = perk_driver_check(driver, result, err, "asking for the program's occupancy");
     if (status == PERK_OK && blocks < 1)
-        status = perk_fail(err, PERK_INTERNAL, "the program (%d registers, %d bytes of shared memory) does not fit an SM of %s",
+        status = perk_fail(err, PERK_INTERNAL,
+                           "the program (%d registers, %d bytes of shared memory) does not fit an SM of %s",
                            (int)gpu->program.kernel.registers, gpu->plan->shared_bytes, gpu->info.name);
     report->module_ms = (perk_now() - begin) * 1e3;
     return status;
@@ -114,7 +132,8 @@ static perk_status build_program(perk_gpu *gpu, const perk_gpu_options *options,
 
 static int plan_tensor_of(const perk_plan *plan, const perk_tensor *tensor) {
     for (int i = 0; i < plan->tensor_count && tensor; i++)
-        if (plan->tensors[i].graph_tensor == tensor->index && plan->tensors[i].space == PERK_SPACE_ACTIVATIONS) return i;
+        if (plan->tensors[i].graph_tensor == tensor->index && plan->tensors[i].space == PERK_SPACE_ACTIVATIONS)
+            return i;
     return -1;
 }
 
@@ -130,8 +149,7 @@ static void find_results(perk_gpu *gpu) {
 }
 
 static perk_status pin(perk_gpu *gpu, void **out, size_t bytes, unsigned flags, const char *what, perk_error *err) {
-    perk_status status = perk_driver_check(gpu->driver, gpu->driver->cuMemHostAlloc(out, bytes, flags), err,
-                                           "pinning %zu bytes for %s", bytes, what);
+    perk_status status = perk_gpu_pin(gpu, out, bytes, flags, what, err);
     if (status == PERK_OK) memset(*out, 0, bytes);
     return status;
 }
@@ -151,10 +169,7 @@ static perk_status upload_tasks(perk_gpu *gpu, perk_error *err) {
     perk_status status = perk_emit_records(gpu->plan, &records, &per_worker, err);
     if (status != PERK_OK) return status;
     size_t bytes = (size_t)gpu->plan->device.worker_count * (size_t)per_worker * sizeof *records;
-    status = perk_driver_check(gpu->driver, gpu->driver->cuStreamSynchronize(gpu->stream), err, "clearing memory");
-    if (status == PERK_OK)
-        status = perk_driver_check(gpu->driver, gpu->driver->cuMemcpyHtoD(gpu->tasks.address, records, bytes), err,
-                                   "copying the task lists");
+    status = perk_gpu_upload(gpu, gpu->tasks.address, records, bytes, "the task lists", err);
     free(records);
     return status;
 }
@@ -166,8 +181,23 @@ static void fill_report(const perk_gpu *gpu, perk_start_report *report) {
     report->weights_bytes = gpu->plan->space_bytes[PERK_SPACE_WEIGHTS] + gpu->plan->space_bytes[PERK_SPACE_CONSTANTS];
 }
 
+/* Everything that lives on the device. With the context current. */
+static perk_status fill_device(perk_gpu *gpu, const perk_checkpoint *checkpoint, const perk_gpu_options *options,
+                               perk_cache *cache, perk_start_report *report, perk_error *err) {
+    perk_status status = open_stream(gpu, options, err);
+    if (status == PERK_OK) status = load_module(gpu, report, err);
+    double begin = perk_now();
+    if (status == PERK_OK) status = perk_gpu_allocate(gpu, err);
+    if (status == PERK_OK) status = open_step_buffers(gpu, err);
+    if (status == PERK_OK) status = upload_tasks(gpu, err);
+    if (status == PERK_OK) status = perk_gpu_load_weights(gpu, checkpoint, options, cache, err);
+    report->weights_ms = (perk_now() - begin) * 1e3;
+    return status;
+}
+
 static perk_status start(perk_gpu *gpu, const perk_graph *graph, const perk_checkpoint *checkpoint,
-                         const perk_gpu_options *options, perk_cache *cache, perk_start_report *report, perk_error *err) {
+                         const perk_gpu_options *options, perk_cache *cache, perk_start_report *report,
+                         perk_error *err) {
     double begin = perk_now();
     context_thread context = {.gpu = gpu};
     perk_status status = find_device(gpu, options, err);
@@ -186,14 +216,10 @@ static perk_status start(perk_gpu *gpu, const perk_graph *graph, const perk_chec
     if (status != PERK_OK) return status;
     gpu->layout = perk_plan_batch_layout(gpu->plan);
     find_results(gpu);
-    status = open_stream(gpu, options, err);
-    if (status == PERK_OK) status = load_module(gpu, report, err);
-    begin = perk_now();
-    if (status == PERK_OK) status = perk_gpu_allocate(gpu, err);
-    if (status == PERK_OK) status = open_step_buffers(gpu, err);
-    if (status == PERK_OK) status = upload_tasks(gpu, err);
-    if (status == PERK_OK) status = perk_gpu_load_weights(gpu, checkpoint, options, cache, err);
-    report->weights_ms = (perk_now() - begin) * 1e3;
+    status = perk_gpu_enter(gpu, err);
+    if (status != PERK_OK) return status;
+    status = fill_device(gpu, checkpoint, options, cache, report, err);
+    perk_gpu_leave(gpu);
     if (status == PERK_OK) fill_report(gpu, report);
     return status;
 }
@@ -213,23 +239,23 @@ static const char *role_text(uint32_t role) {
 static perk_status fail_hang(const perk_gpu *gpu, perk_error *err) {
     const perk_hang_report *hang = gpu->hang;
     const perk_plan *plan = gpu->plan;
-    const char *stage = hang->task < (uint32_t)plan->task_count ? plan->stages[plan->tasks[hang->task].stage].name : "?";
+    const char *stage =
+        hang->task < (uint32_t)plan->task_count ? plan->stages[plan->tasks[hang->task].stage].name : "?";
     const char *of = "";
     if (hang->role == PERK_ROLE_COUNTER && hang->counter < (uint32_t)plan->stage_count)
         of = plan->stages[hang->counter].name;
-    return perk_fail(err, PERK_HANG,
-                     "step %u: worker %u, task %u (%s) waited more than %d s for %s %u%s%s: seen %u, wanted %u; the launch "
-                     "was ended and the engine must be opened again",
-                     hang->step, hang->worker, hang->task, stage, (int)PERK_GPU_WAIT_LIMIT_SECONDS, role_text(hang->role),
-                     hang->counter, *of ? " of " : "", of, hang->seen, hang->wanted);
+    return perk_fail(
+        err, PERK_HANG,
+        "step %u: worker %u, task %u (%s) waited more than %d s for %s %u%s%s: seen %u, wanted %u; the launch "
+        "was ended and the engine must be opened again",
+        hang->step, hang->worker, hang->task, stage, (int)PERK_GPU_WAIT_LIMIT_SECONDS, role_text(hang->role),
+        hang->counter, *of ? " of " : "", of, hang->seen, hang->wanted);
 }
 
 static perk_status fail_step(perk_gpu *gpu, perk_status status, perk_error *err) {
-    perk_error local = {.status = status};
-    perk_error *error = err ? err : &local;
-    if (gpu->hang->complete) status = fail_hang(gpu, error);
+    if (gpu->hang->complete) status = fail_hang(gpu, err);
     gpu->failed = true;
-    gpu->failure = *error;
+    gpu->failure = *err;
     return status;
 }
 
@@ -254,9 +280,9 @@ static perk_status launch(perk_gpu *gpu, perk_error *err) {
     };
     void *params[] = {&args};
     return perk_driver_check(driver,
-                             driver->cuLaunchCooperativeKernel(gpu->kernel, (unsigned)gpu->plan->device.worker_count, 1, 1,
-                                                               PERK_BLOCK_THREADS, 1, 1, (unsigned)gpu->plan->shared_bytes,
-                                                               gpu->stream, params),
+                             driver->cuLaunchCooperativeKernel(gpu->kernel, (unsigned)gpu->plan->device.worker_count, 1,
+                                                               1, PERK_BLOCK_THREADS, 1, 1,
+                                                               (unsigned)gpu->plan->shared_bytes, gpu->stream, params),
                              err, "launching the program");
 }
 
@@ -308,18 +334,11 @@ static perk_status record(perk_gpu *gpu, CUevent event, perk_error *err) {
     return perk_driver_check(gpu->driver, gpu->driver->cuEventRecord(event, gpu->stream), err, "recording a time");
 }
 
-static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool want_logits, perk_step_result *result,
-                            perk_error *err) {
-    perk_gpu *gpu = gpu_of(self);
+/* Copies the batch, launches, and waits for the results. With the context current. */
+static perk_status run_step(perk_gpu *gpu, const perk_batch *batch, bool want_logits, perk_error *err) {
     const perk_driver *driver = gpu->driver;
-    if (gpu->failed) {
-        if (err) *err = gpu->failure;
-        return gpu->failure.status;
-    }
-    perk_status status = perk_driver_check(driver, driver->cuCtxSetCurrent(gpu->context), err, "using the device");
-    if (status != PERK_OK) return status;
     perk_gpu_batch_write(gpu->plan, &gpu->layout, batch, gpu->batch_host);
-    status = perk_driver_check(
+    perk_status status = perk_driver_check(
         driver,
         driver->cuMemcpyHtoDAsync(gpu->batch.address, gpu->batch_host, (size_t)gpu->layout.words * 4, gpu->stream), err,
         "copying the batch");
@@ -328,7 +347,25 @@ static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool w
     if (status == PERK_OK) status = record(gpu, gpu->end, err);
     if (status == PERK_OK) status = fetch_results(gpu, batch, want_logits, err);
     if (status == PERK_OK)
-        status = perk_driver_check(driver, driver->cuStreamSynchronize(gpu->stream), err, "running step %u", gpu->steps);
+        status =
+            perk_driver_check(driver, driver->cuStreamSynchronize(gpu->stream), err, "running step %u", gpu->steps);
+    return status;
+}
+
+static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool want_logits, perk_step_result *result,
+                            perk_error *err) {
+    perk_gpu *gpu = gpu_of(self);
+    perk_error local;
+    if (!err) err = &local; /* what closes the executor is kept */
+    if (gpu->failed) {
+        *err = gpu->failure;
+        return gpu->failure.status;
+    }
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (status == PERK_OK) {
+        status = run_step(gpu, batch, want_logits, err);
+        perk_gpu_leave(gpu);
+    }
     if (status != PERK_OK) return fail_step(gpu, status, err);
     gpu->steps++;
     give_results(gpu, batch, want_logits, result);
@@ -337,9 +374,11 @@ static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool w
 
 /* ---- tensors, for tests ---- */
 
-static perk_status check_rows(const perk_gpu *gpu, int tensor, const perk_tensor *wanted, int64_t rows, perk_error *err) {
+static perk_status check_rows(const perk_gpu *gpu, int tensor, const perk_tensor *wanted, int64_t rows,
+                              perk_error *err) {
     if (tensor < 0)
-        return perk_fail(err, PERK_NOT_FOUND, "%s has no memory of its own in the plan; keep it (perk_keep)", wanted->name);
+        return perk_fail(err, PERK_NOT_FOUND, "%s has no memory of its own in the plan; keep it (perk_keep)",
+                         wanted->name);
     if (rows < 0 || rows > gpu->plan->tensors[tensor].rows)
         return perk_fail(err, PERK_INVALID_ARGUMENT, "%s has %d rows, not %lld", wanted->name,
                          gpu->plan->tensors[tensor].rows, (long long)rows);
@@ -359,23 +398,29 @@ static perk_status gpu_write(perk_executor *self, const perk_tensor *input, cons
     for (size_t r = 0; r < (size_t)rows; r++)
         for (size_t c = 0; c < (size_t)t->cols; c++)
             packed[r * stride + c] = perk_f32_to_bf16(values[r * (size_t)t->cols + c]);
-    gpu->driver->cuCtxSetCurrent(gpu->context);
-    status = perk_driver_check(
-        gpu->driver, gpu->driver->cuMemcpyHtoD(gpu->spaces[t->space].address + t->offset, packed, count * sizeof *packed), err,
-        "writing %s", input->name);
+    status = perk_gpu_enter(gpu, err);
+    if (status == PERK_OK) {
+        status = perk_gpu_upload(gpu, gpu->spaces[t->space].address + t->offset, packed, count * sizeof *packed,
+                                 input->name, err);
+        perk_gpu_leave(gpu);
+    }
     free(packed);
     return status;
 }
 
 static void widen_row(const perk_plan_tensor *t, const void *row, float *out) {
     for (int32_t c = 0; c < t->cols; c++) {
-        if (t->dtype == PERK_BF16) out[c] = perk_bf16_to_f32(((const uint16_t *)row)[c]);
-        else if (t->dtype == PERK_F32) out[c] = ((const float *)row)[c];
-        else out[c] = (float)((const int32_t *)row)[c];
+        if (t->dtype == PERK_BF16)
+            out[c] = perk_bf16_to_f32(((const uint16_t *)row)[c]);
+        else if (t->dtype == PERK_F32)
+            out[c] = ((const float *)row)[c];
+        else
+            out[c] = (float)((const int32_t *)row)[c];
     }
 }
 
-static perk_status gpu_read(perk_executor *self, const perk_tensor *tensor, float *values, int64_t rows, perk_error *err) {
+static perk_status gpu_read(perk_executor *self, const perk_tensor *tensor, float *values, int64_t rows,
+                            perk_error *err) {
     perk_gpu *gpu = gpu_of(self);
     int index = plan_tensor_of(gpu->plan, tensor);
     perk_status status = check_rows(gpu, index, tensor, rows, err);
@@ -384,37 +429,48 @@ static perk_status gpu_read(perk_executor *self, const perk_tensor *tensor, floa
     size_t row_bytes = (size_t)t->row_stride * perk_dtype_size(t->dtype);
     char *raw = perk_calloc((size_t)rows, row_bytes);
     if (!raw) return perk_fail_memory(err, tensor->name);
-    gpu->driver->cuCtxSetCurrent(gpu->context);
-    status = perk_driver_check(
-        gpu->driver, gpu->driver->cuMemcpyDtoH(raw, gpu->spaces[t->space].address + t->offset, (size_t)rows * row_bytes), err,
-        "reading %s", tensor->name);
-    for (int64_t r = 0; r < rows && status == PERK_OK; r++) widen_row(t, raw + (size_t)r * row_bytes, values + r * t->cols);
+    status = perk_gpu_enter(gpu, err);
+    if (status == PERK_OK) {
+        CUdeviceptr from = gpu->spaces[t->space].address + t->offset;
+        status = perk_driver_check(gpu->driver, gpu->driver->cuMemcpyDtoH(raw, from, (size_t)rows * row_bytes), err,
+                                   "reading %s", tensor->name);
+        perk_gpu_leave(gpu);
+    }
+    for (int64_t r = 0; r < rows && status == PERK_OK; r++)
+        widen_row(t, raw + (size_t)r * row_bytes, values + r * t->cols);
     free(raw);
     return status;
 }
 
 /* ---- the end ---- */
 
+/* With the context current. */
+static void release_objects(perk_gpu *gpu) {
+    const perk_driver *driver = gpu->driver;
+    if (gpu->stream) driver->cuStreamSynchronize(gpu->stream);
+    perk_gpu_memory *all[] = {&gpu->tasks, &gpu->batch, &gpu->counters, &gpu->hang_claim};
+    for (int i = 0; i < PERK_SPACE_COUNT; i++)
+        if (gpu->spaces[i].address) driver->cuMemFree(gpu->spaces[i].address);
+    for (size_t i = 0; i < PERK_COUNT(all); i++)
+        if (all[i]->address) driver->cuMemFree(all[i]->address);
+    void *pinned[] = {gpu->batch_host, gpu->hang, gpu->argmax_host, gpu->logits_host};
+    for (size_t i = 0; i < PERK_COUNT(pinned); i++)
+        if (pinned[i]) driver->cuMemFreeHost(pinned[i]);
+    if (gpu->begin) driver->cuEventDestroy(gpu->begin);
+    if (gpu->end) driver->cuEventDestroy(gpu->end);
+    if (gpu->module) driver->cuModuleUnload(gpu->module);
+    if (gpu->stream) driver->cuStreamDestroy(gpu->stream);
+}
+
 static void gpu_free(perk_executor *self) {
     perk_gpu *gpu = gpu_of(self);
     if (!gpu) return;
-    const perk_driver *driver = gpu->driver;
     if (gpu->context_retained) {
-        driver->cuCtxSetCurrent(gpu->context);
-        if (gpu->stream) driver->cuStreamSynchronize(gpu->stream);
-        perk_gpu_memory *all[] = {&gpu->tasks, &gpu->batch, &gpu->counters, &gpu->hang_claim};
-        for (int i = 0; i < PERK_SPACE_COUNT; i++)
-            if (gpu->spaces[i].address) driver->cuMemFree(gpu->spaces[i].address);
-        for (size_t i = 0; i < PERK_COUNT(all); i++)
-            if (all[i]->address) driver->cuMemFree(all[i]->address);
-        void *pinned[] = {gpu->batch_host, gpu->hang, gpu->argmax_host, gpu->logits_host};
-        for (size_t i = 0; i < PERK_COUNT(pinned); i++)
-            if (pinned[i]) driver->cuMemFreeHost(pinned[i]);
-        if (gpu->begin) driver->cuEventDestroy(gpu->begin);
-        if (gpu->end) driver->cuEventDestroy(gpu->end);
-        if (gpu->module) driver->cuModuleUnload(gpu->module);
-        if (gpu->stream) driver->cuStreamDestroy(gpu->stream);
-        driver->cuDevicePrimaryCtxRelease(gpu->info.device);
+        if (perk_gpu_enter(gpu, NULL) == PERK_OK) { /* else the objects go with the context */
+            release_objects(gpu);
+            perk_gpu_leave(gpu);
+        }
+        gpu->driver->cuDevicePrimaryCtxRelease(gpu->info.device);
     }
     perk_program_free(&gpu->program);
     perk_plan_free(gpu->plan);

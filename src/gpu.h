@@ -30,5 +30,7 @@ perk_status perk_gpu_step_ms(perk_executor *executor, double *milliseconds, perk
 /* The read bandwidth of this device, in bytes a second: all SMs read the packed weights once, through the copy engine
  * where there is one, and do nothing with them. Median of `runs`. */
 perk_status perk_gpu_read_ceiling(perk_executor *executor, int runs, double *bytes_per_second, perk_error *err);
+/* Bytes a second that the bus carries from pinned memory to the device. */
+perk_status perk_gpu_bus_speed(perk_executor *executor, double *bytes_per_second, perk_error *err);
 
 #endif

@@ -40,8 +40,10 @@ static int32_t choose_piece(const perk_plan *plan, const perk_batch *batch, cons
     int32_t low = 1, high = (int32_t)perk_ceil_div((uint64_t)plan->config.max_seq_length, PERK_KV_UNIT);
     while (low < high) {
         int32_t middle = low + (high - low) / 2;
-        if (count_items(batch, w, middle) <= plan->max_attention_items) high = middle;
-        else low = middle + 1;
+        if (count_items(batch, w, middle) <= plan->max_attention_items)
+            high = middle;
+        else
+            low = middle + 1;
     }
     return low;
 }
@@ -53,8 +55,8 @@ static void cut_items(const perk_plan *plan, const perk_batch *batch, batch_word
         int32_t length = tile_length(batch, tile);
         tile->first_item = count;
         for (int32_t begin = 0; begin < length; begin += piece)
-            out->items[count++] = (perk_attention_item){
-                .query_tile = i, .kv_begin = begin, .kv_end = PERK_MIN(begin + piece, length)};
+            out->items[count++] =
+                (perk_attention_item){.query_tile = i, .kv_begin = begin, .kv_end = PERK_MIN(begin + piece, length)};
         tile->item_count = count - tile->first_item;
     }
     out->header->num_attention_items = count;

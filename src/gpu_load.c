@@ -43,15 +43,16 @@ static perk_status fail_reservations(perk_gpu *gpu, const reservation list[RESER
     for (int i = 0; i < RESERVATIONS; i++) {
         total += list[i].bytes;
         if (list[i].bytes >= 1 << 20)
-            perk_buffer_printf(&text, "%s%.2f GB for %s", text.size ? ", " : "", (double)list[i].bytes * 1e-9, list[i].what);
+            perk_buffer_printf(&text, "%s%.3f GB for %s", text.size ? ", " : "", (double)list[i].bytes * 1e-9,
+                               list[i].what);
     }
     gpu->driver->cuMemGetInfo(&free_bytes, &all_bytes);
-    perk_status status = perk_fail(
-        err, PERK_DEVICE_MEMORY,
-        "%s: the model needs %.2f GB of device memory (%s), and %.2f GB of %.2f GB are free; a smaller max_num_pages or "
-        "max_seq_length needs less for KV pages",
-        gpu->info.name, (double)total * 1e-9, text.data ? text.data : "", (double)free_bytes * 1e-9,
-        (double)all_bytes * 1e-9);
+    perk_status status = perk_fail(err, PERK_DEVICE_MEMORY,
+                                   "%s: the model needs %.3f GB of device memory (%s), and %.3f GB of %.3f GB are "
+                                   "free; a smaller max_num_pages or "
+                                   "max_seq_length needs less for KV pages",
+                                   gpu->info.name, (double)total * 1e-9, text.data ? text.data : "",
+                                   (double)free_bytes * 1e-9, (double)all_bytes * 1e-9);
     perk_buffer_free(&text);
     return status;
 }
@@ -74,6 +75,14 @@ perk_status perk_gpu_allocate(perk_gpu *gpu, perk_error *err) {
         if (status != PERK_OK) return status;
     }
     return PERK_OK;
+}
+
+perk_status perk_gpu_pin(const perk_gpu *gpu, void **out, size_t bytes, unsigned flags, const char *what,
+                         perk_error *err) {
+    CUresult result = gpu->driver->cuMemHostAlloc(out, bytes, flags);
+    if (result == CUDA_ERROR_OUT_OF_MEMORY)
+        return perk_fail(err, PERK_OUT_OF_MEMORY, "the driver cannot pin %zu bytes of host memory for %s", bytes, what);
+    return perk_driver_check(gpu->driver, result, err, "pinning %zu bytes for %s", bytes, what);
 }
 
 /* ---- the packing program ---- */
@@ -134,10 +143,12 @@ static perk_status open_packer(loader *l, const perk_gpu_options *options, perk_
     struct {
         CUfunction *function;
         const char *name;
-    } functions[] = {{&l->pack_tiles, "perk_pack_tiles"}, {&l->pack_rows, "perk_pack_rows"}, {&l->fill_rope, "perk_fill_rope"}};
+    } functions[] = {
+        {&l->pack_tiles, "perk_pack_tiles"}, {&l->pack_rows, "perk_pack_rows"}, {&l->fill_rope, "perk_fill_rope"}};
     for (size_t i = 0; i < PERK_COUNT(functions) && status == PERK_OK; i++)
-        status = perk_driver_check(driver, driver->cuModuleGetFunction(functions[i].function, l->module, functions[i].name),
-                                   err, "finding %s", functions[i].name);
+        status =
+            perk_driver_check(driver, driver->cuModuleGetFunction(functions[i].function, l->module, functions[i].name),
+                              err, "finding %s", functions[i].name);
     perk_program_free(&program);
     perk_emit_headers_free(headers, header_count);
     return status;
@@ -145,12 +156,16 @@ static perk_status open_packer(loader *l, const perk_gpu_options *options, perk_
 
 static perk_status open_staging(loader *l, perk_error *err) {
     const perk_driver *driver = l->gpu->driver;
+    size_t bytes = (size_t)l->staging_bytes;
     for (int i = 0; i < STAGING_BUFFERS; i++) {
         staging *b = &l->buffers[i];
-        CUresult result = driver->cuMemHostAlloc(&b->host, l->staging_bytes, 0);
-        if (result == CUDA_SUCCESS) result = driver->cuMemAlloc(&b->device, l->staging_bytes);
-        if (result == CUDA_SUCCESS) result = driver->cuEventCreate(&b->packed, CU_EVENT_DISABLE_TIMING);
-        perk_status status = perk_driver_check(driver, result, err, "reserving buffers for loading");
+        perk_status status = perk_gpu_pin(l->gpu, &b->host, bytes, 0, "loading", err);
+        if (status == PERK_OK)
+            status = perk_driver_check(driver, driver->cuMemAlloc(&b->device, bytes), err,
+                                       "reserving %zu bytes for loading", bytes);
+        if (status == PERK_OK)
+            status = perk_driver_check(driver, driver->cuEventCreate(&b->packed, CU_EVENT_DISABLE_TIMING), err,
+                                       "making an event for loading");
         if (status != PERK_OK) return status;
     }
     return PERK_OK;
@@ -170,8 +185,8 @@ static void close_loader(loader *l) {
 static perk_status launch_flat(loader *l, CUfunction function, uint64_t threads, void *args, perk_error *err) {
     const perk_driver *driver = l->gpu->driver;
     void *params[] = {args};
-    CUresult result = driver->cuLaunchKernel(function, (unsigned)perk_ceil_div(threads, PACK_THREADS), 1, 1, PACK_THREADS, 1,
-                                             1, 0, l->gpu->stream, params, NULL);
+    CUresult result = driver->cuLaunchKernel(function, (unsigned)perk_ceil_div(threads, PACK_THREADS), 1, 1,
+                                             PACK_THREADS, 1, 1, 0, l->gpu->stream, params, NULL);
     return perk_driver_check(driver, result, err, "launching the packing program");
 }
 
@@ -204,12 +219,13 @@ static perk_status issue_slice(loader *l, const perk_checkpoint_tensor *stored, 
     size_t row_bytes = (size_t)cols * perk_dtype_size(stored->dtype), bytes = (size_t)rows * row_bytes;
     perk_status status = PERK_OK;
     if (l->slices >= STAGING_BUFFERS)
-        status = perk_driver_check(driver, driver->cuEventSynchronize(buffer->packed), err, "waiting for a load buffer");
+        status =
+            perk_driver_check(driver, driver->cuEventSynchronize(buffer->packed), err, "waiting for a load buffer");
     if (status != PERK_OK) return status;
     copy_job job = {buffer->host, (const char *)stored->data + row * row_bytes, bytes};
     perk_threads_run(l->threads, bytes, 1 << 20, copy_part, &job);
-    status = perk_driver_check(driver, driver->cuMemcpyHtoDAsync(buffer->device, buffer->host, bytes, l->gpu->stream), err,
-                               "copying %zu bytes of %s", bytes, stored->name);
+    status = perk_driver_check(driver, driver->cuMemcpyHtoDAsync(buffer->device, buffer->host, bytes, l->gpu->stream),
+                               err, "copying %zu bytes of %s", bytes, stored->name);
     if (status != PERK_OK) return status;
 
     pack_args args = {.source = buffer->device,
@@ -227,7 +243,8 @@ static perk_status issue_slice(loader *l, const perk_checkpoint_tensor *stored, 
     uint64_t pieces = is_tiled ? (uint64_t)to->blocks * (PERK_BLOCK_COLS / 8) : perk_ceil_div(cols, 8);
     status = launch_flat(l, is_tiled ? l->pack_tiles : l->pack_rows, rows * pieces, &args, err);
     if (status == PERK_OK)
-        status = perk_driver_check(driver, driver->cuEventRecord(buffer->packed, l->gpu->stream), err, "marking a load buffer");
+        status = perk_driver_check(driver, driver->cuEventRecord(buffer->packed, l->gpu->stream), err,
+                                   "marking a load buffer");
     l->slices++;
     l->done_bytes += bytes;
     if (status == PERK_OK && l->progress->report &&
@@ -237,12 +254,12 @@ static perk_status issue_slice(loader *l, const perk_checkpoint_tensor *stored, 
 }
 
 /* Moves one stored tensor, slice by slice. */
-static perk_status load_matrix_part(loader *l, const perk_checkpoint_tensor *stored, const destination *to, uint64_t rows,
-                                    uint64_t cols, perk_error *err) {
+static perk_status load_matrix_part(loader *l, const perk_checkpoint_tensor *stored, const destination *to,
+                                    uint64_t rows, uint64_t cols, perk_error *err) {
     uint64_t row_bytes = cols * perk_dtype_size(stored->dtype), slice = l->staging_bytes / row_bytes;
     if (slice == 0)
-        return perk_fail(err, PERK_UNSUPPORTED, "%s: a row of %llu bytes is more than a load buffer holds", stored->name,
-                         (unsigned long long)row_bytes);
+        return perk_fail(err, PERK_UNSUPPORTED, "%s: a row of %llu bytes is more than a load buffer holds",
+                         stored->name, (unsigned long long)row_bytes);
     perk_checkpoint_will_read(stored);
     for (uint64_t row = 0; row < rows; row += slice) {
         perk_status status = issue_slice(l, stored, to, row, PERK_MIN(slice, rows - row), cols, err);
@@ -276,13 +293,16 @@ static perk_status load_tensor(loader *l, const perk_checkpoint *checkpoint, con
         perk_status status = find_stored(checkpoint, part, &stored, err);
         if (status != PERK_OK) return status;
         if (weight->is_vector && parts > 1 && part->cols % 8 != 0)
-            return perk_fail(err, PERK_UNSUPPORTED, "%s: the parts of a stacked vector must be multiples of 8 on the GPU",
-                             part->name);
+            return perk_fail(err, PERK_UNSUPPORTED,
+                             "%s: the parts of a stacked vector must be multiples of 8 on the GPU", part->name);
         if (weight->is_vector) to.tensor = &shifted;
-        status = load_matrix_part(l, stored, &to, weight->is_vector ? 1 : (uint64_t)part->rows, (uint64_t)part->cols, err);
+        status =
+            load_matrix_part(l, stored, &to, weight->is_vector ? 1 : (uint64_t)part->rows, (uint64_t)part->cols, err);
         if (status != PERK_OK) return status;
-        if (weight->is_vector) shifted.offset += (uint64_t)part->cols * 2;
-        else to.first_row += (uint32_t)part->rows;
+        if (weight->is_vector)
+            shifted.offset += (uint64_t)part->cols * 2;
+        else
+            to.first_row += (uint32_t)part->rows;
     }
     return PERK_OK;
 }
@@ -292,18 +312,19 @@ static perk_status load_rope(loader *l, const perk_plan_tensor *tensor, perk_err
     const perk_attention_params *p = &gpu->plan->graph->ops[tensor->rope_op]->attention;
     size_t bytes = (size_t)p->head_dim / 2 * sizeof(float);
     CUdeviceptr frequencies = 0;
-    perk_status status = perk_driver_check(gpu->driver, gpu->driver->cuMemAlloc(&frequencies, bytes), err, "reserving a table");
+    perk_status status = perk_driver_check(gpu->driver, gpu->driver->cuMemAlloc(&frequencies, bytes), err,
+                                           "reserving %zu bytes for rotary frequencies", bytes);
     if (status != PERK_OK) return status;
     rope_args args = {.inv_freq = frequencies,
                       .table = gpu->spaces[tensor->space].address + tensor->offset,
                       .positions = (uint32_t)tensor->rows,
                       .half = (uint32_t)p->head_dim / 2,
                       .scale = p->rope_scale};
-    status = perk_driver_check(gpu->driver, gpu->driver->cuMemcpyHtoD(frequencies, p->inv_freq, bytes), err,
-                               "copying rotary frequencies");
+    status = perk_gpu_upload(gpu, frequencies, p->inv_freq, bytes, "rotary frequencies", err);
     if (status == PERK_OK) status = launch_flat(l, l->fill_rope, (uint64_t)args.positions * args.half, &args, err);
     if (status == PERK_OK)
-        status = perk_driver_check(gpu->driver, gpu->driver->cuStreamSynchronize(gpu->stream), err, "filling a rope table");
+        status =
+            perk_driver_check(gpu->driver, gpu->driver->cuStreamSynchronize(gpu->stream), err, "filling a rope table");
     gpu->driver->cuMemFree(frequencies);
     return status;
 }
@@ -315,11 +336,14 @@ static perk_status load_all(loader *l, const perk_checkpoint *checkpoint, perk_e
         bool is_weight = tensor->space == PERK_SPACE_CONSTANTS || tensor->space == PERK_SPACE_WEIGHTS;
         perk_status status = PERK_OK;
         if (!is_weight) continue;
-        if (tensor->layout == PERK_LAYOUT_ROPE) status = load_rope(l, tensor, err);
-        else if (tensor->graph_tensor >= 0) status = load_tensor(l, checkpoint, tensor, err);
+        if (tensor->layout == PERK_LAYOUT_ROPE)
+            status = load_rope(l, tensor, err);
+        else if (tensor->graph_tensor >= 0)
+            status = load_tensor(l, checkpoint, tensor, err);
         if (status != PERK_OK) return status;
     }
-    return perk_driver_check(l->gpu->driver, l->gpu->driver->cuStreamSynchronize(l->gpu->stream), err, "loading weights");
+    return perk_driver_check(l->gpu->driver, l->gpu->driver->cuStreamSynchronize(l->gpu->stream), err,
+                             "loading weights");
 }
 
 perk_status perk_gpu_load_weights(perk_gpu *gpu, const perk_checkpoint *checkpoint, const perk_gpu_options *options,

@@ -12,8 +12,11 @@ perk_status perk_gpu_step_ms(perk_executor *executor, double *milliseconds, perk
     float elapsed = 0;
     *milliseconds = 0;
     if (!gpu->begin) return PERK_OK;
-    perk_status status = perk_driver_check(gpu->driver, gpu->driver->cuEventElapsedTime(&elapsed, gpu->begin, gpu->end), err,
-                                           "reading a time");
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (status != PERK_OK) return status;
+    status = perk_driver_check(gpu->driver, gpu->driver->cuEventElapsedTime(&elapsed, gpu->begin, gpu->end), err,
+                               "reading a time");
+    perk_gpu_leave(gpu);
     *milliseconds = (double)elapsed;
     return status;
 }
@@ -27,8 +30,9 @@ static perk_status build_ceiling(perk_gpu *gpu, CUmodule *module, CUfunction *fu
     if (status != PERK_OK) return status;
     const perk_program_source source = {
         .name = "ceiling.cu",
-        .text = portable ? "#define PERK_PORTABLE 1\n#include \"abi.h\"\n#include \"ptx.cuh\"\n#include \"ceiling.cuh\"\n"
-                         : "#define PERK_PORTABLE 0\n#include \"abi.h\"\n#include \"ptx.cuh\"\n#include \"ceiling.cuh\"\n",
+        .text = portable
+                    ? "#define PERK_PORTABLE 1\n#include \"abi.h\"\n#include \"ptx.cuh\"\n#include \"ceiling.cuh\"\n"
+                    : "#define PERK_PORTABLE 0\n#include \"abi.h\"\n#include \"ptx.cuh\"\n#include \"ceiling.cuh\"\n",
         .headers = headers,
         .header_count = header_count,
         .arch = gpu->plan->device.arch,
@@ -83,17 +87,56 @@ perk_status perk_gpu_read_ceiling(perk_executor *executor, int runs, double *byt
     CUmodule module = NULL;
     CUfunction function = NULL;
     uint64_t chunks = gpu->spaces[PERK_SPACE_WEIGHTS].bytes / CEILING_CHUNK;
-    double *milliseconds = perk_calloc((size_t)runs, sizeof *milliseconds);
     *bytes_per_second = 0;
+    if (runs < 1) return perk_fail(err, PERK_INVALID_ARGUMENT, "%d runs: give at least 1", runs);
+    double *milliseconds = perk_calloc((size_t)runs, sizeof *milliseconds);
     if (!milliseconds) return perk_fail_memory(err, "times");
-    gpu->driver->cuCtxSetCurrent(gpu->context);
-    perk_status status = build_ceiling(gpu, &module, &function, err);
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (status != PERK_OK) {
+        free(milliseconds);
+        return status;
+    }
+    status = build_ceiling(gpu, &module, &function, err);
     if (status == PERK_OK) status = time_reads(gpu, function, runs, milliseconds, chunks, err);
     if (status == PERK_OK) {
         qsort(milliseconds, (size_t)runs, sizeof *milliseconds, by_value);
         *bytes_per_second = (double)(chunks * CEILING_CHUNK) / (milliseconds[runs / 2] * 1e-3);
     }
     if (module) gpu->driver->cuModuleUnload(module);
+    perk_gpu_leave(gpu);
     free(milliseconds);
+    return status;
+}
+
+static perk_status time_copies(perk_gpu *gpu, CUdeviceptr device, const void *host, size_t bytes,
+                               double *bytes_per_second, perk_error *err) {
+    enum { COPIES = 16 };
+    const perk_driver *driver = gpu->driver;
+    CUresult result = driver->cuMemcpyHtoDAsync(device, host, bytes, gpu->stream); /* warms up */
+    if (result == CUDA_SUCCESS) result = driver->cuStreamSynchronize(gpu->stream);
+    double begin = perk_now();
+    for (int i = 0; i < COPIES && result == CUDA_SUCCESS; i++)
+        result = driver->cuMemcpyHtoDAsync(device, host, bytes, gpu->stream);
+    if (result == CUDA_SUCCESS) result = driver->cuStreamSynchronize(gpu->stream);
+    *bytes_per_second = (double)bytes * COPIES / (perk_now() - begin);
+    return perk_driver_check(driver, result, err, "measuring the bus");
+}
+
+perk_status perk_gpu_bus_speed(perk_executor *executor, double *bytes_per_second, perk_error *err) {
+    enum { BUS_BYTES = 64 << 20 };
+    perk_gpu *gpu = gpu_of(executor);
+    const perk_driver *driver = gpu->driver;
+    void *host = NULL;
+    CUdeviceptr device = 0;
+    *bytes_per_second = 0;
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (status != PERK_OK) return status;
+    CUresult result = driver->cuMemHostAlloc(&host, BUS_BYTES, 0);
+    if (result == CUDA_SUCCESS) result = driver->cuMemAlloc(&device, BUS_BYTES);
+    status = perk_driver_check(driver, result, err, "reserving memory to measure the bus");
+    if (status == PERK_OK) status = time_copies(gpu, device, host, BUS_BYTES, bytes_per_second, err);
+    if (host) driver->cuMemFreeHost(host);
+    if (device) driver->cuMemFree(device);
+    perk_gpu_leave(gpu);
     return status;
 }

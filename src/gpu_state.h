@@ -32,20 +32,35 @@ typedef struct perk_gpu {
 
     perk_gpu_memory spaces[PERK_SPACE_COUNT];
     perk_gpu_memory tasks, batch, counters, hang_claim;
-    int32_t *batch_host;           /* pinned */
-    perk_hang_report *hang;        /* pinned and mapped */
-    int32_t *argmax_host;          /* pinned, [logit rows][row stride] */
-    float *logits_host;            /* pinned, [logit rows][row stride], made on first use */
+    int32_t *batch_host;              /* pinned */
+    perk_hang_report *hang;           /* pinned and mapped */
+    int32_t *argmax_host;             /* pinned, [logit rows][row stride] */
+    float *logits_host;               /* pinned, [logit rows][row stride], made on first use */
     int argmax_tensor, logits_tensor; /* in the plan; -1: the graph has none */
-    CUevent begin, end;            /* around a launch; NULL without timing */
-    uint32_t steps;                /* completed by this program */
-    bool failed;                   /* a launch failed: the context is gone */
+    CUevent begin, end;               /* around a launch; NULL without timing */
+    uint32_t steps;                   /* completed by this program */
+    bool failed;                      /* a launch failed: the context is gone */
     perk_error failure;
 } perk_gpu;
 
 enum { PERK_GPU_WAIT_LIMIT_SECONDS = 10 }; /* of one wait in the kernel */
 
-/* Reserves all device memory of the plan. PERK_DEVICE_MEMORY says how much was needed for what, and how much is free. */
+/* Makes the executor's context current on this thread until perk_gpu_leave, which gives the caller's back. After a
+ * failed perk_gpu_enter there is nothing to leave. */
+perk_status perk_gpu_enter(const perk_gpu *gpu, perk_error *err);
+void perk_gpu_leave(const perk_gpu *gpu);
+
+/* Page-locked host memory that the device can reach, not cleared; freed with cuMemFreeHost. */
+perk_status perk_gpu_pin(const perk_gpu *gpu, void **out, size_t bytes, unsigned flags, const char *what,
+                         perk_error *err);
+
+/* Copies from pageable memory and waits. In the order of the executor's stream, which cuMemcpyHtoD would not keep: that
+ * may return before the bytes are there. The message says "copying <what> to the device". */
+perk_status perk_gpu_upload(const perk_gpu *gpu, CUdeviceptr to, const void *from, size_t bytes, const char *what,
+                            perk_error *err);
+
+/* Reserves all device memory of the plan. PERK_DEVICE_MEMORY says how much was needed for what, and how much is free.
+ */
 perk_status perk_gpu_allocate(perk_gpu *gpu, perk_error *err);
 
 /* Copies and packs the weights, and fills the rope tables. */

@@ -1,6 +1,7 @@
 /* Building a graph: tensors by name, the sticky first failure, adding ops. */
 #include "graph.h"
 #include "ops/op.h"
+#include "tokenizer/utf8.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -47,6 +48,7 @@ void perk_graph_fail(perk_graph *graph, perk_status status, const char *format, 
     va_start(args, format);
     vsnprintf(graph->error.message, sizeof graph->error.message, format, args);
     va_end(args);
+    perk_utf8_mask(graph->error.message);
 }
 
 perk_tensor *perk_graph_find(const perk_graph *graph, const char *name) {
@@ -114,9 +116,10 @@ static perk_tensor *attach(perk_graph *graph, const char *name, int64_t rows, in
     if (known && known->kind == PERK_TENSOR_WEIGHT && known->rows == rows && known->cols == cols &&
         known->is_vector == is_vector)
         return known;
-    return add_tensor(graph, name,
-                      (perk_tensor){.kind = PERK_TENSOR_WEIGHT, .dtype = PERK_BF16, .rows = rows, .cols = cols,
-                                    .is_vector = is_vector});
+    return add_tensor(
+        graph, name,
+        (perk_tensor){
+            .kind = PERK_TENSOR_WEIGHT, .dtype = PERK_BF16, .rows = rows, .cols = cols, .is_vector = is_vector});
 }
 
 perk_tensor *perk_attach_matrix(perk_graph *graph, const char *name, int64_t rows, int64_t cols) {
@@ -137,8 +140,11 @@ perk_tensor *perk_stack(perk_graph *graph, const char *name, perk_tensor *const 
         return NULL;
     }
     if (!perk_graph_owns(graph, name, parts, count)) return NULL;
-    perk_tensor shape = {.kind = PERK_TENSOR_STACK, .dtype = PERK_BF16, .is_vector = parts[0]->is_vector,
-                         .rows = parts[0]->is_vector, .cols = parts[0]->is_vector ? 0 : parts[0]->cols,
+    perk_tensor shape = {.kind = PERK_TENSOR_STACK,
+                         .dtype = PERK_BF16,
+                         .is_vector = parts[0]->is_vector,
+                         .rows = parts[0]->is_vector,
+                         .cols = parts[0]->is_vector ? 0 : parts[0]->cols,
                          .part_count = count};
     for (int i = 0; i < count; i++) {
         bool fits = parts[i]->kind == PERK_TENSOR_WEIGHT && parts[i]->is_vector == shape.is_vector &&
@@ -148,17 +154,20 @@ perk_tensor *perk_stack(perk_graph *graph, const char *name, perk_tensor *const 
                             parts[i]->name);
             return NULL;
         }
-        if (shape.is_vector) shape.cols += parts[i]->cols;
-        else shape.rows += parts[i]->rows;
+        if (shape.is_vector)
+            shape.cols += parts[i]->cols;
+        else
+            shape.rows += parts[i]->rows;
         shape.parts[i] = parts[i];
     }
     return add_tensor(graph, name, shape);
 }
 
 perk_tensor *perk_input(perk_graph *graph, const char *name, int64_t width) {
-    return add_tensor(graph, name,
-                      (perk_tensor){.kind = PERK_TENSOR_INPUT, .dtype = PERK_BF16, .row_kind = PERK_ROWS_TOKENS,
-                                    .rows = 1, .cols = width});
+    return add_tensor(
+        graph, name,
+        (perk_tensor){
+            .kind = PERK_TENSOR_INPUT, .dtype = PERK_BF16, .row_kind = PERK_ROWS_TOKENS, .rows = 1, .cols = width});
 }
 
 void perk_keep(perk_graph *graph, perk_tensor *tensor) {
@@ -173,9 +182,10 @@ perk_op *perk_graph_add_op(perk_graph *graph, const perk_op_type *type, perk_ten
         perk_graph_fail(graph, PERK_OUT_OF_MEMORY, "out of host memory for %s", name);
         return NULL;
     }
-    op->output = add_tensor(graph, name,
-                            (perk_tensor){.kind = PERK_TENSOR_ACTIVATION, .dtype = dtype, .row_kind = rows, .rows = 1,
-                                          .cols = cols, .producer = op});
+    op->output = add_tensor(
+        graph, name,
+        (perk_tensor){
+            .kind = PERK_TENSOR_ACTIVATION, .dtype = dtype, .row_kind = rows, .rows = 1, .cols = cols, .producer = op});
     if (!op->output) {
         free(op);
         return NULL;

@@ -10,8 +10,8 @@
 
 /* The ring keeps at least this many slots, if shared memory allows: 8 x 16 KB is about 6 us of stream on an H100. */
 enum { RING_SLOTS_WANTED = 8, RING_SLOTS_MIN = 3, RING_SLOTS_MAX = 12, SLOT_BYTES = PERK_CHUNK_BYTES + 16 };
-enum { MAX_ROWS = 64 };          /* rows of x that one pass over the weights serves */
-enum { SPACE_ALIGNMENT = 256 };  /* operands are addressed in units of 256 bytes */
+enum { MAX_ROWS = 64 };         /* rows of x that one pass over the weights serves */
+enum { SPACE_ALIGNMENT = 256 }; /* operands are addressed in units of 256 bytes */
 
 int perk_linear_staged_bytes(int rows, int64_t cols) {
     return (int)perk_round_up((uint64_t)cols, PERK_BLOCK_COLS * PERK_CONSUMER_WARPS) * 2 * rows;
@@ -89,7 +89,8 @@ int perk_lower_tensor(perk_lowering *l, const perk_tensor *tensor, perk_layout l
 
     perk_plan_tensor described;
     if (!perk_tensor_is_weight(tensor)) {
-        described = describe_rows(PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, tensor->row_kind), tensor->cols, tensor->dtype);
+        described =
+            describe_rows(PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, tensor->row_kind), tensor->cols, tensor->dtype);
         described.external_input = tensor->kind == PERK_TENSOR_INPUT;
     } else if (layout == PERK_LAYOUT_ROWS) {
         described = describe_rows(PERK_SPACE_CONSTANTS, tensor->rows, tensor->cols, PERK_BF16);
@@ -120,7 +121,8 @@ int perk_lower_candidates(perk_lowering *l, const perk_tensor *logits) {
     for (int i = 0; i < l->plan->tensor_count; i++)
         if (!strcmp(l->plan->tensors[i].name, name)) return i;
     int tiles = (int)perk_ceil_div((uint64_t)logits->cols, PERK_TILE_ROWS);
-    return perk_lower_scratch(l, name, PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, logits->row_kind), 2 * tiles, PERK_F32);
+    return perk_lower_scratch(l, name, PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, logits->row_kind), 2 * tiles,
+                              PERK_F32);
 }
 
 /* ---- stages and tasks ---- */
@@ -168,8 +170,14 @@ void perk_lower_task(perk_lowering *l, int worker, int first, int stride, int co
     if (!grow(l, &plan->tasks, &l->capacity.tasks, plan->task_count, sizeof *plan->tasks)) return;
     perk_stage *stage = &plan->stages[plan->stage_count - 1];
     plan->tasks[plan->task_count++] = (perk_task){
-        .stage = plan->stage_count - 1, .worker = worker, .first = first, .stride = stride, .count = count,
-        .read_begin = plan->region_count, .read_end = plan->region_count, .write_begin = plan->region_count,
+        .stage = plan->stage_count - 1,
+        .worker = worker,
+        .first = first,
+        .stride = stride,
+        .count = count,
+        .read_begin = plan->region_count,
+        .read_end = plan->region_count,
+        .write_begin = plan->region_count,
         .write_end = plan->region_count,
         .stream_bytes = (uint64_t)count * (uint64_t)stage->stream.blocks_per_tile * PERK_WEIGHT_BLOCK_BYTES};
     stage->task_count++;
@@ -198,13 +206,18 @@ void perk_lower_write(perk_lowering *l, perk_region region) {
 perk_region perk_lower_whole(const perk_lowering *l, int tensor) {
     if (tensor < 0) return (perk_region){.tensor = -1};
     const perk_plan_tensor *t = &l->plan->tensors[tensor];
-    return (perk_region){.tensor = tensor, .row_end = t->rows, .col_count = t->cols, .col_stride = t->cols, .repeat = 1};
+    return (perk_region){
+        .tensor = tensor, .row_end = t->rows, .col_count = t->cols, .col_stride = t->cols, .repeat = 1};
 }
 
 perk_region perk_lower_columns(const perk_lowering *l, int tensor, int begin, int count, int stride, int repeat) {
     if (tensor < 0) return (perk_region){.tensor = -1};
-    return (perk_region){.tensor = tensor, .row_end = l->plan->tensors[tensor].rows, .col_begin = begin,
-                         .col_count = count, .col_stride = stride, .repeat = repeat};
+    return (perk_region){.tensor = tensor,
+                         .row_end = l->plan->tensors[tensor].rows,
+                         .col_begin = begin,
+                         .col_count = count,
+                         .col_stride = stride,
+                         .repeat = repeat};
 }
 
 void perk_lower_end(perk_lowering *l) {
@@ -266,7 +279,8 @@ static void choose_folds(perk_lowering *l) {
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
         if (op->type == &perk_op_silu_mul) l->fold_into[i] = silu_host(l, op);
-        if (op->type == &perk_op_rmsnorm && norm_is_foldable(l, op)) reader_count(l->graph, op->output, &l->fold_into[i]);
+        if (op->type == &perk_op_rmsnorm && norm_is_foldable(l, op))
+            reader_count(l->graph, op->output, &l->fold_into[i]);
     }
 }
 
@@ -286,7 +300,8 @@ static perk_status plan_shared_memory(perk_lowering *l) {
     int reduction = 256;
     for (int i = 0; i < l->graph->op_count; i++)
         if (is_linear(l->graph->ops[i]))
-            reduction = PERK_MAX(reduction, perk_linear_reduction_bytes(perk_lower_rows(l, l->graph->ops[i]->output->row_kind)));
+            reduction = PERK_MAX(reduction,
+                                 perk_linear_reduction_bytes(perk_lower_rows(l, l->graph->ops[i]->output->row_kind)));
     int room = plan->device.shared_memory - reduction;
     int slots_wanted = PERK_MIN(RING_SLOTS_WANTED, PERK_MAX(RING_SLOTS_MIN, room * 3 / 4 / SLOT_BYTES));
     l->staging_limit = PERK_MAX(0, (room - slots_wanted * SLOT_BYTES) / 128 * 128);
@@ -295,8 +310,10 @@ static perk_status plan_shared_memory(perk_lowering *l) {
         const perk_op *op = l->graph->ops[i];
         if (!is_linear(op)) continue;
         int all = perk_linear_staged_bytes(perk_lower_rows(l, op->output->row_kind), op->inputs[PERK_IN_X]->cols);
-        if (all <= l->staging_limit) staging = PERK_MAX(staging, all);
-        else staging = PERK_MAX(staging, PERK_MIN(small, perk_linear_staged_bytes(1, op->inputs[PERK_IN_X]->cols)));
+        if (all <= l->staging_limit)
+            staging = PERK_MAX(staging, all);
+        else
+            staging = PERK_MAX(staging, PERK_MIN(small, perk_linear_staged_bytes(1, op->inputs[PERK_IN_X]->cols)));
     }
     plan->staging_bytes = PERK_MAX(staging, query_tile_bytes(l->graph) - reduction);
     plan->reduction_bytes = reduction;
@@ -329,7 +346,8 @@ static void add_ancestor(ancestry *a, int stage, int of) {
 }
 
 /* needed_by[s][t]: stage s reads what stage t writes. Filled per stage from the regions of its tasks. */
-static void find_needs(const perk_plan *plan, int stage, int task_begin, int task_end, const int *last_writer, bool *needs) {
+static void find_needs(const perk_plan *plan, int stage, int task_begin, int task_end, const int *last_writer,
+                       bool *needs) {
     memset(needs, 0, (size_t)plan->stage_count);
     for (int t = task_begin; t < task_end; t++)
         for (int r = plan->tasks[t].read_begin; r < plan->tasks[t].read_end; r++) {
@@ -390,8 +408,8 @@ static perk_status plan_waits(perk_lowering *l, ancestry *a) {
     add_step_waits(l, is_sink);
     int step_end = plan->wait_count;
     if (step_end - step_begin > PERK_RECORD_WAITS)
-        perk_fail(&l->error, PERK_UNSUPPORTED, "the graph has %d results; a program has at most %d", step_end - step_begin,
-                  (int)PERK_RECORD_WAITS);
+        perk_fail(&l->error, PERK_UNSUPPORTED, "the graph has %d results; a program has at most %d",
+                  step_end - step_begin, (int)PERK_RECORD_WAITS);
     for (int i = 0; i < plan->task_count; i++) {
         perk_task *task = &plan->tasks[i];
         bool is_root = wait_begin[task->stage] == wait_begin[task->stage + 1];
@@ -438,11 +456,15 @@ static void mark_accesses(const perk_plan *plan, bool *accesses) { /* [tensors][
             accesses[(size_t)plan->regions[r].tensor * (size_t)plan->stage_count + (size_t)plan->tasks[t].stage] = true;
 }
 
-static bool is_free_for(const perk_plan *plan, const place *p, int stage, const bool *accesses, const ancestry *a) {
+/* Only tensors of one shape share a place: the columns between width and stride are zero from the start and never
+ * written (readers of whole blocks count on it), and another width would put its data there. */
+static bool is_free_for(const perk_plan *plan, const place *p, const perk_plan_tensor *tensor, int stage,
+                        const bool *accesses, const ancestry *a) {
     const perk_plan_tensor *holder = &plan->tensors[p->tensor];
-    bool kept = holder->external_input ||
-                (holder->graph_tensor >= 0 && plan->graph->tensors[holder->graph_tensor]->kept) ||
-                holder->dtype != PERK_BF16; /* logits, tokens and partials are read back or large: they keep their place */
+    if (holder->rows != tensor->rows || holder->cols != tensor->cols || holder->dtype != tensor->dtype) return false;
+    bool kept =
+        holder->external_input || (holder->graph_tensor >= 0 && plan->graph->tensors[holder->graph_tensor]->kept) ||
+        holder->dtype != PERK_BF16; /* logits, tokens and partials are read back or large: they keep their place */
     if (kept) return false;
     const bool *stages = accesses + (size_t)p->tensor * (size_t)plan->stage_count;
     for (int s = 0; s < plan->stage_count; s++)
@@ -468,7 +490,7 @@ static perk_status plan_activations(perk_lowering *l, const ancestry *a) {
         while (first < plan->stage_count && !accesses[(size_t)t * stages + (size_t)first]) first++;
         place *best = NULL;
         for (int p = 0; p < place_count && first < plan->stage_count && !tensor->external_input; p++)
-            if (places[p].bytes == tensor->bytes && is_free_for(plan, &places[p], first, accesses, a)) best = &places[p];
+            if (is_free_for(plan, &places[p], tensor, first, accesses, a)) best = &places[p];
         if (!best) {
             best = &places[place_count++];
             *best = (place){.offset = plan->space_bytes[PERK_SPACE_ACTIVATIONS], .bytes = tensor->bytes};

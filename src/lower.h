@@ -14,11 +14,11 @@ typedef struct perk_lowering perk_lowering;
 struct perk_lowering {
     perk_plan *plan;
     const perk_graph *graph;
-    perk_error error;         /* the first failure; later calls do nothing */
-    int *plan_tensor;         /* [graph tensors]: its plan tensor, -1: none yet */
+    perk_error error;          /* the first failure; later calls do nothing */
+    int *plan_tensor;          /* [graph tensors]: its plan tensor, -1: none yet */
     const perk_op **fold_into; /* [graph ops]: the op whose stage does this op's work, NULL: it has its own */
-    int staging_limit;        /* bytes that staged activations may take */
-    int rotation;             /* the worker that gets the next stage's first unit */
+    int staging_limit;         /* bytes that staged activations may take */
+    int rotation;              /* the worker that gets the next stage's first unit */
     struct perk_lowering_growth {
         int tensors, stages, kinds, tasks, waits, signals, regions;
     } capacity;

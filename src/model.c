@@ -120,7 +120,8 @@ static perk_status open_config(perk_model *model, const char *path, perk_error *
 /* Where the weights come from. */
 typedef enum weights_source { WEIGHTS_STORED, WEIGHTS_RANDOM, WEIGHTS_NONE } weights_source;
 
-static perk_status open_model(perk_model **out, const char *path, weights_source source, uint64_t seed, perk_error *err) {
+static perk_status open_model(perk_model **out, const char *path, weights_source source, uint64_t seed,
+                              perk_error *err) {
     *out = NULL;
     perk_model *model = perk_calloc(1, sizeof *model);
     if (!model) return perk_fail_memory(err, "a model");

@@ -16,11 +16,11 @@
 #include "perk/config.h"
 
 typedef struct perk_device_desc {
-    char arch[16];         /* what NVRTC is asked for: "sm_90a" */
-    int capability;        /* 90 */
-    int worker_count;      /* SMs: one worker an SM */
-    int shared_memory;     /* bytes of shared memory that one block may have */
-    bool portable;         /* use nothing newer than sm_80 instructions */
+    char arch[16];     /* what NVRTC is asked for: "sm_90a" */
+    int capability;    /* 90 */
+    int worker_count;  /* SMs: one worker an SM */
+    int shared_memory; /* bytes of shared memory that one block may have */
+    bool portable;     /* use nothing newer than sm_80 instructions */
 } perk_device_desc;
 
 /* The part of device memory a plan tensor lies in. */
@@ -47,8 +47,8 @@ typedef struct perk_plan_tensor {
     int graph_tensor; /* index in the graph, -1 for the plan's own (attention partials, ...) */
     perk_space space;
     perk_layout layout;
-    int rope_op;      /* PERK_LAYOUT_ROPE: the attention op whose frequencies it holds */
-    uint64_t offset;  /* bytes in its space; a multiple of 256 */
+    int rope_op;     /* PERK_LAYOUT_ROPE: the attention op whose frequencies it holds */
+    uint64_t offset; /* bytes in its space; a multiple of 256 */
     uint64_t bytes;
     int32_t rows, cols, row_stride;
     perk_dtype dtype;
@@ -73,7 +73,7 @@ typedef struct perk_signal {
 
 typedef struct perk_task {
     int32_t stage, worker;
-    int32_t first, stride, count; /* the units (row tiles, heads, ...) first, first + stride, ... of its stage */
+    int32_t first, stride, count;     /* the units (row tiles, heads, ...) first, first + stride, ... of its stage */
     int32_t wait_begin, wait_end;     /* in plan->waits */
     int32_t signal_begin, signal_end; /* in plan->signals */
     int32_t read_begin, read_end;     /* in plan->regions */
@@ -91,10 +91,10 @@ typedef struct perk_stream {
 enum { PERK_STAGE_OPERANDS = 6 };
 
 typedef struct perk_stage {
-    char name[96];   /* "layers.3.attention.partial" */
-    int op;          /* in the graph */
-    int kind;        /* which instantiation of the program runs it */
-    int counter;     /* what its tasks signal */
+    char name[96]; /* "layers.3.attention.partial" */
+    int op;        /* in the graph */
+    int kind;      /* which instantiation of the program runs it */
+    int counter;   /* what its tasks signal */
     int task_count, unit_count;
     int operands[PERK_STAGE_OPERANDS]; /* plan tensors whose addresses the device code gets, by role; -1: none */
     int scalar;                        /* one number for the device code (the layer in the KV cache) */
@@ -132,9 +132,9 @@ typedef struct perk_plan {
     int ring_slots, staging_bytes, reduction_bytes, shared_bytes;
     /* attention; all 0 in a graph without any. The KV tensors of the plan have a row for each token of a step, for the
      * checker: which cells of which page a token takes is data, but no two tokens share one. */
-    int attention_parts;      /* workers that share a KV head */
+    int attention_parts; /* workers that share a KV head */
     int max_attention_items, max_query_tiles, tokens_per_query_tile;
-    uint64_t kv_layer_bytes;  /* of one layer, all pages */
+    uint64_t kv_layer_bytes; /* of one layer, all pages */
 } perk_plan;
 
 /* Lowers `graph` (borrowed: it must outlive the plan). `config` must be resolved. */

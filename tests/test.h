@@ -13,7 +13,7 @@
     do {                                                                                                               \
         if (!(condition)) {                                                                                            \
             fprintf(stderr, "%s:%d: CHECK failed: %s  ", __FILE__, __LINE__, #condition);                              \
-            fprintf(stderr, " " __VA_ARGS__);                                                                           \
+            fprintf(stderr, " " __VA_ARGS__);                                                                          \
             fputc('\n', stderr);                                                                                       \
             exit(1);                                                                                                   \
         }                                                                                                              \

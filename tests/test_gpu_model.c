@@ -16,8 +16,11 @@ static const char *root;
 
 static perk_engine *open_engine(const char *folder, perk_backend backend, int tokens, int portable) {
     perk_engine_options options = {.backend = backend, .portable = portable, .precision = 1};
-    options.config = (perk_config){.max_num_batched_tokens = tokens, .max_num_batched_requests = tokens < REQUESTS ? tokens : REQUESTS,
-                                   .max_num_logit_rows = tokens, .page_size = 16, .max_seq_length = 128};
+    options.config = (perk_config){.max_num_batched_tokens = tokens,
+                                   .max_num_batched_requests = tokens < REQUESTS ? tokens : REQUESTS,
+                                   .max_num_logit_rows = tokens,
+                                   .page_size = 16,
+                                   .max_seq_length = 128};
     perk_engine *engine = NULL;
     perk_status status = perk_engine_open(&engine, folder, &options, &err);
     if (status == PERK_UNSUPPORTED) return NULL;
@@ -40,7 +43,8 @@ static double relative_error(const float *got, const float *want, size_t count) 
 }
 
 /* Every token that a request chose must be within `noise` of the best by the reference's own logits. */
-static double worst_choice(perk_engine *reference, const int32_t *prompt, int prompt_count, const int32_t *tokens, int count) {
+static double worst_choice(perk_engine *reference, const int32_t *prompt, int prompt_count, const int32_t *tokens,
+                           int count) {
     int vocab = perk_engine_vocab_size(reference), total = prompt_count + count;
     int32_t *ids = malloc((size_t)total * sizeof *ids);
     float *logits = malloc((size_t)total * (size_t)vocab * sizeof *logits);
@@ -101,8 +105,8 @@ static void test_folder(const char *folder, int tokens, int portable) {
     double error = relative_error(got, want, values), top = 0;
     for (size_t i = 0; i < values; i++) top = fmax(top, fabs((double)want[i]));
     double gap = run_requests(gpu, reference);
-    printf("%-24s T%-3d %-9s logits %.2e, worst choice %.2e below the best of top %.1f\n", strrchr(folder, '/') + 1, tokens,
-           portable ? "portable" : "native", error, gap, top);
+    printf("%-24s T%-3d %-9s logits %.2e, worst choice %.2e below the best of top %.1f\n", strrchr(folder, '/') + 1,
+           tokens, portable ? "portable" : "native", error, gap, top);
     CHECK(error <= 2e-2, "%s", folder);
     CHECK(gap <= 4e-2 * top, "%s: a request chose a token %.3g below the best", folder, gap);
     free(got);
@@ -125,8 +129,10 @@ static void run_case(const char *folder, int tokens, int portable) {
     }
     int result = 1;
     waitpid(child, &result, 0);
-    if (result == 0) passed++;
-    else failed++;
+    if (result == 0)
+        passed++;
+    else
+        failed++;
     if (result != 0) printf("FAILED (%d): %s T%d%s\n", result, folder, tokens, portable ? " portable" : "");
 }
 

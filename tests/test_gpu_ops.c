@@ -1,7 +1,7 @@
 /* Every op alone on the GPU against the reference executor: fresh random inputs, kept outputs poisoned by the step
  * before, errors in units of bf16 rounding. Skipped where there is no GPU. */
-#include "float.h"
 #include "driver.h"
+#include "float.h"
 #include "gpu.h"
 #include "random_weights.h"
 #include "reference.h"
@@ -41,8 +41,11 @@ static char config_path[512];
 static void open_bench(bench *b, const char *what, int tokens, int requests, int max_seq) {
     memset(b, 0, sizeof *b);
     b->what = what;
-    b->config = (perk_config){.max_num_batched_tokens = tokens, .max_num_batched_requests = requests,
-                              .max_num_logit_rows = tokens, .page_size = 16, .max_seq_length = max_seq};
+    b->config = (perk_config){.max_num_batched_tokens = tokens,
+                              .max_num_batched_requests = requests,
+                              .max_num_logit_rows = tokens,
+                              .page_size = 16,
+                              .max_seq_length = max_seq};
     CHECK_OK(perk_config_resolve(&b->config, 0, &err));
     CHECK_OK(perk_graph_create(&b->graph, what, &err));
 }
@@ -88,7 +91,8 @@ static void step_both(bench *b, perk_step_result *gpu, perk_step_result *referen
 static void compare(const bench *b, const char *what, const float *got, const float *want, size_t count, double limit) {
     double difference = 0, norm = 0, worst = 0, top = 0;
     for (size_t i = 0; i < count; i++) {
-        CHECK(isfinite(got[i]), "%s %s: element %zu is %g, wanted %g", b->what, what, i, (double)got[i], (double)want[i]);
+        CHECK(isfinite(got[i]), "%s %s: element %zu is %g, wanted %g", b->what, what, i, (double)got[i],
+              (double)want[i]);
         double d = (double)got[i] - (double)want[i];
         difference += d * d;
         norm += (double)want[i] * (double)want[i];
@@ -96,7 +100,8 @@ static void compare(const bench *b, const char *what, const float *got, const fl
         top = fmax(top, fabs((double)want[i]));
     }
     double relative = sqrt(difference / fmax(norm, 1e-30));
-    printf("%-34s %-10s relative %.2e (limit %.0e), worst %.2e of top %.2e\n", b->what, what, relative, limit, worst, top);
+    printf("%-34s %-10s relative %.2e (limit %.0e), worst %.2e of top %.2e\n", b->what, what, relative, limit, worst,
+           top);
     fflush(stdout);
     CHECK(relative <= limit, "%s %s", b->what, what);
 }
@@ -112,7 +117,8 @@ static void compare_tensor(bench *b, perk_tensor *tensor, int rows, double limit
 }
 
 /* Poison: a step on other inputs first, so that a value that is never written is seen. */
-static void run_input_op(bench *b, perk_tensor *input, perk_tensor *residual, perk_tensor *out, int rows, double limit) {
+static void run_input_op(bench *b, perk_tensor *input, perk_tensor *residual, perk_tensor *out, int rows,
+                         double limit) {
     int64_t widest = residual && residual->cols > input->cols ? residual->cols : input->cols;
     float *values = malloc((size_t)rows * (size_t)widest * sizeof *values);
     perk_step_result gpu, reference;
@@ -131,7 +137,8 @@ static void run_input_op(bench *b, perk_tensor *input, perk_tensor *residual, pe
 static void test_linear(int rows, int in, int out, int bias, int with_residual) {
     bench b;
     char what[64];
-    snprintf(what, sizeof what, "linear %d x %d -> %d%s%s", rows, in, out, bias ? " bias" : "", with_residual ? " +res" : "");
+    snprintf(what, sizeof what, "linear %d x %d -> %d%s%s", rows, in, out, bias ? " bias" : "",
+             with_residual ? " +res" : "");
     open_bench(&b, what, rows, 1, 64);
     perk_tensor *x = perk_input(b.graph, "x", in), *w = perk_attach_matrix(b.graph, "w", out, in);
     perk_tensor *bias_tensor = bias ? perk_attach_vector(b.graph, "b", out) : NULL;
@@ -177,8 +184,10 @@ static void test_mlp(int rows, int hidden, int inner) {
     open_bench(&b, what, rows, 1, 64);
     perk_tensor *x = perk_input(b.graph, "x", hidden);
     perk_tensor *n = perk_rmsnorm(b.graph, "n", x, perk_attach_vector(b.graph, "g", hidden), 1e-6f);
-    perk_tensor *parts[] = {perk_attach_matrix(b.graph, "gate", inner, hidden), perk_attach_matrix(b.graph, "up", inner, hidden)};
-    perk_tensor *y = perk_silu_mul(b.graph, "y", perk_linear(b.graph, "gu", n, perk_stack(b.graph, "gate_up", parts, 2), NULL));
+    perk_tensor *parts[] = {perk_attach_matrix(b.graph, "gate", inner, hidden),
+                            perk_attach_matrix(b.graph, "up", inner, hidden)};
+    perk_tensor *y =
+        perk_silu_mul(b.graph, "y", perk_linear(b.graph, "gu", n, perk_stack(b.graph, "gate_up", parts, 2), NULL));
     perk_keep(b.graph, y);
     start_bench(&b);
     run_input_op(&b, x, NULL, y, rows, 6e-3);
@@ -228,9 +237,14 @@ static void test_attention(int heads, int kv_heads, int dim, int tokens, int nor
     float inv_freq[128];
     for (int i = 0; i < dim / 2; i++) inv_freq[i] = powf(10000.0f, -2.0f * (float)i / (float)dim);
     perk_tensor *qkv = perk_input(b.graph, "qkv", width);
-    perk_attention_params params = {.num_heads = heads, .num_kv_heads = kv_heads, .head_dim = dim,
-                                    .scale = 1 / sqrtf((float)dim), .window = window, .inv_freq = inv_freq,
-                                    .rope_scale = 1, .norm_eps = 1e-6f};
+    perk_attention_params params = {.num_heads = heads,
+                                    .num_kv_heads = kv_heads,
+                                    .head_dim = dim,
+                                    .scale = 1 / sqrtf((float)dim),
+                                    .window = window,
+                                    .inv_freq = inv_freq,
+                                    .rope_scale = 1,
+                                    .norm_eps = 1e-6f};
     if (norms) {
         params.q_norm = perk_attach_vector(b.graph, "q_norm", dim);
         params.k_norm = perk_attach_vector(b.graph, "k_norm", dim);
@@ -308,7 +322,8 @@ static void run_all(void) {
 }
 
 int main(int argc, char **argv) {
-    snprintf(config_path, sizeof config_path, "%s/bench/configs/qwen3-0.6b/config.json", argc > 1 ? argv[1] : PERK_SOURCE_DIR);
+    snprintf(config_path, sizeof config_path, "%s/bench/configs/qwen3-0.6b/config.json",
+             argc > 1 ? argv[1] : PERK_SOURCE_DIR);
     int probe = 0;
     pid_t child = fork();
     if (child == 0) probe_device();

@@ -40,7 +40,7 @@ expect_story "$work/hello_pc_static"
 
 # find_package
 build_consumer() {
-    cmake -S "$root/tests/consumer" -B "$work/consumer" -DCMAKE_PREFIX_PATH="$prefix" -DCMAKE_C_COMPILER="$cc"
+    cmake -G Ninja -S "$root/tests/consumer" -B "$work/consumer" "-DCMAKE_PREFIX_PATH=$prefix" "-DCMAKE_C_COMPILER=$cc"
     cmake --build "$work/consumer"
 }
 build_consumer >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }

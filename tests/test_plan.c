@@ -1,9 +1,9 @@
 /* Plans and programs of the real Qwen3 shapes: lowered, proven by the checker, emitted, and compiled for every
  * architecture, with no spill and within the launch configuration. No GPU needed; compiling needs NVRTC. */
-#include "jit/cubin_info.h"
 #include "jit/emit.h"
 #include "src/device.h"
 #include "src/model.h"
+#include "src/program.h"
 #include "test.h"
 
 static perk_error err;
@@ -11,6 +11,7 @@ static perk_error err;
 typedef struct shape {
     const char *folder;
     int tokens, requests;
+    bool hopper_only; /* compiled for sm_90a alone, planned and checked for all */
 } shape;
 
 static const char *const archs[] = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a"};
@@ -27,7 +28,9 @@ static perk_plan *make_plan(const perk_graph *graph, const char *arch, int porta
     perk_device_desc device;
     CHECK_OK(perk_device_describe_arch(arch, &device, &err));
     if (portable) perk_device_make_portable(&device);
-    perk_config config = {.max_num_batched_tokens = tokens, .max_num_batched_requests = requests, .max_num_pages = 512,
+    perk_config config = {.max_num_batched_tokens = tokens,
+                          .max_num_batched_requests = requests,
+                          .max_num_pages = 512,
                           .max_seq_length = 2048};
     CHECK_OK(perk_config_resolve(&config, 0, &err));
     perk_plan *plan;
@@ -44,34 +47,35 @@ static void check_stream(const perk_plan *plan) {
     CHECK(streamed == packed && packed > 0, "%llu of %llu", (unsigned long long)streamed, (unsigned long long)packed);
 }
 
-static void compile_plan(const perk_nvrtc *nvrtc, const perk_plan *plan, const char *what) {
-    perk_buffer source = {0};
-    perk_compile_header *headers;
-    size_t header_count;
-    CHECK_OK(perk_emit_source(plan, &source, &err));
-    CHECK_OK(perk_emit_headers(&headers, &header_count, &err));
-    perk_compile_request request = {.source = source.data, .name = "program.cu", .headers = headers,
-                                    .header_count = header_count, .arch = plan->device.arch};
-    perk_compile_result result;
-    CHECK_OK(perk_compile(nvrtc, &request, &result, &err));
-    perk_cubin_kernel_info info;
-    CHECK_OK(perk_cubin_info(result.cubin, result.cubin_size, PERK_KERNEL_NAME, &info, &err));
-    printf("%-28s %-8s %s%3d workers  ring %2d  staging %6d  %3u registers  %u spills  frame %u  %6zu bytes  %.0f ms\n", what,
-           plan->device.arch, plan->device.portable ? "portable " : "", plan->device.worker_count, plan->ring_slots,
-           plan->staging_bytes, info.registers, info.spill_instructions, info.frame_bytes, result.cubin_size,
-           result.milliseconds);
-    CHECK(!info.spills && result.spill_bytes == 0 && info.frame_bytes == 0, "%s spills for %s:\n%s", what,
-          plan->device.arch, result.log);
-    CHECK(info.registers * PERK_BLOCK_THREADS <= 65536);
-    CHECK(result.performance_warnings == 0);
-    CHECK((uint32_t)plan->shared_bytes + info.shared_bytes + info.reserved_shared_bytes <=
-          (uint32_t)plan->device.shared_memory + info.reserved_shared_bytes);
-    perk_compile_result_free(&result);
-    perk_emit_headers_free(headers, header_count);
-    perk_buffer_free(&source);
+/* Columns between a tensor's width and its stride are zero: nothing of another width may share its bytes. */
+static void check_padding(const perk_plan *plan) {
+    for (int i = 0; i < plan->tensor_count; i++)
+        for (int j = 0; j < i; j++) {
+            const perk_plan_tensor *a = &plan->tensors[i], *b = &plan->tensors[j];
+            if (a->space != PERK_SPACE_ACTIVATIONS || b->space != a->space) continue;
+            if (a->offset + a->bytes <= b->offset || b->offset + b->bytes <= a->offset) continue;
+            CHECK(a->offset == b->offset && a->cols == b->cols && a->rows == b->rows, "%s and %s", a->name, b->name);
+        }
 }
 
-static void run_shape(const perk_nvrtc *nvrtc, const shape *s) {
+/* Compiles the plan's program. */
+static void compile_plan(const perk_plan *plan, const char *what) {
+    const perk_program_options options = {0};
+    perk_program program;
+    CHECK_OK(perk_program_build(plan, &options, &program, &err));
+    printf("%-28s T%-2d %-8s %s%3d workers  ring %2d  staging %6d  %3u registers  %zu bytes spilled  %6zu bytes  %.0f "
+           "ms\n",
+           what, plan->config.max_num_batched_tokens, plan->device.arch, plan->device.portable ? "portable " : "",
+           plan->device.worker_count, plan->ring_slots, plan->staging_bytes, program.kernel.registers,
+           program.spill_bytes, program.cubin_size, program.compile_ms);
+    fflush(stdout);
+    CHECK(!program.kernel.spills && program.spill_bytes == 0, "%s spills for %s", what, plan->device.arch);
+    CHECK(program.kernel.registers * PERK_BLOCK_THREADS <= 65536);
+    CHECK((uint32_t)plan->shared_bytes + program.kernel.shared_bytes <= (uint32_t)plan->device.shared_memory);
+    perk_program_free(&program);
+}
+
+static void run_shape(bool compile, const shape *s) {
     perk_model *model = open_model(s->folder);
     for (size_t a = 0; a < PERK_COUNT(archs); a++)
         for (int portable = 0; portable <= !strcmp(archs[a], "sm_90a"); portable++) {
@@ -83,7 +87,8 @@ static void run_shape(const perk_nvrtc *nvrtc, const shape *s) {
                        plan->stage_count, plan->task_count, plan->kind_count,
                        (double)plan->space_bytes[PERK_SPACE_ACTIVATIONS] / 1e6, (perk_now() - begin) * 1e3);
             check_stream(plan);
-            if (nvrtc) compile_plan(nvrtc, plan, s->folder);
+            check_padding(plan);
+            if (compile && (!s->hopper_only || !strcmp(archs[a], "sm_90a"))) compile_plan(plan, s->folder);
             perk_plan_free(plan);
         }
     perk_model_free(model);
@@ -91,15 +96,16 @@ static void run_shape(const perk_nvrtc *nvrtc, const shape *s) {
 
 int main(int argc, char **argv) {
     static const shape shapes[] = {
-        {"examples/tiny", 8, 4},
-        {"bench/configs/qwen3-0.6b", 1, 1},
-        {"bench/configs/qwen3-8b", 16, 8},
-        {"bench/configs/qwen3-32b", 64, 8},
+        {"examples/tiny", 8, 4, false},
+        {"tests/fixtures/qwen3/gqa5_odd", 16, 4, false},
+        {"bench/configs/qwen3-0.6b", 1, 1, false},
+        {"bench/configs/qwen3-8b", 16, 8, true},
+        {"bench/configs/qwen3-32b", 64, 8, true},
     };
-    perk_nvrtc *nvrtc = NULL;
-    if (perk_nvrtc_open(&nvrtc, NULL, &err) != PERK_OK) fprintf(stderr, "not compiled, no NVRTC: %s\n", err.message);
+    perk_nvrtc_identity nvrtc;
+    bool compile = perk_nvrtc_identify(0, &nvrtc, &err) == PERK_OK;
+    if (!compile) fprintf(stderr, "not compiled, no NVRTC: %s\n", err.message);
     for (size_t i = 0; i < PERK_COUNT(shapes); i++)
-        if (argc < 2 || atoi(argv[1]) == (int)i) run_shape(nvrtc, &shapes[i]);
-    perk_nvrtc_free(nvrtc);
+        if (argc < 2 || atoi(argv[1]) == (int)i) run_shape(compile, &shapes[i]);
     return 0;
 }

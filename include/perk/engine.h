@@ -27,14 +27,14 @@ typedef enum perk_backend {
 
 typedef struct perk_engine_options {
     perk_backend backend;
-    int32_t device;         /* ordinal of the CUDA device */
-    perk_config config;     /* zero: defaults */
-    int32_t threads;        /* of the reference executor and of loading; 0: all cores */
-    int32_t portable;       /* 1: emit nothing newer than sm_80 instructions */
-    int32_t unchecked;      /* 1: launch without running the plan checker */
-    int32_t random_weights; /* 1: the path may be a lone config.json; weights are drawn from `seed` */
-    uint64_t seed;          /* of random weights */
-    int32_t precision;      /* of the reference executor: 0 as the checkpoint asks, 1 bf16 as on the GPU, 2 fp32 */
+    int32_t device;           /* ordinal of the CUDA device */
+    perk_config config;       /* zero: defaults */
+    int32_t threads;          /* of the reference executor and of loading; 0: all cores */
+    int32_t portable;         /* 1: emit nothing newer than sm_80 instructions */
+    int32_t unchecked;        /* 1: launch without running the plan checker */
+    int32_t random_weights;   /* 1: the path may be a lone config.json; weights are drawn from `seed` */
+    uint64_t seed;            /* of random weights */
+    int32_t precision;        /* of the reference executor: 0 as the checkpoint asks, 1 bf16 as on the GPU, 2 fp32 */
     const char *cache_folder; /* NULL: PERK_CACHE_DIR, then XDG, then HOME */
     int32_t no_cache;
     perk_log log;
@@ -58,11 +58,11 @@ typedef struct perk_start_report {
 
 /* Zero-initialised is right everywhere: greedy, until the model's end tokens or max_seq_length. */
 typedef struct perk_sampling {
-    float temperature; /* 0: greedy */
-    int32_t top_k;     /* 0: all */
-    float top_p;       /* 0 or 1: all */
-    float min_p;       /* 0: none */
-    uint64_t seed;     /* same seed, same tokens */
+    float temperature;  /* 0: greedy */
+    int32_t top_k;      /* 0: all */
+    float top_p;        /* 0 or 1: all */
+    float min_p;        /* 0: none */
+    uint64_t seed;      /* same seed, same tokens */
     int32_t max_tokens; /* 0: as many as fit */
     int32_t ignore_eos; /* 1: the model's end tokens do not end the request */
 } perk_sampling;
@@ -75,8 +75,9 @@ typedef enum perk_finish {
 } perk_finish;
 
 /* Opens a model folder on a device. `options` may be NULL. The pool must hold one request of max_seq_length:
- * where max_num_pages does not, a max_seq_length of 0 becomes what it holds, and any other is refused with PERK_LIMIT. With PERK_BACKEND_AUTO a machine without driver or device gets the reference
- * executor; any other failure of the GPU is an error. */
+ * where max_num_pages does not, a max_seq_length of 0 becomes what it holds, and any other is refused with PERK_LIMIT.
+ * With PERK_BACKEND_AUTO a machine without driver or device gets the reference executor; any other failure of the GPU
+ * is an error. */
 PERK_API perk_status perk_engine_open(perk_engine **out, const char *model_folder, const perk_engine_options *options,
                                       perk_error *err);
 /* Frees the engine and all its requests. */

@@ -64,12 +64,12 @@ PERK_API perk_tensor *perk_silu_mul(perk_graph *graph, const char *name, perk_te
 typedef struct perk_attention_params {
     int32_t num_heads, num_kv_heads; /* num_heads is a multiple of num_kv_heads */
     int32_t head_dim;
-    float scale;            /* of the scores, usually 1 / sqrt(head_dim) */
-    int32_t window;         /* a token sees itself and the window - 1 positions before it; 0: all positions */
-    const float *inv_freq;  /* [head_dim / 2] rotary frequencies (Su et al. 2021), radians a position; copied */
-    float rope_scale;       /* multiplies cos and sin (yarn's attention factor); usually 1 */
-    perk_tensor *q_norm;    /* [head_dim] RMS norm of each query head before rotation; NULL: none */
-    perk_tensor *k_norm;    /* the same for keys */
+    float scale;           /* of the scores, usually 1 / sqrt(head_dim) */
+    int32_t window;        /* a token sees itself and the window - 1 positions before it; 0: all positions */
+    const float *inv_freq; /* [head_dim / 2] rotary frequencies (Su et al. 2021), radians a position; copied */
+    float rope_scale;      /* multiplies cos and sin (yarn's attention factor); usually 1 */
+    perk_tensor *q_norm;   /* [head_dim] RMS norm of each query head before rotation; NULL: none */
+    perk_tensor *k_norm;   /* the same for keys */
     float norm_eps;
 } perk_attention_params;
 

@@ -1,6 +1,6 @@
 /* perk bench: measurements. decode: milliseconds a step at a batch and a context, beside the read ceiling of the same
  * run, after the same program's logits were compared with the reference executor's. */
-#include "cli.h"
+#include "bench.h"
 
 #include "src/gpu.h"
 #include "src/model.h"
@@ -11,7 +11,7 @@
 
 typedef struct bench_options {
     const char *model, *cache_folder;
-    int random_weights, portable, json, no_check, verbose, no_cache;
+    int random_weights, portable, json, no_check, verbose, no_cache, page_cache;
     int32_t batch, context, steps, tokens, page_size, check_tokens, threads;
     uint64_t seed;
 } bench_options;
@@ -23,10 +23,10 @@ typedef struct bench_state {
     perk_executor *gpu;
     perk_batch *batch;
     perk_start_report report;
-    int32_t *pages;   /* [pages a request]: of the request being added */
-    double *wall_ms, *device_ms; /* [steps] */
-    double ceiling;              /* bytes a second */
-    double check_error;          /* relative L2 against the reference; < 0: not made */
+    int32_t *pages;                  /* [pages a request]: of the request being added */
+    double *wall_ms, *device_ms;     /* [steps] */
+    double ceiling;                  /* bytes a second */
+    double check_error;              /* relative L2 against the reference; < 0: not made */
     uint64_t stream_bytes, kv_bytes; /* read in a step at the measured context */
 } bench_state;
 
@@ -134,7 +134,8 @@ static void count_bytes(bench_state *b) {
     for (int i = 0; i < plan->task_count; i++) b->stream_bytes += plan->tasks[i].stream_bytes;
     uint64_t position_bytes = plan->kv_layer_bytes * (uint64_t)plan->graph->kv_layer_count /
                               ((uint64_t)plan->config.max_num_pages * (uint64_t)plan->config.page_size);
-    b->kv_bytes = position_bytes * (uint64_t)b->options->batch * (uint64_t)(b->options->context + b->options->steps / 2);
+    b->kv_bytes =
+        position_bytes * (uint64_t)b->options->batch * (uint64_t)(b->options->context + b->options->steps / 2);
 }
 
 static perk_status open_all(bench_state *b, perk_error *err) {
@@ -153,8 +154,12 @@ static perk_status open_all(bench_state *b, perk_error *err) {
     b->wall_ms = perk_calloc((size_t)o->steps, sizeof *b->wall_ms);
     b->device_ms = perk_calloc((size_t)o->steps, sizeof *b->device_ms);
     if (!b->pages || !b->wall_ms || !b->device_ms) return perk_fail_memory(err, "measurements");
-    const perk_gpu_options gpu = {.portable = o->portable != 0, .timing = true, .cache_folder = o->cache_folder,
-                                  .no_cache = o->no_cache != 0, .threads = o->threads, .log = perk_cli_log(o->verbose)};
+    const perk_gpu_options gpu = {.portable = o->portable != 0,
+                                  .timing = true,
+                                  .cache_folder = o->cache_folder,
+                                  .no_cache = o->no_cache != 0,
+                                  .threads = o->threads,
+                                  .log = perk_cli_log(o->verbose)};
     return perk_gpu_create(&b->gpu, b->model->graph, b->model->checkpoint, &b->config, &gpu, &b->report, err);
 }
 
@@ -196,28 +201,31 @@ static int print_results(bench_state *b) {
     struct tm utc;
     strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
     if (!o->json) {
-        printf("%s  batch %d  context %d  %s%s\n", o->model, o->batch, o->context, b->report.device, o->portable ? "  portable" : "");
+        printf("%s  batch %d  context %d  %s%s\n", o->model, o->batch, o->context, b->report.device,
+               o->portable ? "  portable" : "");
         printf("  step          %8.3f ms (p10 %.3f, p90 %.3f); on the device %.3f ms\n", wall, b->wall_ms[n / 10],
                b->wall_ms[n * 9 / 10], device);
-        printf("  read          %8.3f GB weights + %.3f GB KV; floor %.3f ms at %.3f TB/s\n", (double)b->stream_bytes * 1e-9,
-               (double)b->kv_bytes * 1e-9, floor_ms, b->ceiling * 1e-12);
+        printf("  read          %8.3f GB weights + %.3f GB KV; floor %.3f ms at %.3f TB/s\n",
+               (double)b->stream_bytes * 1e-9, (double)b->kv_bytes * 1e-9, floor_ms, b->ceiling * 1e-12);
         printf("  of the ceiling %6.1f %% (step), %.1f %% (device)\n", 100 * floor_ms / wall, 100 * floor_ms / device);
         printf("  check          relative error %.2e against the reference executor%s\n", b->check_error,
                b->check_error < 0 ? " (not made)" : "");
-        printf("  start          driver %.0f, context %.0f, plan %.1f, check %.1f, emit %.1f, compile %.0f%s, module %.1f, weights %.0f ms "
+        printf("  start          driver %.0f, context %.0f, plan %.1f, check %.1f, emit %.1f, compile %.0f%s, module "
+               "%.1f, weights %.0f ms "
                "(%.2f GB/s)\n",
-               b->report.driver_ms, b->report.context_ms, b->report.plan_ms, b->report.check_ms, b->report.emit_ms, b->report.compile_ms,
-               b->report.cache_hit ? " (cached)" : "", b->report.module_ms, b->report.weights_ms,
+               b->report.driver_ms, b->report.context_ms, b->report.plan_ms, b->report.check_ms, b->report.emit_ms,
+               b->report.compile_ms, b->report.cache_hit ? " (cached)" : "", b->report.module_ms, b->report.weights_ms,
                (double)b->report.weights_bytes * 1e-6 / b->report.weights_ms);
         return PERK_EXIT_OK;
     }
-    json_t *json = json_pack(
-        "{s:s, s:s, s:s, s:i, s:i, s:i, s:b, s:f, s:f, s:f, s:f, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:o}", "what",
-        "decode", "model", o->model, "date", date, "batch", o->batch, "context", o->context, "steps", o->steps, "portable",
-        o->portable, "step_ms", wall, "step_ms_p10", b->wall_ms[n / 10], "step_ms_p90", b->wall_ms[n * 9 / 10], "device_ms",
-        device, "weight_bytes", (json_int_t)b->stream_bytes, "kv_bytes", (json_int_t)b->kv_bytes, "read_ceiling_bytes_per_s",
-        b->ceiling, "floor_ms", floor_ms, "percent_of_ceiling", 100 * floor_ms / wall, "percent_of_ceiling_device",
-        100 * floor_ms / device, "check_relative_error", b->check_error, "start", perk_cli_report_json(&b->report));
+    json_t *json =
+        json_pack("{s:s, s:s, s:s, s:i, s:i, s:i, s:b, s:f, s:f, s:f, s:f, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:o}",
+                  "what", "decode", "model", o->model, "date", date, "batch", o->batch, "context", o->context, "steps",
+                  o->steps, "portable", o->portable, "step_ms", wall, "step_ms_p10", b->wall_ms[n / 10], "step_ms_p90",
+                  b->wall_ms[n * 9 / 10], "device_ms", device, "weight_bytes", (json_int_t)b->stream_bytes, "kv_bytes",
+                  (json_int_t)b->kv_bytes, "read_ceiling_bytes_per_s", b->ceiling, "floor_ms", floor_ms,
+                  "percent_of_ceiling", 100 * floor_ms / wall, "percent_of_ceiling_device", 100 * floor_ms / device,
+                  "check_relative_error", b->check_error, "start", perk_cli_report_json(&b->report));
     return perk_cli_print_json(json) ? PERK_EXIT_OK : PERK_EXIT_FAILURE;
 }
 
@@ -238,7 +246,8 @@ int perk_cli_bench(const perk_cli_command *self, int argc, char **argv) {
         PERK_CLI_OPTION_INT("batch", &o.batch, "N", "requests in a step", 1, 64),
         PERK_CLI_OPTION_INT("context", &o.context, "N", "tokens that every request has before", 1, 1 << 20),
         PERK_CLI_OPTION_INT("steps", &o.steps, "N", "steps to time", 1, 100000),
-        PERK_CLI_OPTION_INT("max-batched-tokens", &o.tokens, "N", "tokens that the program is built for (at least the batch)", 1, 64),
+        PERK_CLI_OPTION_INT("max-batched-tokens", &o.tokens, "N",
+                            "tokens that the program is built for (at least the batch)", 1, 64),
         PERK_CLI_OPTION_INT("page-size", &o.page_size, "N", "positions in a KV page", 16, 4096),
         PERK_CLI_OPTION_INT("check-tokens", &o.check_tokens, "N", "prompt of the comparison with the reference", 1, 64),
         PERK_CLI_OPTION_FLAG("no-check", &o.no_check, "do not compare; the result says so"),
@@ -247,6 +256,7 @@ int perk_cli_bench(const perk_cli_command *self, int argc, char **argv) {
         PERK_CLI_OPTION_INT("threads", &o.threads, "N", "of loading and of the reference", 0, 1024),
         PERK_CLI_OPTION_TEXT("cache-dir", &o.cache_folder, "DIR", "the cubin cache"),
         PERK_CLI_OPTION_FLAG("no-cache", &o.no_cache, "compile anew, keep nothing"),
+        PERK_CLI_OPTION_FLAG("page-cache", &o.page_cache, "load: leave the files in the page cache"),
         PERK_CLI_OPTION_FLAG("verbose", &o.verbose, "the log on stderr"),
         PERK_CLI_OPTION_FLAG("json", &o.json, "the result as one JSON object"),
     };
@@ -255,8 +265,12 @@ int perk_cli_bench(const perk_cli_command *self, int argc, char **argv) {
     perk_cli_add(&options, items, (int)PERK_COUNT(items));
     int code = perk_cli_parse(self, &options, argc, argv, 1, &arguments);
     if (code != PERK_EXIT_GO_ON) return code;
-    if (arguments.count != 1 || strcmp(arguments.items[0], "decode") != 0)
-        return perk_cli_usage(self, "say what to measure: perk bench decode");
+    const char *what = arguments.count == 1 ? arguments.items[0] : "";
+    bool is_load = strcmp(what, "load") == 0;
+    if (!is_load && strcmp(what, "decode") != 0)
+        return perk_cli_usage(self, "say what to measure: perk bench decode, or perk bench load");
     if (!o.model) return perk_cli_usage(self, "--model is missing");
-    return perk_cli_finish(run_bench(&o));
+    const perk_bench_load_options load = {
+        .model = o.model, .threads = o.threads, .warm = o.page_cache, .verbose = o.verbose, .json = o.json};
+    return perk_cli_finish(is_load ? perk_bench_load(&load) : run_bench(&o));
 }

@@ -116,8 +116,11 @@ void perk_cli_add_engine(perk_cli_options *options, perk_cli_engine *engine) {
 }
 
 /* The phases of a start, for printing in both forms. */
-#define START_PHASES(X)                                                                                                \
-    X(open_ms) X(driver_ms) X(context_ms) X(plan_ms) X(check_ms) X(emit_ms) X(compile_ms) X(module_ms) X(weights_ms) X(total_ms)
+/* clang-format off */
+#define START_PHASES(X) \
+    X(open_ms) X(driver_ms) X(context_ms) X(plan_ms) X(check_ms) X(emit_ms) X(compile_ms) X(module_ms) X(weights_ms) \
+    X(total_ms)
+/* clang-format on */
 
 static const char *backend_name(perk_backend backend) { return backend == PERK_BACKEND_GPU ? "gpu" : "reference"; }
 

@@ -57,7 +57,8 @@ static const perk_cli_command commands[] = {
      "Looks at the CUDA driver, its devices, NVRTC, NCCL and the cubin cache. Lacks are findings, not\n"
      "failures: the exit code is 0 unless --require-gpu asks for more. In the JSON, gpu_ready tells.",
      "  perk doctor\n  perk doctor --json | jq .gpu_ready", perk_cli_doctor},
-    {"bench", "measure decode steps beside the read bandwidth of the same run", "decode --model DIR|config.json [options]", NULL,
+    {"bench", "measure decode steps beside the read bandwidth of the same run",
+     "decode --model DIR|config.json [options]\nload --model DIR [options]", NULL,
      "  perk bench decode --model bench/configs/qwen3-8b --random-weights --batch 1 --context 512", perk_cli_bench},
 };
 

@@ -1,6 +1,6 @@
 /* argmax: the index of the largest logit of each row, the lowest among equals. */
-#include "lower.h"
 #include "kernels_src/abi.h"
+#include "lower.h"
 #include "ops/op.h"
 #include "reference_state.h"
 
@@ -47,8 +47,8 @@ static perk_status argmax_lower(perk_lowering *l, const perk_op *op, perk_error 
     if (candidates < 0)
         return perk_fail(err, PERK_UNSUPPORTED, "argmax %s: its input must come from perk_logits over selected rows",
                          op->output->name);
-    perk_stage *stage = perk_lower_begin(l, op, "", "argmax<%d, %d>(worker, task);", l->plan->tensors[candidates].cols / 2,
-                                         (int)PERK_ROW_STRIDE(1));
+    perk_stage *stage = perk_lower_begin(l, op, "", "argmax<%d, %d>(worker, task);",
+                                         l->plan->tensors[candidates].cols / 2, (int)PERK_ROW_STRIDE(1));
     if (!stage) return l->error.status;
     stage->operands[0] = candidates;
     stage->operands[1] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);

@@ -1,10 +1,10 @@
 /* attention: per-head norm and rotation of queries and keys, append to the paged KV cache, causal attention. */
-#include "lower.h"
 #include "kernels_src/abi.h"
-#include <stdio.h>
+#include "lower.h"
 #include "ops/op.h"
 #include "reference_math.h"
 #include "reference_state.h"
+#include <stdio.h>
 
 #include <math.h>
 
@@ -25,8 +25,8 @@ static bool check_params(perk_graph *graph, const char *name, const perk_tensor 
     const perk_tensor *norms[] = {p->q_norm, p->k_norm};
     for (size_t i = 0; i < PERK_COUNT(norms); i++) {
         if (norms[i] && (!norms[i]->is_vector || norms[i]->cols != p->head_dim)) {
-            perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "attention %s: the norm weight %s must be a vector of %d", name,
-                            norms[i]->name, p->head_dim);
+            perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "attention %s: the norm weight %s must be a vector of %d",
+                            name, norms[i]->name, p->head_dim);
             return false;
         }
     }
@@ -182,8 +182,8 @@ static perk_status attention_reference(perk_reference *reference, const perk_op 
 /* Shape and plan tensors of one attention op, for its three stages. */
 typedef struct attention_lowering {
     const perk_attention_params *p;
-    int parts;   /* workers that share a KV head */
-    int slices;  /* of the step's tokens, in merge */
+    int parts;  /* workers that share a KV head */
+    int slices; /* of the step's tokens, in merge */
     int qkv, q, partials, kv, out, rope;
     perk_stage *stage;
 } attention_lowering;
@@ -205,10 +205,11 @@ static perk_status share_shape(perk_lowering *l, const perk_op *op, attention_lo
     perk_plan *plan = l->plan;
     int group = p->num_heads / p->num_kv_heads;
     if (p->head_dim % 32 != 0 || group > PERK_QUERY_ROWS)
-        return perk_fail(err, PERK_UNSUPPORTED,
-                         "attention %s: on the GPU, head_dim must be a multiple of 32 (found %d) and a KV head may serve at "
-                         "most %d query heads (found %d)",
-                         op->output->name, p->head_dim, (int)PERK_QUERY_ROWS, group);
+        return perk_fail(
+            err, PERK_UNSUPPORTED,
+            "attention %s: on the GPU, head_dim must be a multiple of 32 (found %d) and a KV head may serve at "
+            "most %d query heads (found %d)",
+            op->output->name, p->head_dim, (int)PERK_QUERY_ROWS, group);
     const perk_op *first = op;
     for (int i = op->index; i >= 0; i--)
         if (l->graph->ops[i]->type == &perk_op_attention) first = l->graph->ops[i];
@@ -239,7 +240,8 @@ static int lower_rope(perk_lowering *l, const perk_op *op) {
             !memcmp(other->inv_freq, p->inv_freq, (size_t)p->head_dim / 2 * sizeof(float)))
             return i;
     }
-    int index = perk_lower_scratch(l, "rope", PERK_SPACE_CONSTANTS, l->plan->config.max_seq_length, p->head_dim, PERK_F32);
+    int index =
+        perk_lower_scratch(l, "rope", PERK_SPACE_CONSTANTS, l->plan->config.max_seq_length, p->head_dim, PERK_F32);
     if (index >= 0) {
         l->plan->tensors[index].layout = PERK_LAYOUT_ROPE;
         l->plan->tensors[index].rope_op = op->index;
@@ -270,10 +272,11 @@ static void add_append(perk_lowering *l, void *user, int worker, int first, int 
     for (int writes = 0; writes < 2; writes++)
         for (int unit = first; unit < first + count; unit++) {
             int head = unit / a->parts, part = unit % a->parts;
-            perk_region queries = perk_lower_columns(l, writes ? a->q : a->qkv, head * group * dim, group * dim, dim, 1);
-            perk_region pair = writes ? perk_lower_columns(l, a->kv, head, 1, 1, 1)
-                                      : perk_lower_columns(l, a->qkv, (p->num_heads + head) * dim, dim,
-                                                           p->num_kv_heads * dim, 2);
+            perk_region queries =
+                perk_lower_columns(l, writes ? a->q : a->qkv, head * group * dim, group * dim, dim, 1);
+            perk_region pair =
+                writes ? perk_lower_columns(l, a->kv, head, 1, 1, 1)
+                       : perk_lower_columns(l, a->qkv, (p->num_heads + head) * dim, dim, p->num_kv_heads * dim, 2);
             set_token_slice(l, &queries, part, a->parts);
             set_token_slice(l, &pair, part, a->parts);
             if (is_empty(&queries)) continue;
@@ -319,7 +322,8 @@ static void add_merge(perk_lowering *l, void *user, int worker, int first, int c
 }
 
 /* Opens one of the three stages; `call` is the device function with its template arguments and extra arguments. */
-static bool begin_stage(perk_lowering *l, const perk_op *op, attention_lowering *a, const char *suffix, const char *call) {
+static bool begin_stage(perk_lowering *l, const perk_op *op, attention_lowering *a, const char *suffix,
+                        const char *call) {
     const perk_attention_params *p = a->p;
     a->stage = perk_lower_begin(l, op, suffix, "Attention<%d, %d, %d, %d>::%s;", p->num_heads, p->num_kv_heads,
                                 p->head_dim, a->parts, call);

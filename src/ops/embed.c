@@ -1,6 +1,6 @@
 /* embed: rows of a table, by token id. */
-#include "lower.h"
 #include "kernels_src/abi.h"
+#include "lower.h"
 #include "ops/op.h"
 #include "reference_state.h"
 
@@ -46,9 +46,9 @@ static void add_copy(perk_lowering *l, void *user, int worker, int first, int co
 static perk_status embed_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
     (void)err;
     const perk_tensor *table = op->inputs[PERK_IN_X];
-    perk_stage *stage = perk_lower_begin(
-        l, op, "", "gather_rows<Rows::tokens, program::batch_token_ids, %d, %d, true>(worker, task);",
-        (int)PERK_ROW_STRIDE(table->cols), (int)PERK_ROW_STRIDE(table->cols));
+    perk_stage *stage =
+        perk_lower_begin(l, op, "", "gather_rows<Rows::tokens, program::batch_token_ids, %d, %d, true>(worker, task);",
+                         (int)PERK_ROW_STRIDE(table->cols), (int)PERK_ROW_STRIDE(table->cols));
     if (!stage) return l->error.status;
     stage->operands[0] = perk_lower_tensor(l, table, PERK_LAYOUT_ROWS);
     stage->operands[1] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);

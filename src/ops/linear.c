@@ -1,6 +1,6 @@
 /* linear: out = x W^T + bias + residual; also the vocabulary projection, whose output stays fp32. */
-#include "lower.h"
 #include "kernels_src/abi.h"
+#include "lower.h"
 #include "ops/op.h"
 #include "reference_math.h"
 #include "reference_state.h"
@@ -11,8 +11,9 @@ static perk_tensor *add_linear(perk_graph *graph, const char *name, perk_tensor 
     if (bias && !perk_graph_owns(graph, name, &bias, 1)) return NULL;
     if (residual && !perk_graph_owns(graph, name, &residual, 1)) return NULL;
     if (perk_tensor_is_weight(x) || !perk_tensor_is_weight(weight) || weight->is_vector || weight->cols != x->cols) {
-        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "linear %s: the weight %s [%lld, %lld] does not take rows of %lld",
-                        name, weight->name, (long long)weight->rows, (long long)weight->cols, (long long)x->cols);
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT,
+                        "linear %s: the weight %s [%lld, %lld] does not take rows of %lld", name, weight->name,
+                        (long long)weight->rows, (long long)weight->cols, (long long)x->cols);
         return NULL;
     }
     if (bias && (!bias->is_vector || bias->cols != weight->rows)) {
@@ -115,7 +116,8 @@ typedef struct linear_form {
 } linear_form;
 
 static linear_form linear_form_of(const perk_lowering *l, const perk_op *op) {
-    linear_form form = {.x = op->inputs[PERK_IN_X], .out = op->output, .epilogue = "store", .tile_width = PERK_TILE_ROWS};
+    linear_form form = {
+        .x = op->inputs[PERK_IN_X], .out = op->output, .epilogue = "store", .tile_width = PERK_TILE_ROWS};
     if (form.x->producer && form.x->producer->type == &perk_op_rmsnorm && perk_lower_is_folded(l, form.x->producer)) {
         form.norm = form.x->producer;
         form.x = form.norm->inputs[PERK_IN_X];
@@ -153,7 +155,8 @@ static void add_tiles(perk_lowering *l, const perk_stage *stage, int worker, int
     perk_lower_read(l, perk_lower_whole(l, stage->stream.tensor));
     if (stage->operands[NORM_WEIGHT] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[NORM_WEIGHT]));
     if (stage->operands[BIAS] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[BIAS]));
-    if (stage->operands[RESIDUAL] >= 0) each_tile_region(l, stage->operands[RESIDUAL], tile_width, &task, perk_lower_read);
+    if (stage->operands[RESIDUAL] >= 0)
+        each_tile_region(l, stage->operands[RESIDUAL], tile_width, &task, perk_lower_read);
     each_tile_region(l, stage->operands[OUT], tile_width, &task, perk_lower_write);
     if (stage->operands[CANDIDATES] >= 0) each_tile_region(l, stage->operands[CANDIDATES], 2, &task, perk_lower_write);
 }
@@ -166,8 +169,8 @@ static void choose_operands(perk_lowering *l, const perk_op *op, const linear_fo
     if (form->norm)
         stage->operands[NORM_WEIGHT] = perk_lower_tensor(l, form->norm->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
     if (form->out->dtype == PERK_F32) stage->operands[CANDIDATES] = perk_lower_candidates(l, form->out);
-    stage->stream.tensor = perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT],
-                                             form->silu ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
+    stage->stream.tensor =
+        perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT], form->silu ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
     if (stage->stream.tensor < 0) return;
     stage->stream.tile_count = l->plan->tensors[stage->stream.tensor].rows / PERK_TILE_ROWS;
     stage->stream.blocks_per_tile = l->plan->tensors[stage->stream.tensor].cols / PERK_BLOCK_COLS;

@@ -1,5 +1,6 @@
 /* An op: its layer call and shape check (the public function, in src/ops/<op>.c), its reference in plain C, and its
- * lowering to stages of tasks with the instantiation of its device code. One table row an op; registry: src/ops/ops.def.
+ * lowering to stages of tasks with the instantiation of its device code. One table row an op; registry:
+ * src/ops/ops.def.
  */
 #ifndef PERK_SRC_OPS_OP_H
 #define PERK_SRC_OPS_OP_H

@@ -1,6 +1,6 @@
 /* rmsnorm: root mean square normalisation of each row (Zhang and Sennrich 2019, eq. 4). */
-#include "lower.h"
 #include "kernels_src/abi.h"
+#include "lower.h"
 #include "ops/op.h"
 #include "reference_math.h"
 #include "reference_state.h"
@@ -10,9 +10,10 @@
 perk_tensor *perk_rmsnorm(perk_graph *graph, const char *name, perk_tensor *x, perk_tensor *weight, float eps) {
     if (!perk_graph_owns(graph, name, (perk_tensor *[]){x, weight}, 2)) return NULL;
     if (!weight->is_vector || weight->cols != x->cols || perk_tensor_is_weight(x) || !(eps >= 0)) {
-        perk_graph_fail(graph, PERK_INVALID_ARGUMENT,
-                        "rmsnorm %s: needs an activation, a weight as long as it is wide (%lld, found %lld) and eps >= 0",
-                        name, (long long)x->cols, (long long)weight->cols);
+        perk_graph_fail(
+            graph, PERK_INVALID_ARGUMENT,
+            "rmsnorm %s: needs an activation, a weight as long as it is wide (%lld, found %lld) and eps >= 0", name,
+            (long long)x->cols, (long long)weight->cols);
         return NULL;
     }
     perk_tensor *inputs[PERK_OP_INPUTS_MAX] = {[PERK_IN_X] = x, [PERK_IN_WEIGHT] = weight};

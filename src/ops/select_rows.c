@@ -1,6 +1,6 @@
 /* select_rows: the rows whose logits the step asks for. */
-#include "lower.h"
 #include "kernels_src/abi.h"
+#include "lower.h"
 #include "ops/op.h"
 #include "reference_state.h"
 

@@ -1,6 +1,6 @@
 /* silu_mul: out[i] = silu(x[i]) * x[width / 2 + i] (Shazeer 2020, SwiGLU). */
-#include "lower.h"
 #include "kernels_src/abi.h"
+#include "lower.h"
 #include "ops/op.h"
 #include "reference_state.h"
 
@@ -9,8 +9,8 @@
 perk_tensor *perk_silu_mul(perk_graph *graph, const char *name, perk_tensor *x) {
     if (!perk_graph_owns(graph, name, &x, 1)) return NULL;
     if (perk_tensor_is_weight(x) || x->cols % 2 != 0) {
-        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "silu_mul %s: needs an activation of even width, found %lld", name,
-                        (long long)x->cols);
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "silu_mul %s: needs an activation of even width, found %lld",
+                        name, (long long)x->cols);
         return NULL;
     }
     perk_tensor *inputs[PERK_OP_INPUTS_MAX] = {[PERK_IN_X] = x};

@@ -14,7 +14,7 @@
     "1f189}"
 #define WORD                                                                                                           \
     WORD_IN_CLASS                                                                                                      \
-        "\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}" /* Oniguruma's Latin-1 table has these outside of classes only */
+    "\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}" /* Oniguruma's Latin-1 table has these outside of classes only */
 #define AT_WORD "(?=[" WORD "])"
 #define NOT_AT_WORD "(?![" WORD "])"
 #define AFTER_WORD "(?<=[" WORD "])"

@@ -42,6 +42,12 @@ bool perk_utf8_valid(const char *text, size_t size) {
     return true;
 }
 
+void perk_utf8_mask(char *text) {
+    size_t size = strlen(text);
+    for (size_t i = ascii_prefix(text, size), length; i < size; i += length)
+        if (utf8_judge((const uint8_t *)text + i, size - i, &length) != UTF8_GOOD) memset(text + i, '?', length);
+}
+
 size_t perk_utf8_repair(const char *text, size_t size, bool final, perk_buffer *out) {
     if (size == 0) text = ""; /* it may be NULL, to which nothing may be added, not even 0 */
     size_t copied = 0, i = 0;

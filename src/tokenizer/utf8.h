@@ -8,6 +8,9 @@
 
 bool perk_utf8_valid(const char *text, size_t size);
 
+/* Puts a '?' in the place of every byte of an ill-formed sequence, which a text cut to its room may end with. */
+void perk_utf8_mask(char *text);
+
 /* Appends `text` to `out` with every maximal ill-formed sequence replaced by U+FFFD and returns the bytes consumed: all
  * of them when `final`, else all but an unfinished character (at most 3 bytes) at the end. */
 size_t perk_utf8_repair(const char *text, size_t size, bool final, perk_buffer *out);

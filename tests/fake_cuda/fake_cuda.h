@@ -1,0 +1,53 @@
+/* A CUDA driver for tests, on host memory: exactly the calls of src/driver.h, one context, launches that compute
+ * nothing. It fails where it is told to, counts what is alive, and notes calls that a real driver would not have
+ * forgiven. A test sets PERK_LIBCUDA to the library and reaches its state through fake_cuda_open. */
+#ifndef PERK_TESTS_FAKE_CUDA_H
+#define PERK_TESTS_FAKE_CUDA_H
+
+#include <cuda.h>
+#include <stdbool.h>
+#include <stddef.h>
+
+/* What the driver and its devices say of themselves. */
+typedef struct fake_device {
+    int driver_version, count, cc_major, cc_minor, sm_count, shared_bytes;
+    bool cooperative, fits_sm; /* fits_sm: the occupancy of every kernel is 1, else 0 */
+    size_t memory;             /* bytes of device memory */
+} fake_device;
+
+/* Call number `call` (of `function`, or of all when that is NULL) fails with `result`, and where `lasting` every later
+ * call does, too. A call that gives something back does so all the same: its result tells of earlier work. */
+typedef struct fake_fault {
+    long call; /* from 1, since fake_reset; 0: none */
+    const char *function;
+    CUresult result;
+    bool lasting;
+} fake_fault;
+
+typedef struct fake_live {
+    long memory, pinned, modules, streams, events, contexts;
+} fake_live;
+
+typedef struct fake_cuda {
+    fake_device device;
+    fake_fault fault;
+    bool hang; /* the next cooperative launch ends as one does in which a wait exceeded its limit */
+
+    long calls, launches;
+    const char *failed; /* the function that failed first; NULL: none */
+    long failed_call;   /* its number among all */
+    fake_live live;
+    size_t memory_used;
+    long swept;             /* objects that went with their context, because nobody had released them before */
+    const char *misuse;     /* the first call that was wrong, and how */
+    const char *misused_in; /* which function */
+} fake_cuda;
+
+/* The calling thread's current context; a context is any address to the fake. */
+CUcontext fake_cuda_current(void);
+void fake_cuda_make_current(CUcontext context);
+fake_cuda *fake_cuda_state(void);
+/* As after loading: an H100, no fault, nothing counted. Nothing may be alive. */
+void fake_cuda_reset(void);
+
+#endif
