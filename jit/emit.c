@@ -96,7 +96,8 @@ static void emit_switch(const perk_plan *plan, perk_buffer *out) {
 perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_error *err) {
     perk_buffer_printf(source, "// A perk program: %s for %s, %d workers%s.\n", plan->graph->name, plan->device.arch,
                        plan->device.worker_count, plan->device.portable ? ", portable" : "");
-    perk_buffer_printf(source, "#define PERK_PORTABLE %d\n#include \"abi.h\"\n\n", plan->device.portable);
+    perk_buffer_printf(source, "#define PERK_PORTABLE %d\n#define PERK_PROFILE %d\n#include \"abi.h\"\n\n",
+                       plan->device.portable, plan->profiled);
     emit_constants(plan, source);
     perk_buffer_printf(source, "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
                                "#include \"linear.cuh\"\n#include \"attention.cuh\"\n\n");

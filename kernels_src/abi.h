@@ -115,6 +115,9 @@ typedef struct perk_hang_report {
 
 enum { PERK_ROLE_COUNTER = 1, PERK_ROLE_RING_FULL = 2, PERK_ROLE_RING_EMPTY = 3 };
 
+/* ---- profiling: when a worker reached a task, had what it waited for, and had signalled ---- */
+enum { PERK_STAMP_REACHED, PERK_STAMP_READY, PERK_STAMP_DONE, PERK_STAMPS };
+
 /* ---- kernel arguments ---- */
 typedef struct perk_kernel_args {
     const perk_task_record *tasks; /* [workers][tasks_per_worker] */
@@ -126,6 +129,7 @@ typedef struct perk_kernel_args {
     uint32_t *counters;
     uint32_t *hang_claim;   /* device memory; whoever moves it from 0 writes the report */
     perk_hang_report *hang; /* mapped host memory */
+    uint64_t *stamps;       /* a profiled program: [workers][tasks_per_worker][PERK_STAMPS], global timer, ns */
     uint64_t wait_limit_ns;
     uint32_t step; /* steps that this program has completed before */
     uint32_t reserved;

@@ -219,6 +219,14 @@ __device__ __forceinline__ void end_task(const Worker &w, const TaskView &task) 
     if (w.thread == 0) add_release_gpu(w.args.counters + counter, 1);
 }
 
+// A profiled program's time stamps; any other program has no trace of them.
+__device__ __forceinline__ void stamp(const Worker &w, uint32_t position, uint32_t which) {
+#if PERK_PROFILE
+    const uint64_t task = uint64_t(w.index) * program::tasks_per_worker + position;
+    if (w.thread == 0) w.args.stamps[task * PERK_STAMPS + which] = global_timer();
+#endif
+}
+
 // `run_task(worker, task, chunk)` is the program's switch over its kinds; it returns the next chunk number.
 template <class RunTask>
 __device__ __forceinline__ void consume(Worker &w, RunTask run_task) {
@@ -229,9 +237,12 @@ __device__ __forceinline__ void consume(Worker &w, RunTask run_task) {
         next = load_task(w, position + 1); // in flight while this task runs
         w.forget_coordinates();
         w.task = task.task();
+        stamp(w, position, PERK_STAMP_REACHED);
         begin_task(w, task);
+        stamp(w, position, PERK_STAMP_READY);
         chunk = run_task(w, task, chunk);
         end_task(w, task);
+        stamp(w, position, PERK_STAMP_DONE);
     }
 }
 

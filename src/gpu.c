@@ -86,6 +86,7 @@ static perk_status make_plan(perk_gpu *gpu, const perk_graph *graph, const perk_
     if (options->portable) perk_device_make_portable(&device);
     status = perk_plan_create(&gpu->plan, graph, &device, &gpu->config, err);
     report->plan_ms = (perk_now() - begin) * 1e3;
+    if (status == PERK_OK) gpu->plan->profiled = options->profile;
     if (status != PERK_OK || options->unchecked) return status;
     begin = perk_now();
     status = perk_plan_check(gpu->plan, err);
@@ -275,6 +276,7 @@ static perk_status launch(perk_gpu *gpu, perk_error *err) {
         .counters = (uint32_t *)(uintptr_t)gpu->counters.address,
         .hang_claim = (uint32_t *)(uintptr_t)gpu->hang_claim.address,
         .hang = (perk_hang_report *)(uintptr_t)hang,
+        .stamps = (uint64_t *)(uintptr_t)gpu->stamps.address,
         .wait_limit_ns = (uint64_t)PERK_GPU_WAIT_LIMIT_SECONDS * 1000000000u,
         .step = gpu->steps,
     };
@@ -448,7 +450,7 @@ static perk_status gpu_read(perk_executor *self, const perk_tensor *tensor, floa
 static void release_objects(perk_gpu *gpu) {
     const perk_driver *driver = gpu->driver;
     if (gpu->stream) driver->cuStreamSynchronize(gpu->stream);
-    perk_gpu_memory *all[] = {&gpu->tasks, &gpu->batch, &gpu->counters, &gpu->hang_claim};
+    perk_gpu_memory *all[] = {&gpu->tasks, &gpu->batch, &gpu->counters, &gpu->hang_claim, &gpu->stamps};
     for (int i = 0; i < PERK_SPACE_COUNT; i++)
         if (gpu->spaces[i].address) driver->cuMemFree(gpu->spaces[i].address);
     for (size_t i = 0; i < PERK_COUNT(all); i++)

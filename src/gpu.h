@@ -10,7 +10,8 @@
 typedef struct perk_gpu_options {
     int device;
     bool portable, unchecked, no_cache;
-    bool timing; /* measure the device time of every step */
+    bool timing;  /* measure the device time of every step */
+    bool profile; /* the program stamps every task: see perk_gpu_stage_times */
     const char *cache_folder;
     int threads; /* of the weight loader; 0: all cores */
     perk_log log;
@@ -30,6 +31,15 @@ perk_status perk_gpu_step_ms(perk_executor *executor, double *milliseconds, perk
 /* The read bandwidth of this device, in bytes a second: all SMs read the packed weights once, through the copy engine
  * where there is one, and do nothing with them. Median of `runs`. */
 perk_status perk_gpu_read_ceiling(perk_executor *executor, int runs, double *bytes_per_second, perk_error *err);
+/* Where the last step's time went, by stage of the plan, in microseconds; for executors with `profile`. */
+typedef struct perk_stage_time {
+    double chain;      /* from the end of the stages before it to its own last task's end: its share of the step */
+    double run, worst; /* of a task, from having what it waited for to having signalled: mean and longest */
+    double wait;       /* of a task, for its counters: mean */
+} perk_stage_time;
+/* `times` has an element for each stage of perk_gpu_plan. */
+perk_status perk_gpu_stage_times(perk_executor *executor, perk_stage_time *times, perk_error *err);
+
 /* Bytes a second that the bus carries from pinned memory to the device. */
 perk_status perk_gpu_bus_speed(perk_executor *executor, double *bytes_per_second, perk_error *err);
 

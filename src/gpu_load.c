@@ -14,15 +14,13 @@ typedef struct reservation {
     uint64_t bytes;
 } reservation;
 
-enum { RESERVATIONS = 8 };
+enum { RESERVATIONS = 9 };
 
 static void list_reservations(perk_gpu *gpu, reservation list[RESERVATIONS]) {
     const perk_plan *plan = gpu->plan;
-    uint64_t records = (uint64_t)plan->task_count + (uint64_t)plan->device.worker_count * 2;
-    for (int w = 0; w < plan->device.worker_count; w++) { /* every list is as long as the longest */
-        uint64_t length = (uint64_t)(plan->worker_begin[w + 1] - plan->worker_begin[w]) + 1;
-        records = PERK_MAX(records, length * (uint64_t)plan->device.worker_count);
-    }
+    for (int w = 0; w < plan->device.worker_count; w++) /* every list is as long as the longest, and closed */
+        gpu->tasks_per_worker = PERK_MAX(gpu->tasks_per_worker, plan->worker_begin[w + 1] - plan->worker_begin[w] + 1);
+    uint64_t records = (uint64_t)gpu->tasks_per_worker * (uint64_t)plan->device.worker_count;
     const reservation all[RESERVATIONS] = {
         {"weights", &gpu->spaces[PERK_SPACE_WEIGHTS], plan->space_bytes[PERK_SPACE_WEIGHTS]},
         {"tables and norms", &gpu->spaces[PERK_SPACE_CONSTANTS], plan->space_bytes[PERK_SPACE_CONSTANTS]},
@@ -32,6 +30,7 @@ static void list_reservations(perk_gpu *gpu, reservation list[RESERVATIONS]) {
         {"batch", &gpu->batch, (uint64_t)gpu->layout.words * 4},
         {"counters", &gpu->counters, (uint64_t)plan->counter_count * 4},
         {"hang claim", &gpu->hang_claim, 4},
+        {"time stamps", &gpu->stamps, plan->profiled ? records * PERK_STAMPS * sizeof(uint64_t) : 0},
     };
     memcpy(list, all, sizeof all);
 }

@@ -32,6 +32,8 @@ typedef struct perk_gpu {
 
     perk_gpu_memory spaces[PERK_SPACE_COUNT];
     perk_gpu_memory tasks, batch, counters, hang_claim;
+    perk_gpu_memory stamps; /* of a profiled program: [workers][tasks_per_worker][PERK_STAMPS] */
+    int tasks_per_worker;
     int32_t *batch_host;              /* pinned */
     perk_hang_report *hang;           /* pinned and mapped */
     int32_t *argmax_host;             /* pinned, [logit rows][row stride] */

@@ -128,6 +128,8 @@ typedef struct perk_plan {
     perk_region *regions;
     int wait_count, signal_count, region_count;
 
+    bool profiled; /* the program stamps its tasks; set before emission */
+
     /* shared memory of a block */
     int ring_slots, staging_bytes, reduction_bytes, shared_bytes;
     /* attention; all 0 in a graph without any. The KV tensors of the plan have a row for each token of a step, for the

@@ -11,7 +11,7 @@
 
 typedef struct bench_options {
     const char *model, *cache_folder;
-    int random_weights, portable, json, no_check, verbose, no_cache, page_cache;
+    int random_weights, portable, json, no_check, verbose, no_cache, page_cache, stages;
     int32_t batch, context, steps, tokens, page_size, check_tokens, threads;
     uint64_t seed;
 } bench_options;
@@ -155,7 +155,7 @@ static perk_status open_all(bench_state *b, perk_error *err) {
     b->device_ms = perk_calloc((size_t)o->steps, sizeof *b->device_ms);
     if (!b->pages || !b->wall_ms || !b->device_ms) return perk_fail_memory(err, "measurements");
     const perk_gpu_options gpu = {.portable = o->portable != 0,
-                                  .timing = true,
+                                  .timing = true, .profile = o->stages != 0,
                                   .cache_folder = o->cache_folder,
                                   .no_cache = o->no_cache != 0,
                                   .threads = o->threads,
@@ -229,11 +229,51 @@ static int print_results(bench_state *b) {
     return perk_cli_print_json(json) ? PERK_EXIT_OK : PERK_EXIT_FAILURE;
 }
 
+/* The stages of all layers under one name: "layers.7.qkv" counts as "layers.*.qkv". */
+static void general_name(const char *name, char out[96]) {
+    int layer = 0, used = 0;
+    if (sscanf(name, "layers.%d.%n", &layer, &used) == 1 && used > 0) snprintf(out, 96, "layers.*.%s", name + used);
+    else snprintf(out, 96, "%s", name);
+}
+
+static int print_stages(bench_state *b) {
+    const perk_plan *plan = perk_gpu_plan(b->gpu);
+    perk_error err = {0};
+    perk_stage_time *times = perk_calloc((size_t)plan->stage_count, sizeof *times);
+    if (!times || perk_gpu_stage_times(b->gpu, times, &err) != PERK_OK) {
+        free(times);
+        return perk_cli_fail(&err);
+    }
+    printf("  %-36s %5s %9s %8s %8s %8s %8s   us\n", "stage", "count", "in all", "chain", "run", "longest", "wait");
+    for (int s = 0; s < plan->stage_count; s++) {
+        char name[96], other[96];
+        perk_stage_time sum = {0};
+        int count = 0;
+        general_name(plan->stages[s].name, name);
+        for (int t = 0; t < plan->stage_count; t++) {
+            general_name(plan->stages[t].name, other);
+            if (strcmp(name, other) != 0) continue;
+            if (t < s) break; /* printed with its first layer */
+            sum.chain += times[t].chain;
+            sum.run += times[t].run;
+            sum.worst += times[t].worst;
+            sum.wait += times[t].wait;
+            count++;
+        }
+        if (count > 0)
+            printf("  %-36s %5d %9.1f %8.2f %8.2f %8.2f %8.2f\n", name, count, sum.chain, sum.chain / count, sum.run / count,
+                   sum.worst / count, sum.wait / count);
+    }
+    free(times);
+    return PERK_EXIT_OK;
+}
+
 static int run_bench(const bench_options *options) {
     perk_error err = {0};
     bench_state state = {.options = options};
     perk_status status = measure(&state, &err);
     int code = status == PERK_OK ? print_results(&state) : perk_cli_fail(&err);
+    if (code == PERK_EXIT_OK && options->stages) code = print_stages(&state);
     close_all(&state);
     return code;
 }
@@ -256,6 +296,7 @@ int perk_cli_bench(const perk_cli_command *self, int argc, char **argv) {
         PERK_CLI_OPTION_INT("threads", &o.threads, "N", "of loading and of the reference", 0, 1024),
         PERK_CLI_OPTION_TEXT("cache-dir", &o.cache_folder, "DIR", "the cubin cache"),
         PERK_CLI_OPTION_FLAG("no-cache", &o.no_cache, "compile anew, keep nothing"),
+        PERK_CLI_OPTION_FLAG("stages", &o.stages, "decode: a profiled program, and where the last step's time went"),
         PERK_CLI_OPTION_FLAG("page-cache", &o.page_cache, "load: leave the files in the page cache"),
         PERK_CLI_OPTION_FLAG("verbose", &o.verbose, "the log on stderr"),
         PERK_CLI_OPTION_FLAG("json", &o.json, "the result as one JSON object"),

@@ -9,10 +9,12 @@
 #include "src/base.h"
 #include "test_cache.h"
 
+#include <dlfcn.h>
 #include <stdatomic.h>
 #include <stdint.h>
 
 #define TINY PERK_SOURCE_DIR "/examples/tiny"
+#define FIXTURES PERK_SOURCE_DIR "/tests/fixtures/checkpoints"
 
 static perk_error err;
 
@@ -57,32 +59,51 @@ static long disarm(void) {
 
 /* ---- what is swept ---- */
 
+static const char *folder;
 static perk_backend backend;
-static float logits[2 * 2048];
+static bool random_weights;
+static fake_cuda *fake;
+
+static int take_token(void *user, int32_t token, const char *text, size_t size) {
+    (void)user, (void)token;
+    CHECK(text[size] == '\0');
+    return 0;
+}
+
+/* One request step by step, one in one go, and logits. */
+static perk_status use_requests(perk_engine *engine) {
+    static const int32_t prompt[] = {5, 6, 7};
+    static float logits[2 * 2048];
+    const perk_sampling random = {.max_tokens = 4, .ignore_eos = 1, .temperature = 0.8f, .top_p = 0.9f, .seed = 3};
+    const perk_sampling greedy = {.max_tokens = 3, .ignore_eos = 1};
+    perk_request *request;
+    CHECK(perk_engine_vocab_size(engine) <= 2048);
+    perk_status status = perk_engine_submit(engine, prompt, 3, &random, &request, &err);
+    CHECK((status == PERK_OK) == (request != NULL));
+    if (!status) status = perk_engine_step(engine, NULL, &err);
+    if (!status) status = perk_engine_generate(engine, prompt, 2, &greedy, take_token, NULL, NULL, &err);
+    if (!status) status = perk_engine_logits(engine, prompt, 2, logits, &err);
+    return status;
+}
 
 static perk_status use_engine(void) {
-    static const int32_t prompt[] = {5, 6, 7};
-    const perk_sampling sampling = {.max_tokens = 4, .ignore_eos = 1, .temperature = 0.8f, .top_p = 0.9f, .seed = 3};
     const perk_engine_options options = {.backend = backend,
                                          .threads = 2,
+                                         .random_weights = random_weights,
                                          .cache_folder = scratch,
                                          .config = {.max_num_batched_tokens = 8,
                                                     .max_num_batched_requests = 2,
                                                     .page_size = 16,
                                                     .max_num_pages = 8,
                                                     .max_seq_length = 64}};
+    const fake_live none = {0};
     perk_engine *engine;
-    perk_request *request;
-    perk_status status = perk_engine_open(&engine, TINY, &options, &err);
+    perk_status status = perk_engine_open(&engine, folder, &options, &err);
     CHECK((status == PERK_OK) == (engine != NULL));
-    if (status) return status;
-    CHECK(perk_engine_vocab_size(engine) == 2048);
-    status = perk_engine_submit(engine, prompt, 3, &sampling, &request, &err);
-    CHECK((status == PERK_OK) == (request != NULL));
-    if (!status) status = perk_engine_step(engine, NULL, &err);
-    if (!status) status = perk_engine_generate(engine, prompt, 2, NULL, NULL, NULL, NULL, &err);
-    if (!status) status = perk_engine_logits(engine, prompt, 2, logits, &err);
+    if (!status) status = use_requests(engine);
     perk_engine_free(engine);
+    CHECK(memcmp(&fake->live, &none, sizeof none) == 0 && fake->swept == 0 && !fake->misuse,
+          "something is left on the device");
     return status;
 }
 
@@ -135,15 +156,35 @@ static void sweep(const char *what, perk_status (*use)(void)) {
             refused, survived, perk_now() - start);
 }
 
+static void choose(const char *model, perk_backend on, bool random) {
+    folder = model;
+    backend = on;
+    random_weights = random;
+}
+
 /* ---- the program ---- */
+
+static void open_fake(void) {
+    fake_cuda *(*state)(void);
+    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
+    CHECK(library, "%s", dlerror());
+    *(void **)&state = dlsym(library, "fake_cuda_state");
+    CHECK(state);
+    fake = state();
+    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
+}
 
 int main(void) {
     make_scratch();
-    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
+    open_fake();
     sweep("tokenizer", use_tokenizer);
-    backend = PERK_BACKEND_REFERENCE;
+    choose(TINY, PERK_BACKEND_REFERENCE, false);
     sweep("reference", use_engine);
-    backend = PERK_BACKEND_GPU;
+    choose(FIXTURES "/sharded", PERK_BACKEND_REFERENCE, false);
+    sweep("several files", use_engine);
+    choose(FIXTURES "/single", PERK_BACKEND_REFERENCE, true);
+    sweep("random weights", use_engine);
+    choose(TINY, PERK_BACKEND_GPU, false);
     perk_status status = use_engine(); /* fills the cache */
     if (status == PERK_NO_COMPILER) {
         fprintf(stderr, "skipped the GPU's part: no NVRTC to compile the program with\n");
