@@ -9,35 +9,6 @@
  * would queue up in front of the loads on the critical path (docs/performance.md). */
 enum { CHUNKS_IN_FLIGHT = 2 };
 
-static int pages_per_request(const perk_config *config) {
-    return (int)perk_ceil_div((uint64_t)config->max_seq_length, (uint64_t)config->page_size);
-}
-
-perk_batch_layout perk_plan_batch_layout(const perk_plan *plan) {
-    const perk_config *c = &plan->config;
-    perk_batch_layout layout = {0};
-    int32_t next = sizeof(perk_batch_header) / 4;
-    struct {
-        int32_t *place;
-        int64_t words;
-    } arrays[] = {
-        {&layout.token_ids, c->max_num_batched_tokens},
-        {&layout.positions, c->max_num_batched_tokens},
-        {&layout.token_request, c->max_num_batched_tokens},
-        {&layout.token_query_tile, c->max_num_batched_tokens},
-        {&layout.logit_rows, c->max_num_logit_rows},
-        {&layout.page_table, (int64_t)c->max_num_batched_requests * pages_per_request(c)},
-        {&layout.query_tiles, (int64_t)plan->max_query_tiles * (int64_t)(sizeof(perk_query_tile) / 4)},
-        {&layout.attention_items, (int64_t)plan->max_attention_items * (int64_t)(sizeof(perk_attention_item) / 4)},
-    };
-    for (size_t i = 0; i < PERK_COUNT(arrays); i++) {
-        *arrays[i].place = next;
-        next += (int32_t)perk_round_up((uint64_t)arrays[i].words, 4);
-    }
-    layout.words = next;
-    return layout;
-}
-
 static int longest_list(const perk_plan *plan) {
     int longest = 0;
     for (int w = 0; w < plan->device.worker_count; w++)
@@ -54,7 +25,7 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
         {"max_tokens", plan->config.max_num_batched_tokens},
         {"page_size", plan->config.page_size},
         {"max_num_pages", plan->config.max_num_pages},
-        {"pages_per_request", pages_per_request(&plan->config)},
+        {"pages_per_request", perk_plan_pages_per_request(&plan->config)},
         {"max_attention_items", plan->max_attention_items},
         {"tasks_per_worker", longest_list(plan) + 1},
         {"ring_slots", plan->ring_slots},
@@ -62,6 +33,7 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
         {"staging_bytes", plan->staging_bytes},
         {"reduction_bytes", plan->reduction_bytes},
         {"shared_bytes", plan->shared_bytes},
+        {"batch_shared_bytes", perk_plan_batch_shared_bytes(plan)},
         {"batch_token_ids", batch.token_ids},
         {"batch_positions", batch.positions},
         {"batch_token_request", batch.token_request},

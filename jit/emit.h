@@ -21,7 +21,4 @@ void perk_emit_headers_free(perk_compile_header *headers, size_t count);
 /* The records of all workers: [worker_count][*per_worker], every list closed by PERK_TASK_END. Freed with free(). */
 perk_status perk_emit_records(const perk_plan *plan, perk_task_record **records, int *per_worker, perk_error *err);
 
-/* Where the arrays of the step's batch lie in device memory. */
-perk_batch_layout perk_plan_batch_layout(const perk_plan *plan);
-
 #endif

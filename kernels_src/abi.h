@@ -87,6 +87,12 @@ typedef struct perk_batch_header {
     int32_t reserved[11];
 } perk_batch_header;
 
+/* Places of the header's fields, in words. */
+enum { PERK_BATCH_NUM_TOKENS = 0, PERK_BATCH_NUM_LOGIT_ROWS = 2, PERK_BATCH_NUM_ATTENTION_ITEMS = 3 };
+
+/* A batch of up to this size is copied to shared memory at the start of a launch. */
+#define PERK_BATCH_SHARED_MAX 8192
+
 /* A query tile: up to 8 rows (token, query head of the group) of one request that share a KV head. */
 typedef struct perk_query_tile {
     int32_t request, first_token, token_count;

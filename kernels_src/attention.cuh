@@ -30,7 +30,7 @@ struct Attention {
     }
     static __device__ __forceinline__ uint32_t page_of(const Worker &w, uint32_t request, uint32_t position) {
         const uint32_t entry = request * program::pages_per_request + position / program::page_size;
-        return __ldg(w.args.batch + program::batch_page_table + entry);
+        return w.batch_word(program::batch_page_table + entry);
     }
     static __device__ __forceinline__ float *partial_of(const Worker &w, uint64_t base, uint32_t head, uint32_t item) {
         return reinterpret_cast<float *>(w.args.activations + base) +
@@ -43,7 +43,7 @@ struct Attention {
     };
     static __device__ __forceinline__ TokenSlice token_slice(const Worker &w, uint32_t part, uint32_t parts) {
         const uint32_t slice = (program::max_tokens + parts - 1) / parts, first = part * slice;
-        const uint32_t tokens = w.batch().num_tokens;
+        const uint32_t tokens = w.num_tokens();
         return {first, tokens > first ? min(slice, tokens - first) : 0};
     }
 
@@ -51,23 +51,22 @@ struct Attention {
 
     static constexpr uint32_t kLanePairs = (kHalf + 31) / 32; // rotated pairs (i, i + half) a lane
 
-    // Norm (unless `gain` is null) and rotation of one head's vector; lane l holds the pairs l, l + 32, ...
-    static __device__ __forceinline__ void norm_and_rotate(const Worker &w, float (&low)[kLanePairs],
-                                                           float (&high)[kLanePairs], const uint16_t *gain,
-                                                           const float2 *rope, float eps) {
+    // Norm and rotation of one head's vector; lane l holds the pairs l, l + 32, ...
+    struct Turn { // what a pair is multiplied with
+        float low_gain, high_gain;
+        float2 rotation; // cos, sin
+    };
+    static __device__ __forceinline__ void norm_and_rotate(float (&low)[kLanePairs], float (&high)[kLanePairs],
+                                                           const Turn (&turn)[kLanePairs], bool has_norm, float eps) {
         float square_sum = 0.0f;
 #pragma unroll
         for (uint32_t e = 0; e < kLanePairs; e++) square_sum += low[e] * low[e] + high[e] * high[e];
-        const float scale = gain ? rsqrtf(warp_sum(square_sum) / kHeadDim + eps) : 1.0f;
+        const float scale = has_norm ? rsqrtf(warp_sum(square_sum) / kHeadDim + eps) : 1.0f;
 #pragma unroll
         for (uint32_t e = 0; e < kLanePairs; e++) {
-            const uint32_t i = w.lane + 32 * e;
-            if (i >= kHalf) break;
-            const float x = low[e] * scale * (gain ? from_bf16(__ldg(gain + i)) : 1.0f);
-            const float y = high[e] * scale * (gain ? from_bf16(__ldg(gain + i + kHalf)) : 1.0f);
-            const float2 turn = __ldg(rope + i); // cos, sin
-            low[e] = x * turn.x - y * turn.y;
-            high[e] = y * turn.x + x * turn.y;
+            const float x = low[e] * scale * turn[e].low_gain, y = high[e] * scale * turn[e].high_gain;
+            low[e] = x * turn[e].rotation.x - y * turn[e].rotation.y;
+            high[e] = y * turn[e].rotation.x + x * turn[e].rotation.y;
         }
     }
 
@@ -85,17 +84,22 @@ struct Attention {
         const bool is_query = vector < kGroup, is_value = vector == kGroup + 1;
         const uint32_t source_head = is_query ? head * kGroup + vector : kHeads + (is_value ? kKvHeads : 0) + head;
         const uint8_t *source = o.qkv + (uint64_t(token) * kQkvStride + source_head * kHeadDim) * 2;
+        const uint32_t position = w.batch_word(program::batch_positions + token);
+        const uint32_t request = w.batch_word(program::batch_token_request + token);
+        const uint16_t *gain = is_query ? o.q_norm : o.k_norm;
+        const float2 *rope = o.rope + uint64_t(position) * kHalf;
         float low[kLanePairs], high[kLanePairs];
+        Turn turn[kLanePairs];
 #pragma unroll
-        for (uint32_t e = 0; e < kLanePairs; e++) {
-            const uint32_t i = w.lane + 32 * e;
-            low[e] = i < kHalf ? from_bf16(load_coherent2(source + i * 2)) : 0.0f;
-            high[e] = i < kHalf ? from_bf16(load_coherent2(source + (i + kHalf) * 2)) : 0.0f;
+        for (uint32_t e = 0; e < kLanePairs; e++) { // all loads of the vector, its gains and its rotation together
+            const uint32_t i = w.lane + 32 * e, inside = i < kHalf;
+            turn[e].rotation = inside ? __ldg(rope + i) : make_float2(0.0f, 0.0f);
+            turn[e].low_gain = inside && gain ? from_bf16(__ldg(gain + i)) : 1.0f;
+            turn[e].high_gain = inside && gain ? from_bf16(__ldg(gain + i + kHalf)) : 1.0f;
+            low[e] = inside ? from_bf16(load_coherent2(source + i * 2)) : 0.0f;
+            high[e] = inside ? from_bf16(load_coherent2(source + (i + kHalf) * 2)) : 0.0f;
         }
-        const uint32_t position = __ldg(w.args.batch + program::batch_positions + token);
-        const uint32_t request = __ldg(w.args.batch + program::batch_token_request + token);
-        if (!is_value)
-            norm_and_rotate(w, low, high, is_query ? o.q_norm : o.k_norm, o.rope + uint64_t(position) * kHalf, eps);
+        if (!is_value) norm_and_rotate(low, high, turn, gain != nullptr, eps);
 
         uint16_t *out = reinterpret_cast<uint16_t *>(o.q) + uint64_t(token) * kQStride + source_head * kHeadDim;
         uint32_t step = 1;
@@ -145,23 +149,15 @@ struct Attention {
         }
     };
     static __device__ __forceinline__ Tile load_tile(const Worker &w, uint32_t index) {
-        const int32_t *words = w.args.batch + program::batch_query_tiles + index * (sizeof(perk_query_tile) / 4);
+        const uint32_t words = program::batch_query_tiles + index * (sizeof(perk_query_tile) / 4);
         Tile tile;
-        tile.info.request = __ldg(words);
-        tile.info.first_token = __ldg(words + 1);
-        tile.info.token_count = __ldg(words + 2);
-        tile.info.first_item = __ldg(words + 3);
-        tile.info.item_count = __ldg(words + 4);
+        tile.info.request = w.batch_word(words);
+        tile.info.first_token = w.batch_word(words + 1);
+        tile.info.token_count = w.batch_word(words + 2);
+        tile.info.first_item = w.batch_word(words + 3);
+        tile.info.item_count = w.batch_word(words + 4);
         tile.rows = tile.info.token_count * kGroup;
         return tile;
-    }
-
-    // The query tile waits in shared memory, in place of staging and reduction scratch, which this task does not use:
-    // registers are for the output and the loads in flight. A lane reads back what it wrote itself.
-    static constexpr uint32_t kQueryBytes = PERK_CONSUMER_WARPS * PERK_QUERY_ROWS * kHeadDim * 2;
-    static_assert(kQueryBytes <= program::staging_bytes + program::reduction_bytes, "the plan left too little scratch");
-    static __device__ __forceinline__ uint32_t query_slot(const Worker &w, uint32_t block) {
-        return w.staging() + (w.warp * kDimBlocks + block) * 512 + w.lane * 16;
     }
 
     // Online softmax of a lane: row g of the tile; the output transposed, dimensions by rows 2q and 2q+1.
@@ -187,11 +183,10 @@ struct Attention {
     // Positions of a KV unit that starts at `begin`: the score tile j gives lane 4g+q the positions 4q+2j and 4q+2j+1
     // of row g, because row n of the key operand is position 4(n/2) + 2j + n%2. A lane's scores are then exactly its
     // right operand of the second product, with no exchange between lanes. Rows 8 to 15 of the left operand are zero.
-    static __device__ __forceinline__ void score_unit(const Worker &w, uint32_t layer, uint32_t head, uint32_t request,
-                                                      uint32_t begin, uint32_t end, float (&scores)[2][4]) {
+    static __device__ __forceinline__ void load_keys(const Worker &w, uint32_t layer, uint32_t head, uint32_t request,
+                                                     uint32_t begin, uint32_t end, Vec16 (&k)[2][kDimBlocks]) {
         const uint32_t n = w.lane / 4, group_start = begin + n / 2 * 4;
         const uint8_t *keys = key_page(w, layer, page_of(w, request, min(group_start, end - 1)), head);
-        Vec16 k[2][kDimBlocks];
 #pragma unroll
         for (uint32_t j = 0; j < 2; j++) {
             const uint32_t position = min(group_start + 2 * j + n % 2, end - 1);
@@ -199,15 +194,30 @@ struct Attention {
 #pragma unroll
             for (uint32_t d = 0; d < kDimBlocks; d++) k[j][d] = load_coherent16(key + d * 64);
         }
+    }
+
+    // Values of 4 positions, for the dimensions g and g + 8 of every row tile of the output.
+    static __device__ __forceinline__ void load_values(const Worker &w, uint32_t layer, uint32_t head, uint32_t request,
+                                                       uint32_t begin, uint32_t end, uint2 (&v)[kDimTiles][2]) {
+        const uint32_t position = min(begin + w.lane % 4 * 4, end - 1) / 4 * 4;
+        const uint8_t *values = key_page(w, layer, page_of(w, request, position), head) +
+                                (kPageElements + w.lane / 4 * program::page_size + position % program::page_size) * 2;
 #pragma unroll
-        for (uint32_t d = 0; d < kDimBlocks; d++) {
-            const Vec16 q = load_shared16(query_slot(w, d));
+        for (uint32_t d = 0; d < kDimTiles; d++)
+#pragma unroll
+            for (uint32_t half = 0; half < 2; half++)
+                v[d][half] = load_coherent8(values + (d * 16 + half * 8) * program::page_size * 2);
+    }
+
+    static __device__ __forceinline__ void score_unit(const Vec16 (&q)[kDimBlocks], const Vec16 (&k)[2][kDimBlocks],
+                                                      float (&scores)[2][4]) {
+#pragma unroll
+        for (uint32_t d = 0; d < kDimBlocks; d++)
 #pragma unroll
             for (uint32_t j = 0; j < 2; j++) {
-                mma(scores[j], q.x, 0, q.y, 0, k[j][d].x, k[j][d].y);
-                mma(scores[j], q.z, 0, q.w, 0, k[j][d].z, k[j][d].w);
+                mma(scores[j], q[d].x, 0, q[d].y, 0, k[j][d].x, k[j][d].y);
+                mma(scores[j], q[d].z, 0, q[d].w, 0, k[j][d].z, k[j][d].w);
             }
-        }
     }
 
     // Turns scores into weights, base 2, and rescales what was there before.
@@ -253,25 +263,22 @@ struct Attention {
         return make_uint2(pair(0), pair(2));
     }
 
-    static __device__ __forceinline__ void attend_unit(const Worker &w, State &state, uint32_t layer, uint32_t head,
-                                                       uint32_t request, uint32_t begin, uint32_t end, uint32_t limit,
-                                                       uint32_t window, float scale) {
+    static __device__ __forceinline__ void attend_unit(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
+                                                       uint32_t layer, uint32_t head, uint32_t request, uint32_t begin,
+                                                       uint32_t end, uint32_t limit, uint32_t window, float scale) {
+        Vec16 k[2][kDimBlocks];
+        uint2 v[kDimTiles][2];
+        load_keys(w, layer, head, request, begin, end, k);
+        load_values(w, layer, head, request, begin, end, v); // in flight beside the keys
         const uint32_t lane_start = begin + w.lane % 4 * 4;
-        const uint32_t lane_position = min(lane_start, end - 1) / 4 * 4;
         const uint2 mask = mask_first(lane_start >= end ? 0 : min(4u, end - lane_start));
         float scores[2][4] = {};
-        score_unit(w, layer, head, request, begin, end, scores);
-        const uint8_t *values =
-            key_page(w, layer, page_of(w, request, lane_position), head) +
-            (kPageElements + w.lane / 4 * program::page_size + lane_position % program::page_size) * 2;
+        score_unit(q, k, scores);
         softmax_unit(w, state, scores, limit, window, lane_start, end, scale);
         const uint32_t p0 = pack_bf16(scores[0][0], scores[0][1]), p1 = pack_bf16(scores[1][0], scores[1][1]);
 #pragma unroll
-        for (uint32_t d = 0; d < kDimTiles; d++) {
-            const uint8_t *row = values + d * 16 * program::page_size * 2;
-            const uint2 low = load_coherent8(row), high = load_coherent8(row + 8 * program::page_size * 2);
-            mma(state.out[d], low.x & mask.x, high.x & mask.x, low.y & mask.y, high.y & mask.y, p0, p1);
-        }
+        for (uint32_t d = 0; d < kDimTiles; d++)
+            mma(state.out[d], v[d][0].x & mask.x, v[d][1].x & mask.x, v[d][0].y & mask.y, v[d][1].y & mask.y, p0, p1);
     }
 
     static __device__ __forceinline__ void store_partial(const Worker &w, const State &state, float *partial) {
@@ -291,16 +298,16 @@ struct Attention {
     static __device__ __forceinline__ void attend_item(const Worker &w, const uint8_t *q_base, uint64_t partials,
                                                        uint32_t layer, uint32_t head, uint32_t item, uint32_t window,
                                                        float scale) {
-        const int32_t *words = w.args.batch + program::batch_attention_items + item * (sizeof(perk_attention_item) / 4);
-        const uint32_t kv_begin = __ldg(words + 1), kv_end = __ldg(words + 2);
-        const Tile tile = load_tile(w, __ldg(words));
+        const uint32_t words = program::batch_attention_items + item * (sizeof(perk_attention_item) / 4);
+        const uint32_t kv_begin = w.batch_word(words + 1), kv_end = w.batch_word(words + 2);
+        const Tile tile = load_tile(w, w.batch_word(words));
         const uint32_t row = min(w.lane / 4, tile.rows - 1), token = tile.token(row);
-        const uint32_t limit = __ldg(w.args.batch + program::batch_positions + token); // the last position it sees
+        const uint32_t limit = w.batch_word(program::batch_positions + token); // the last position it sees
         const uint32_t column = (head * kGroup + row % kGroup) * kHeadDim + w.lane % 4 * 8;
+        Vec16 q[kDimBlocks];
 #pragma unroll
         for (uint32_t d = 0; d < kDimBlocks; d++)
-            store_shared16(query_slot(w, d),
-                           load_coherent16(q_base + (uint64_t(token) * kQStride + column + d * 32) * 2));
+            q[d] = load_coherent16(q_base + (uint64_t(token) * kQStride + column + d * 32) * 2);
         State state;
         state.maximum = -infinity();
         state.sum = 0.0f;
@@ -310,7 +317,7 @@ struct Attention {
             for (uint32_t c = 0; c < 4; c++) state.out[d][c] = 0.0f;
 #pragma unroll 1
         for (uint32_t begin = kv_begin; begin < kv_end; begin += PERK_KV_UNIT)
-            attend_unit(w, state, layer, head, tile.info.request, begin, kv_end, limit, window, scale);
+            attend_unit(w, state, q, layer, head, tile.info.request, begin, kv_end, limit, window, scale);
         store_partial(w, state, partial_of(w, partials, head, item));
     }
 
@@ -320,7 +327,7 @@ struct Attention {
                                                    uint32_t window) {
         const uint32_t first = task.first(), stride = task.stride(), count = task.count(), layer = task.scalar();
         const uint64_t q = task.operand(0), partials = task.operand(1);
-        const uint32_t items = w.batch().num_attention_items;
+        const uint32_t items = w.num_attention_items();
         for (uint32_t i = 0; i < count; i++) {
             const uint32_t unit = first + i * stride, head = unit / kParts, part = unit % kParts;
             for (uint32_t item = part + kParts * w.warp; item < items; item += kParts * PERK_CONSUMER_WARPS)
@@ -334,7 +341,7 @@ struct Attention {
 
     static __device__ __forceinline__ void merge_row(const Worker &w, uint64_t partials, uint8_t *out, uint32_t token,
                                                      uint32_t query_head) {
-        const Tile tile = load_tile(w, __ldg(w.args.batch + program::batch_token_query_tile + token));
+        const Tile tile = load_tile(w, w.batch_word(program::batch_token_query_tile + token));
         const uint32_t row = (token - tile.info.first_token) * kGroup + query_head % kGroup;
         const float *first = partial_of(w, partials, query_head / kGroup, tile.info.first_item);
         const uint32_t items = tile.info.item_count;
@@ -344,7 +351,7 @@ struct Attention {
         for (int offset = 16; offset > 0; offset /= 2)
             maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
         float sum = 0.0f, total[kLaneDims] = {};
-#pragma unroll 4
+#pragma unroll 8 // loads of as many pieces are in flight
         for (uint32_t i = 0; i < items; i++) {
             const float *partial = first + uint64_t(i) * kPartialFloats;
             const float weight = exp2_approx(__ldcg(partial + row) - maximum);

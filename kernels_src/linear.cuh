@@ -89,6 +89,14 @@ struct Linear {
         constexpr uint32_t kLanePieces = (kPieces + 31) / 32;
         constexpr uint32_t kGroup = kLanePieces >= 8 ? 1 : (8 / kLanePieces < kMaxRows ? 8 / kLanePieces : kMaxRows);
         const uint32_t base = w.staging() + w.warp * kWarpBlocks * rows * 64;
+        Vec16 gains[kFoldedNorm ? kLanePieces : 1]; // the same for all rows
+        if constexpr (kFoldedNorm) {
+#pragma unroll
+            for (uint32_t p = 0; p < kLanePieces; p++) {
+                const uint32_t piece = w.lane + 32 * p, kb = piece / 4 * PERK_CONSUMER_WARPS + w.warp;
+                gains[p] = kb < kBlocks ? load_constant16(gain + (kb * PERK_BLOCK_COLS + piece % 4 * 8) * 2) : Vec16{};
+            }
+        }
 #pragma unroll 1
         for (uint32_t first = 0; first < rows; first += kGroup) {
             Vec16 values[kGroup][kLanePieces];
@@ -111,10 +119,7 @@ struct Linear {
                     const uint32_t piece = w.lane + 32 * p, kb = piece / 4 * PERK_CONSUMER_WARPS + w.warp;
                     if (kb >= kBlocks) continue;
                     Vec16 value = values[r][p];
-                    if constexpr (kFoldedNorm) {
-                        const uint32_t column = kb * PERK_BLOCK_COLS + piece % 4 * 8;
-                        value = apply_gain(value, load_constant16(gain + column * 2), square_sum);
-                    }
+                    if constexpr (kFoldedNorm) value = apply_gain(value, gains[p], square_sum);
                     store_shared16(base + (piece / 4 * rows + first + r) * 64 + piece % 4 * 16, value);
                 }
                 if constexpr (kFoldedNorm) {

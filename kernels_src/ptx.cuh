@@ -21,6 +21,11 @@ __device__ __forceinline__ Vec16 load_shared16(uint32_t address) {
                  : "memory");
     return v;
 }
+__device__ __forceinline__ uint32_t load_shared4(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
 __device__ __forceinline__ void store_shared16(uint32_t address, Vec16 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");

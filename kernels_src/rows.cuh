@@ -7,7 +7,7 @@ namespace perk {
 enum class Rows { tokens, logits };
 template <Rows kRows>
 __device__ __forceinline__ uint32_t row_count(const Worker &w) {
-    return kRows == Rows::tokens ? w.batch().num_tokens : w.batch().num_logit_rows;
+    return kRows == Rows::tokens ? w.num_tokens() : w.num_logit_rows();
 }
 
 // out[r] = table[index[r]]. A task copies the 16-byte column groups first, first + stride, ... of every row.
@@ -19,7 +19,7 @@ __device__ void gather_rows(const Worker &w, const TaskView &task) {
     uint8_t *out = w.args.activations + task.operand(1);
     for (uint32_t i = w.thread; i < rows * count; i += PERK_CONSUMER_THREADS) {
         const uint32_t row = i / count, group = first + i % count * stride;
-        const uint32_t from = w.args.batch[kIndexWords + row];
+        const uint32_t from = w.batch_word(kIndexWords + row);
         const uint8_t *address = source + (uint64_t(from) * kSourceStride + group * 8) * 2;
         const Vec16 value = kSourceIsConstant ? load_constant16(address) : load_coherent16(address);
         *reinterpret_cast<Vec16 *>(out + (uint64_t(row) * kOutStride + group * 8) * 2) = value;
@@ -138,9 +138,10 @@ __device__ void argmax(const Worker &w, const TaskView &task) {
         const uint32_t row = first + i * stride;
         if (row >= rows) break;
         Best best{kLowest, 0xffffffffu};
+#pragma unroll 8 // loads in flight
         for (uint32_t tile = w.thread; tile < kTiles; tile += PERK_CONSUMER_THREADS) {
-            const uint8_t *candidate = candidates + (uint64_t(row) * kTiles + tile) * 8;
-            best.take(__uint_as_float(load_coherent4(candidate)), load_coherent4(candidate + 4));
+            const uint2 candidate = load_coherent8(candidates + (uint64_t(row) * kTiles + tile) * 8);
+            best.take(__uint_as_float(candidate.x), candidate.y);
         }
         for (int offset = 16; offset > 0; offset /= 2) best.take_from_lane(offset);
         // One candidate a warp meets in shared memory.

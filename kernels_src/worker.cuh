@@ -10,12 +10,13 @@ using namespace ptx;
 constexpr uint32_t kConsumerBarrier = 1;    // named barrier of the 8 consumer warps; 0 is __syncthreads
 constexpr uint32_t kPollsPerClockRead = 64; // reading the global timer costs more than a poll
 
-// ---- shared memory: ring slots | staging of activations | reduction scratch | barriers ----
+// ---- shared memory: ring slots | staging of activations | reduction scratch | the step's batch | barriers ----
 struct SharedMap {
     static constexpr uint32_t ring = 0;
     static constexpr uint32_t staging = program::ring_slots * PERK_CHUNK_BYTES;
     static constexpr uint32_t reduction = staging + program::staging_bytes;
-    static constexpr uint32_t barriers = reduction + program::reduction_bytes;
+    static constexpr uint32_t batch = reduction + program::reduction_bytes;
+    static constexpr uint32_t barriers = batch + program::batch_shared_bytes;
     static constexpr uint32_t bytes = barriers + 2 * 8 * program::ring_slots;
 };
 static_assert(SharedMap::bytes <= program::shared_bytes, "the plan and the kernel disagree about shared memory");
@@ -47,8 +48,18 @@ struct Worker {
     }
     __device__ __forceinline__ uint32_t staging() const { return shared + SharedMap::staging; }
     __device__ __forceinline__ uint32_t reduction() const { return shared + SharedMap::reduction; }
-    __device__ __forceinline__ const perk_batch_header &batch() const {
-        return *reinterpret_cast<const perk_batch_header *>(args.batch);
+    // A word of the step's batch. It lies in shared memory unless it is too large: tokens, positions, pages and items
+    // stand at the head of chains of loads, and every one of them would be a trip to L2.
+    __device__ __forceinline__ uint32_t batch_word(uint32_t index) const {
+        if constexpr (program::batch_shared_bytes > 0)
+            return load_shared4(shared + SharedMap::batch + index * 4);
+        else
+            return __ldg(args.batch + index);
+    }
+    __device__ __forceinline__ uint32_t num_tokens() const { return batch_word(PERK_BATCH_NUM_TOKENS); }
+    __device__ __forceinline__ uint32_t num_logit_rows() const { return batch_word(PERK_BATCH_NUM_LOGIT_ROWS); }
+    __device__ __forceinline__ uint32_t num_attention_items() const {
+        return batch_word(PERK_BATCH_NUM_ATTENTION_ITEMS);
     }
 };
 
@@ -250,7 +261,12 @@ template <class RunTask>
 __device__ __forceinline__ void worker_main(const perk_kernel_args &args, RunTask run_task) {
     extern __shared__ __align__(1024) uint8_t shared_memory[];
     Worker w{args, blockIdx.x, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, shared_address(shared_memory), 0};
-    init_ring(w);
+    if constexpr (program::batch_shared_bytes > 0) {
+        const uint8_t *batch = reinterpret_cast<const uint8_t *>(args.batch);
+        for (uint32_t offset = w.thread * 16; offset < program::batch_shared_bytes; offset += PERK_BLOCK_THREADS * 16)
+            store_shared16(w.shared + SharedMap::batch + offset, load_constant16(batch + offset));
+    }
+    init_ring(w); // with a barrier of the whole block
     if (w.warp == PERK_CONSUMER_WARPS)
         produce(w);
     else

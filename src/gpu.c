@@ -63,7 +63,6 @@ static perk_status finish_context(context_thread *t, perk_error *err) {
     const perk_driver *driver = gpu->driver;
     if (t->started) pthread_join(t->thread, NULL);
     t->started = false;
-    if (gpu->context_retained) return PERK_OK;
     perk_status status = perk_driver_check(driver, t->result, err, "opening %s", gpu->info.name);
     gpu->context_retained = status == PERK_OK;
     return status;

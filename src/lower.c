@@ -284,16 +284,43 @@ static void choose_folds(perk_lowering *l) {
     }
 }
 
-/* ---- shared memory ---- */
+/* ---- the step's batch ---- */
 
-/* The query tiles of attention's 8 warps take the place of staging and reduction scratch. */
-static int query_tile_bytes(const perk_graph *graph) {
-    int bytes = 0;
-    for (int i = 0; i < graph->op_count; i++)
-        if (graph->ops[i]->type == &perk_op_attention)
-            bytes = PERK_MAX(bytes, PERK_CONSUMER_WARPS * PERK_QUERY_ROWS * graph->ops[i]->attention.head_dim * 2);
-    return bytes;
+int perk_plan_pages_per_request(const perk_config *config) {
+    return (int)perk_ceil_div((uint64_t)config->max_seq_length, (uint64_t)config->page_size);
 }
+
+perk_batch_layout perk_plan_batch_layout(const perk_plan *plan) {
+    const perk_config *c = &plan->config;
+    perk_batch_layout layout = {0};
+    int32_t next = sizeof(perk_batch_header) / 4;
+    struct {
+        int32_t *place;
+        int64_t words;
+    } arrays[] = {
+        {&layout.token_ids, c->max_num_batched_tokens},
+        {&layout.positions, c->max_num_batched_tokens},
+        {&layout.token_request, c->max_num_batched_tokens},
+        {&layout.token_query_tile, c->max_num_batched_tokens},
+        {&layout.logit_rows, c->max_num_logit_rows},
+        {&layout.page_table, (int64_t)c->max_num_batched_requests * perk_plan_pages_per_request(c)},
+        {&layout.query_tiles, (int64_t)plan->max_query_tiles * (int64_t)(sizeof(perk_query_tile) / 4)},
+        {&layout.attention_items, (int64_t)plan->max_attention_items * (int64_t)(sizeof(perk_attention_item) / 4)},
+    };
+    for (size_t i = 0; i < PERK_COUNT(arrays); i++) {
+        *arrays[i].place = next;
+        next += (int32_t)perk_round_up((uint64_t)arrays[i].words, 4);
+    }
+    layout.words = next;
+    return layout;
+}
+
+int perk_plan_batch_shared_bytes(const perk_plan *plan) {
+    int bytes = perk_plan_batch_layout(plan).words * 4;
+    return bytes <= PERK_BATCH_SHARED_MAX ? (int)perk_round_up((uint64_t)bytes, 16) : 0;
+}
+
+/* ---- shared memory ---- */
 
 static perk_status plan_shared_memory(perk_lowering *l) {
     perk_plan *plan = l->plan;
@@ -302,7 +329,7 @@ static perk_status plan_shared_memory(perk_lowering *l) {
         if (is_linear(l->graph->ops[i]))
             reduction = PERK_MAX(reduction,
                                  perk_linear_reduction_bytes(perk_lower_rows(l, l->graph->ops[i]->output->row_kind)));
-    int room = plan->device.shared_memory - reduction;
+    int batch = perk_plan_batch_shared_bytes(plan), room = plan->device.shared_memory - reduction - batch;
     int slots_wanted = PERK_MIN(RING_SLOTS_WANTED, PERK_MAX(RING_SLOTS_MIN, room * 3 / 4 / SLOT_BYTES));
     l->staging_limit = PERK_MAX(0, (room - slots_wanted * SLOT_BYTES) / 128 * 128);
     int staging = 0, small = l->staging_limit;
@@ -315,10 +342,10 @@ static perk_status plan_shared_memory(perk_lowering *l) {
         else
             staging = PERK_MAX(staging, PERK_MIN(small, perk_linear_staged_bytes(1, op->inputs[PERK_IN_X]->cols)));
     }
-    plan->staging_bytes = PERK_MAX(staging, query_tile_bytes(l->graph) - reduction);
+    plan->staging_bytes = staging;
     plan->reduction_bytes = reduction;
     plan->ring_slots = PERK_MIN(RING_SLOTS_MAX, (room - plan->staging_bytes) / SLOT_BYTES);
-    plan->shared_bytes = plan->ring_slots * SLOT_BYTES + plan->staging_bytes + reduction;
+    plan->shared_bytes = plan->ring_slots * SLOT_BYTES + plan->staging_bytes + reduction + batch;
     if (plan->ring_slots < RING_SLOTS_MIN)
         return perk_fail(&l->error, PERK_UNSUPPORTED,
                          "%s: %d bytes of shared memory a block are too few for a step of %d tokens; lower "
@@ -542,10 +569,18 @@ static perk_status check_limits(perk_lowering *l) {
     return PERK_OK;
 }
 
+/* The batch's size depends on how attention is cut, and so do the sizes of shared memory: attention is judged first. */
+static perk_status plan_attention(perk_lowering *l) {
+    for (int i = 0; i < l->graph->op_count && l->error.status == PERK_OK; i++)
+        if (l->graph->ops[i]->type == &perk_op_attention) perk_attention_plan_shape(l, l->graph->ops[i], &l->error);
+    return l->error.status;
+}
+
 static perk_status lower_graph(perk_lowering *l) {
     perk_plan *plan = l->plan;
     ancestry a = {0};
-    if (check_limits(l) != PERK_OK || plan_shared_memory(l) != PERK_OK) return l->error.status;
+    if (check_limits(l) != PERK_OK || plan_attention(l) != PERK_OK || plan_shared_memory(l) != PERK_OK)
+        return l->error.status;
     choose_folds(l);
     for (int i = 0; i < l->graph->op_count && l->error.status == PERK_OK; i++) {
         perk_error failure = {0};

@@ -62,6 +62,9 @@ static inline bool perk_lower_is_folded(const perk_lowering *lowering, const per
     return lowering->fold_into[op->index] != NULL;
 }
 
+/* Cuts attention for this device (plan->attention_parts and what follows it), or says why this shape cannot be. */
+perk_status perk_attention_plan_shape(perk_lowering *lowering, const perk_op *op, perk_error *err);
+
 /* Shared memory of a linear op with `rows` rows of `cols` (kernels_src/linear.cuh has the same formulas). */
 int perk_linear_staged_bytes(int rows, int64_t cols);
 int perk_linear_reduction_bytes(int rows);

@@ -13,6 +13,7 @@
 #define PERK_SRC_PLAN_H
 
 #include "graph.h"
+#include "kernels_src/abi.h"
 #include "perk/config.h"
 
 typedef struct perk_device_desc {
@@ -143,6 +144,12 @@ typedef struct perk_plan {
 perk_status perk_plan_create(perk_plan **out, const perk_graph *graph, const perk_device_desc *device,
                              const perk_config *config, perk_error *err);
 void perk_plan_free(perk_plan *plan);
+
+/* Where the arrays of the step's batch lie in device memory; the part of a block's shared memory that a copy of it
+ * takes (0: it is too large for one); the pages that a request of max_seq_length has. */
+perk_batch_layout perk_plan_batch_layout(const perk_plan *plan);
+int perk_plan_batch_shared_bytes(const perk_plan *plan);
+int perk_plan_pages_per_request(const perk_config *config);
 
 /* The checker (src/check.c): proves that every pair of conflicting accesses is ordered by the plan's own lists and
  * counters, within a step and between a step and the next, that every read sees the tensor it means, that nothing waits

@@ -155,7 +155,8 @@ static perk_status open_all(bench_state *b, perk_error *err) {
     b->device_ms = perk_calloc((size_t)o->steps, sizeof *b->device_ms);
     if (!b->pages || !b->wall_ms || !b->device_ms) return perk_fail_memory(err, "measurements");
     const perk_gpu_options gpu = {.portable = o->portable != 0,
-                                  .timing = true, .profile = o->stages != 0,
+                                  .timing = true,
+                                  .profile = o->stages != 0,
                                   .cache_folder = o->cache_folder,
                                   .no_cache = o->no_cache != 0,
                                   .threads = o->threads,
@@ -232,8 +233,10 @@ static int print_results(bench_state *b) {
 /* The stages of all layers under one name: "layers.7.qkv" counts as "layers.*.qkv". */
 static void general_name(const char *name, char out[96]) {
     int layer = 0, used = 0;
-    if (sscanf(name, "layers.%d.%n", &layer, &used) == 1 && used > 0) snprintf(out, 96, "layers.*.%s", name + used);
-    else snprintf(out, 96, "%s", name);
+    if (sscanf(name, "layers.%d.%n", &layer, &used) == 1 && used > 0)
+        snprintf(out, 96, "layers.*.%s", name + used);
+    else
+        snprintf(out, 96, "%s", name);
 }
 
 static int print_stages(bench_state *b) {
@@ -261,8 +264,8 @@ static int print_stages(bench_state *b) {
             count++;
         }
         if (count > 0)
-            printf("  %-36s %5d %9.1f %8.2f %8.2f %8.2f %8.2f\n", name, count, sum.chain, sum.chain / count, sum.run / count,
-                   sum.worst / count, sum.wait / count);
+            printf("  %-36s %5d %9.1f %8.2f %8.2f %8.2f %8.2f\n", name, count, sum.chain, sum.chain / count,
+                   sum.run / count, sum.worst / count, sum.wait / count);
     }
     free(times);
     return PERK_EXIT_OK;

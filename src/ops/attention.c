@@ -199,9 +199,8 @@ static void set_token_slice(const perk_lowering *l, perk_region *region, int par
 
 static bool is_empty(const perk_region *region) { return region->row_begin >= region->row_end; }
 
-/* Sizes that all attention ops of the graph share: the step's query tiles and items are cut once. */
-static perk_status share_shape(perk_lowering *l, const perk_op *op, attention_lowering *a, perk_error *err) {
-    const perk_attention_params *p = a->p;
+perk_status perk_attention_plan_shape(perk_lowering *l, const perk_op *op, perk_error *err) {
+    const perk_attention_params *p = &op->attention;
     perk_plan *plan = l->plan;
     int group = p->num_heads / p->num_kv_heads;
     if (p->head_dim % 32 != 0 || group > PERK_QUERY_ROWS)
@@ -217,13 +216,10 @@ static perk_status share_shape(perk_lowering *l, const perk_op *op, attention_lo
         first->attention.head_dim != p->head_dim)
         return perk_fail(err, PERK_UNSUPPORTED, "attention %s: all layers must have the same heads", op->output->name);
     int tokens = plan->config.max_num_batched_tokens, per_tile = PERK_QUERY_ROWS / group;
-    int tiles = PERK_MIN(tokens, tokens / per_tile + plan->config.max_num_batched_requests);
-    a->parts = PERK_MAX(1, plan->device.worker_count / p->num_kv_heads);
-    a->slices = PERK_MIN(tokens, PERK_MAX(1, plan->device.worker_count / p->num_heads));
-    plan->attention_parts = a->parts;
+    plan->attention_parts = PERK_MAX(1, plan->device.worker_count / p->num_kv_heads);
     plan->tokens_per_query_tile = per_tile;
-    plan->max_query_tiles = tiles;
-    plan->max_attention_items = PERK_MAX(tiles, a->parts * PERK_CONSUMER_WARPS);
+    plan->max_query_tiles = PERK_MIN(tokens, tokens / per_tile + plan->config.max_num_batched_requests);
+    plan->max_attention_items = PERK_MAX(plan->max_query_tiles, plan->attention_parts * PERK_CONSUMER_WARPS);
     plan->kv_layer_bytes = (uint64_t)plan->config.max_num_pages * (uint64_t)p->num_kv_heads *
                            (uint64_t)plan->config.page_size * (uint64_t)p->head_dim * 2 * 2;
     return PERK_OK;
@@ -369,10 +365,11 @@ static void lower_merge(perk_lowering *l, const perk_op *op, attention_lowering 
 }
 
 static perk_status attention_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
-    attention_lowering a = {.p = &op->attention};
-    perk_status status = share_shape(l, op, &a, err);
-    if (status != PERK_OK) return status;
-    int tokens = l->plan->config.max_num_batched_tokens;
+    const perk_plan *plan = l->plan;
+    int tokens = plan->config.max_num_batched_tokens;
+    attention_lowering a = {.p = &op->attention, .parts = plan->attention_parts};
+    a.slices = PERK_MIN(tokens, PERK_MAX(1, plan->device.worker_count / a.p->num_heads));
+    (void)err;
     a.qkv = perk_lower_tensor(l, op->inputs[PERK_IN_X], PERK_LAYOUT_ROWS);
     a.q = lower_named(l, op, ".q", PERK_SPACE_ACTIVATIONS, tokens, (int)PERK_ROW_STRIDE(op->output->cols), PERK_BF16);
     a.partials = lower_partials(l, &a);

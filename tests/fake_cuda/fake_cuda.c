@@ -26,7 +26,7 @@ typedef struct object {
     size_t bytes;
 } object;
 
-enum { MAX_DEPTH = 16, POISON = 0xa5, POISON_LIMIT = 1 << 20 };
+enum { MAX_DEPTH = 16, POISON = 0xa5, POISON_LIMIT = 1 << 14 };
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static fake_cuda state;

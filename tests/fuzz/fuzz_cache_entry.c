@@ -17,8 +17,8 @@ static void check_raw(const uint8_t *data, size_t size) {
     FUZZ_CHECK(memcmp(header, bytes, sizeof header) == 0, "an entry that perk would not have written");
 }
 
-/* Edits are pairs of a place, two bytes little-endian, and a byte that is XORed into it; an entry of another length is
- * cut or grown by the last one. */
+/* Edits are a place, two bytes little-endian, and a byte that is XORed into it. Cut or grown by a byte, no entry is
+ * believed either. */
 static void check_edited(const uint8_t *data, size_t size) {
     if (size < 1 + sizeof(perk_cache_key)) return;
     size_t edits = data[0] % 8, payload = size - 1 - sizeof(perk_cache_key);
@@ -28,7 +28,7 @@ static void check_edited(const uint8_t *data, size_t size) {
     memcpy(key.bytes, data + 1, sizeof key.bytes);
     const uint8_t *edit = data + 1 + sizeof key.bytes;
     size_t whole = PERK_CACHE_HEADER_SIZE + payload;
-    uint8_t *entry = malloc(whole), *edited = malloc(whole);
+    uint8_t *entry = malloc(whole), *edited = calloc(1, whole + 1);
     FUZZ_CHECK(entry && edited);
     if (payload) memcpy(entry + PERK_CACHE_HEADER_SIZE, edit + 3 * edits, payload);
     perk_cache_entry_header(entry, &key, entry + PERK_CACHE_HEADER_SIZE, payload);
@@ -37,7 +37,7 @@ static void check_edited(const uint8_t *data, size_t size) {
     for (size_t i = 0; i < edits; i++, edit += 3) edited[(edit[0] | (size_t)edit[1] << 8) % whole] ^= edit[2];
     bool same = memcmp(edited, entry, whole) == 0;
     FUZZ_CHECK((perk_cache_entry_check(edited, whole, &key) == NULL) == same);
-    FUZZ_CHECK(perk_cache_entry_check(edited, whole - 1, &key) != NULL);
+    FUZZ_CHECK(perk_cache_entry_check(edited, whole - 1, &key) && perk_cache_entry_check(edited, whole + 1, &key));
     free(entry);
     free(edited);
 }
