@@ -257,15 +257,20 @@ __device__ __forceinline__ void consume(Worker &w, RunTask run_task) {
     }
 }
 
+// Brings the step's batch into shared memory, where it has room there.
+template <uint32_t kBytes>
+__device__ __forceinline__ void copy_batch(const Worker &w) {
+    const uint8_t *batch = reinterpret_cast<const uint8_t *>(w.args.batch);
+    if constexpr (kBytes > 0)
+        for (uint32_t offset = w.thread * 16; offset < kBytes; offset += PERK_BLOCK_THREADS * 16)
+            store_shared16(w.shared + SharedMap::batch + offset, load_constant16(batch + offset));
+}
+
 template <class RunTask>
 __device__ __forceinline__ void worker_main(const perk_kernel_args &args, RunTask run_task) {
     extern __shared__ __align__(1024) uint8_t shared_memory[];
     Worker w{args, blockIdx.x, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, shared_address(shared_memory), 0};
-    if constexpr (program::batch_shared_bytes > 0) {
-        const uint8_t *batch = reinterpret_cast<const uint8_t *>(args.batch);
-        for (uint32_t offset = w.thread * 16; offset < program::batch_shared_bytes; offset += PERK_BLOCK_THREADS * 16)
-            store_shared16(w.shared + SharedMap::batch + offset, load_constant16(batch + offset));
-    }
+    copy_batch<program::batch_shared_bytes>(w);
     init_ring(w); // with a barrier of the whole block
     if (w.warp == PERK_CONSUMER_WARPS)
         produce(w);

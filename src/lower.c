@@ -234,6 +234,29 @@ void perk_lower_runs(perk_lowering *l, int units, perk_lower_run add, void *user
     }
 }
 
+/* Column groups of 8 elements, dealt in runs: from operand 0 to operand 1. */
+static void add_copy(perk_lowering *l, void *user, int worker, int first, int count) {
+    const perk_stage *stage = user;
+    const int *operands = stage->operands;
+    int begin = first * 8, width = PERK_MIN((first + count) * 8, l->plan->tensors[operands[1]].cols) - begin;
+    perk_lower_task(l, worker, first, 1, count);
+    perk_lower_read(l, perk_lower_columns(l, operands[0], begin, width, width, 1));
+    perk_lower_write(l, perk_lower_columns(l, operands[1], begin, width, width, 1));
+}
+
+perk_status perk_lower_gather(perk_lowering *l, const perk_op *op, const char *rows, const char *index) {
+    const perk_tensor *source = op->inputs[PERK_IN_X];
+    int stride = (int)PERK_ROW_STRIDE(source->cols);
+    perk_stage *stage = perk_lower_begin(l, op, "", "gather_rows<Rows::%s, program::%s, %d, %d, %s>(worker, task);",
+                                         rows, index, stride, stride, perk_tensor_is_weight(source) ? "true" : "false");
+    if (!stage) return l->error.status;
+    stage->operands[0] = perk_lower_tensor(l, source, PERK_LAYOUT_ROWS);
+    stage->operands[1] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
+    if (l->error.status == PERK_OK) perk_lower_runs(l, (int)perk_ceil_div((uint64_t)source->cols, 8), add_copy, stage);
+    perk_lower_end(l);
+    return l->error.status;
+}
+
 /* ---- folding ---- */
 
 static int reader_count(const perk_graph *graph, const perk_tensor *tensor, const perk_op **only) {

@@ -57,6 +57,10 @@ void perk_lower_end(perk_lowering *lowering);
 typedef void (*perk_lower_run)(perk_lowering *lowering, void *user, int worker, int first, int count);
 void perk_lower_runs(perk_lowering *lowering, int units, perk_lower_run add, void *user);
 
+/* Lowers an op that copies rows of its input X by an index of the batch: `rows` "tokens" or "logits" says how many,
+ * `index` is the program's constant for the place of the index in the batch. */
+perk_status perk_lower_gather(perk_lowering *lowering, const perk_op *op, const char *rows, const char *index);
+
 /* True when the op's work is done in another op's stage. */
 static inline bool perk_lower_is_folded(const perk_lowering *lowering, const perk_op *op) {
     return lowering->fold_into[op->index] != NULL;

@@ -2,12 +2,10 @@
  * fixtures; logits in chunks of several sizes, several requests at once. Skipped where there is no GPU. */
 #include "perk/engine.h"
 
-#include "test.h"
+#include "gpu_cases.h"
 
 #include <dirent.h>
 #include <math.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 enum { LOGIT_TOKENS = 50, REQUESTS = 5, NEW_TOKENS = 32 };
 
@@ -115,25 +113,15 @@ static void test_folder(const char *folder, int tokens, int portable) {
     perk_engine_free(reference);
 }
 
-static int passed, failed;
+static gpu_cases cases;
 
-/* In a process of its own: a hang or a fault on the GPU costs one case. */
 static void run_case(const char *folder, int tokens, int portable) {
-    fflush(stdout);
-    pid_t child = fork();
-    if (child == 0) {
-        alarm(90);
+    char name[160];
+    snprintf(name, sizeof name, "%.120s T%d%s", strrchr(folder, '/') + 1, tokens, portable ? " portable" : "");
+    if (gpu_case_begin(&cases, name)) {
         test_folder(folder, tokens, portable);
-        fflush(stdout);
-        _exit(0);
+        gpu_case_end();
     }
-    int result = 1;
-    waitpid(child, &result, 0);
-    if (result == 0)
-        passed++;
-    else
-        failed++;
-    if (result != 0) printf("FAILED (%d): %s T%d%s\n", result, folder, tokens, portable ? " portable" : "");
 }
 
 static int has_gpu(void) {
@@ -169,6 +157,5 @@ int main(int argc, char **argv) {
         run_case(path, 16, 0);
     }
     closedir(folder);
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed ? 1 : 0;
+    return gpu_cases_finish(&cases);
 }

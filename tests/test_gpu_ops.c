@@ -3,13 +3,11 @@
 #include "driver.h"
 #include "float.h"
 #include "gpu.h"
+#include "gpu_cases.h"
 #include "random_weights.h"
 #include "reference.h"
-#include "test.h"
 
 #include <math.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 static perk_error err;
 static int portable;
@@ -100,8 +98,8 @@ static void compare(const bench *b, const char *what, const float *got, const fl
         top = fmax(top, fabs((double)want[i]));
     }
     double relative = sqrt(difference / fmax(norm, 1e-30));
-    printf("%-34s %-10s relative %.2e (limit %.0e), worst %.2e of top %.2e\n", b->what, what, relative, limit, worst,
-           top);
+    printf("%-8s %-34s %-10s relative %.2e (limit %.0e), worst %.2e of top %.2e\n", portable ? "portable" : "native",
+           b->what, what, relative, limit, worst, top);
     fflush(stdout);
     CHECK(relative <= limit, "%s %s", b->what, what);
 }
@@ -273,23 +271,14 @@ static void test_attention(int heads, int kv_heads, int dim, int tokens, int nor
     close_bench(&b);
 }
 
-static int passed, failed;
+static gpu_cases cases;
 
-/* A case runs in a process of its own: a hang or a fault on the GPU costs one case. */
 #define CASE(call)                                                                                                     \
     do {                                                                                                               \
-        fflush(stdout);                                                                                                \
-        pid_t child = fork();                                                                                          \
-        if (child == 0) {                                                                                              \
-            alarm(60);                                                                                                 \
+        if (gpu_case_begin(&cases, #call)) {                                                                           \
             call;                                                                                                      \
-            fflush(stdout);                                                                                            \
-            _exit(0);                                                                                                  \
+            gpu_case_end();                                                                                            \
         }                                                                                                              \
-        int result = 1;                                                                                                \
-        waitpid(child, &result, 0);                                                                                    \
-        result == 0 ? passed++ : failed++;                                                                             \
-        if (result != 0) printf("FAILED (%d): %s\n", result, #call);                                                   \
     } while (0)
 
 static void probe_device(void) {
@@ -329,10 +318,6 @@ int main(int argc, char **argv) {
     if (child == 0) probe_device();
     waitpid(child, &probe, 0);
     if (probe != 0) return TEST_SKIP;
-    for (portable = 0; portable < 2; portable++) {
-        printf("%s\n", portable ? "portable (sm_80 instructions)" : "native");
-        run_all();
-    }
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed ? 1 : 0;
+    for (portable = 0; portable < 2; portable++) run_all();
+    return gpu_cases_finish(&cases);
 }

@@ -5,7 +5,8 @@
  *     perk_engine_generate_text(engine, "Once upon a time", NULL, print_piece, NULL, NULL, &err);
  *     perk_engine_free(engine);
  *
- * An engine is used by one thread at a time. Its tokenizer may be used by any thread.
+ * An engine is used by one thread at a time. Its tokenizer may be used by any thread. A thread's current CUDA context
+ * is the same after every call as before.
  */
 #ifndef PERK_ENGINE_H
 #define PERK_ENGINE_H

@@ -1,5 +1,4 @@
 /* embed: rows of a table, by token id. */
-#include "kernels_src/abi.h"
 #include "lower.h"
 #include "ops/op.h"
 #include "reference_state.h"
@@ -32,29 +31,9 @@ static perk_status embed_reference(perk_reference *reference, const perk_op *op,
     return PERK_OK;
 }
 
-/* ---- lowering: column groups of 8 elements, dealt in runs ---- */
-
-static void add_copy(perk_lowering *l, void *user, int worker, int first, int count) {
-    const perk_stage *stage = user;
-    const int *operands = stage->operands;
-    int begin = first * 8, width = PERK_MIN((first + count) * 8, l->plan->tensors[operands[1]].cols) - begin;
-    perk_lower_task(l, worker, first, 1, count);
-    perk_lower_read(l, perk_lower_columns(l, operands[0], begin, width, width, 1));
-    perk_lower_write(l, perk_lower_columns(l, operands[1], begin, width, width, 1));
-}
-
 static perk_status embed_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
     (void)err;
-    const perk_tensor *table = op->inputs[PERK_IN_X];
-    perk_stage *stage =
-        perk_lower_begin(l, op, "", "gather_rows<Rows::tokens, program::batch_token_ids, %d, %d, true>(worker, task);",
-                         (int)PERK_ROW_STRIDE(table->cols), (int)PERK_ROW_STRIDE(table->cols));
-    if (!stage) return l->error.status;
-    stage->operands[0] = perk_lower_tensor(l, table, PERK_LAYOUT_ROWS);
-    stage->operands[1] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
-    if (l->error.status == PERK_OK) perk_lower_runs(l, (int)perk_ceil_div((uint64_t)table->cols, 8), add_copy, stage);
-    perk_lower_end(l);
-    return l->error.status;
+    return perk_lower_gather(l, op, "tokens", "batch_token_ids");
 }
 
 const perk_op_type perk_op_embed = {"embed", embed_reference, embed_lower};
