@@ -1,6 +1,7 @@
 /* NVRTC through perk: every architecture, headers from memory, errors that say where, spills, threads, identity. Runs
  * where NVRTC is installed; no GPU and no driver are needed. */
 #include "jit/compile.h"
+#include "spilling_kernel.h"
 #include "test.h"
 
 #include <dlfcn.h>
@@ -22,17 +23,7 @@ static const char SOURCE[] = "#include \"scale.cuh\"\n"
                              "    if (i < n) x[i] = last[255 - threadIdx.x];\n"
                              "}\n";
 
-/* More live values than 64 registers hold. */
-static const char SPILLING[] = "extern \"C\" __global__ void __launch_bounds__(1024, 1) crowded(float *p, int n) {\n"
-                               "    float a[96];\n"
-                               "    for (int i = 0; i < 96; i++) a[i] = p[i * 1024 + threadIdx.x];\n"
-                               "    for (int r = 0; r < n; r++) {\n"
-                               "        float t = a[0];\n"
-                               "        for (int i = 0; i < 95; i++) a[i] = a[i] * a[i + 1] + t;\n"
-                               "        a[95] = t * a[95];\n"
-                               "    }\n"
-                               "    for (int i = 0; i < 96; i++) p[i * 1024 + threadIdx.x] = a[i];\n"
-                               "}\n";
+static const char SPILLING[] = SPILLING_KERNEL;
 
 static perk_compile_request request_for(const char *source, const char *arch) {
     return (perk_compile_request){

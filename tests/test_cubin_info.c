@@ -1,6 +1,7 @@
 /* What jit/cubin_info reads from cubins, compared with what ptxas said when it made them; and damaged cubins. */
 #include "jit/compile.h"
 #include "jit/cubin_info.h"
+#include "spilling_kernel.h"
 #include "test.h"
 
 static const char SOURCE[] = "extern \"C\" __global__ void __launch_bounds__(128, 1) lean(float *p, int n) {\n"
@@ -14,18 +15,7 @@ static const char SOURCE[] = "extern \"C\" __global__ void __launch_bounds__(128
                              "    for (int i = 0; i < 32; i++) a[i] = p[i];\n"
                              "    for (int i = 0; i < n; i++) a[(i * 7) & 31] += a[i & 31];\n"
                              "    p[0] = a[n & 31];\n"
-                             "}\n"
-                             "extern \"C\" __global__ void __launch_bounds__(1024, 1) crowded(float *p, int n) {\n"
-                             "    float a[96];\n"
-                             "    for (int i = 0; i < 96; i++) a[i] = p[i * 1024 + threadIdx.x];\n"
-                             "    for (int r = 0; r < n; r++) {\n"
-                             "        float t = a[0];\n"
-                             "        for (int i = 0; i < 95; i++) a[i] = a[i] * a[i + 1] + t;\n"
-                             "        a[95] = t * a[95];\n"
-                             "    }\n"
-                             "    for (int i = 0; i < 96; i++) p[i * 1024 + threadIdx.x] = a[i];\n"
-                             "}\n"
-                             "extern \"C\" __global__ void empty() {}\n";
+                             "}\n" SPILLING_KERNEL "extern \"C\" __global__ void empty() {}\n";
 
 static const char *const KERNELS[] = {"lean", "indexed", "crowded", "empty"};
 
