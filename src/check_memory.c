@@ -355,16 +355,17 @@ void perk_check_memory_forget(perk_check_memory *m) {
 
 /* ---- creation -------------------------------------------------------------------------------------------------- */
 
-static bool push(int_list *list, int32_t item) {
-    if (list->count == list->capacity) {
-        size_t capacity = PERK_MAX(list->capacity * 2, (size_t)256);
+/* Makes the list longer by `count` items, for the caller to fill. NULL when out of memory. */
+static int32_t *extend(int_list *list, size_t count) {
+    if (list->count + count > list->capacity) {
+        size_t capacity = PERK_MAX(list->capacity * 2, list->count + count + 255);
         int32_t *items = perk_realloc_array(list->items, capacity, sizeof *items);
-        if (!items) return false;
+        if (!items) return NULL;
         list->items = items;
         list->capacity = capacity;
     }
-    list->items[list->count++] = item;
-    return true;
+    list->count += count;
+    return list->items + list->count - count;
 }
 
 static perk_status too_fine(const perk_plan *plan, int tensor, perk_error *err) {
@@ -420,82 +421,93 @@ static perk_status make_areas(perk_check_memory *m, perk_error *err) {
     return PERK_OK;
 }
 
-static int compare_ints(const void *a, const void *b) {
-    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
-    return (x > y) - (x < y);
-}
+/* Where the areas of one tensor begin and end along its rows or its columns. All of that lies on multiples of
+ * `quantum`, so a boundary's rank is found by indexing. */
+typedef struct axis {
+    int32_t quantum;
+    int32_t *ranks; /* [extent / quantum + 1]: of a boundary its rank, -1 elsewhere */
+    int count;      /* boundaries */
+} axis;
 
-static void sort_unique(int_list *list) {
-    qsort(list->items, list->count, sizeof *list->items, compare_ints);
-    size_t kept = 0;
-    for (size_t i = 0; i < list->count; i++)
-        if (!kept || list->items[kept - 1] != list->items[i]) list->items[kept++] = list->items[i];
-    list->count = kept;
-}
-
-static int find_sorted(const int_list *list, int32_t value) {
-    size_t low = 0, high = list->count;
-    while (low < high) {
-        size_t middle = (low + high) / 2;
-        if (list->items[middle] < value)
-            low = middle + 1;
-        else
-            high = middle;
+static int32_t greatest_divisor(int32_t a, int32_t b) {
+    while (b) {
+        int32_t rest = a % b;
+        a = b;
+        b = rest;
     }
-    return (int)low;
+    return a;
 }
 
-/* The boundaries of the areas of one tensor: in rows and in columns. */
-static perk_status list_boundaries(const perk_check_memory *m, const int32_t *areas, int count, int_list *rows,
-                                   int_list *cols, perk_error *err) {
-    rows->count = cols->count = 0;
+static int rank_of(const axis *along, int32_t value) { return along->ranks[value / along->quantum]; }
+
+static void count_boundaries(axis *along, int32_t extent) {
+    along->count = 0;
+    for (int32_t i = 0; i <= extent / along->quantum; i++)
+        if (!along->ranks[i]) along->ranks[i] = along->count++;
+}
+
+/* `ranks` is scratch that the axes then point into. */
+static perk_status find_boundaries(const perk_check_memory *m, int tensor, const int32_t *areas, int count,
+                                   int_list *ranks, axis *rows, axis *cols, perk_error *err) {
+    const perk_plan_tensor *t = &m->plan->tensors[tensor];
+    *rows = *cols = (axis){0};
     for (int i = 0; i < count; i++) {
         const perk_region *r = &m->areas[areas[i]].region;
-        bool ok = push(rows, r->row_begin) && push(rows, r->row_end);
-        if ((int64_t)cols->count + 2 * (int64_t)r->repeat > PERK_CHECK_MAX_PIECES)
-            return too_fine(m->plan, r->tensor, err);
-        for (int j = 0; j < r->repeat && ok; j++) {
-            int32_t begin = r->col_begin + j * r->col_stride;
-            ok = push(cols, begin) && push(cols, begin + r->col_count);
-        }
-        if (!ok) return perk_fail_memory(err, "the plan checker's regions");
+        rows->quantum = greatest_divisor(greatest_divisor(r->row_begin, r->row_end), rows->quantum);
+        cols->quantum = greatest_divisor(greatest_divisor(r->col_begin, r->col_count), cols->quantum);
+        cols->quantum = greatest_divisor(r->col_stride, cols->quantum);
     }
-    sort_unique(rows);
-    sort_unique(cols);
+    int64_t row_places = t->rows / rows->quantum + 1, places = row_places + t->cols / cols->quantum + 1;
+    if (places > PERK_CHECK_MAX_PIECES) return too_fine(m->plan, tensor, err);
+    ranks->count = 0;
+    rows->ranks = extend(ranks, (size_t)places);
+    if (!rows->ranks) return perk_fail_memory(err, "the plan checker's regions");
+    cols->ranks = rows->ranks + row_places;
+    memset(rows->ranks, -1, (size_t)places * sizeof *rows->ranks);
+    for (int i = 0; i < count; i++) {
+        const perk_region *r = &m->areas[areas[i]].region;
+        rows->ranks[r->row_begin / rows->quantum] = rows->ranks[r->row_end / rows->quantum] = 0;
+        for (int j = 0; j < r->repeat; j++) {
+            int32_t begin = r->col_begin + j * r->col_stride;
+            cols->ranks[begin / cols->quantum] = cols->ranks[(begin + r->col_count) / cols->quantum] = 0;
+        }
+    }
+    count_boundaries(rows, t->rows);
+    count_boundaries(cols, t->cols);
     return PERK_OK;
 }
 
 /* Lists the cells of an area. */
-static perk_status cut_area(perk_check_memory *m, area *a, int first_cell, const int_list *rows, const int_list *cols,
+static perk_status cut_area(perk_check_memory *m, area *a, int first_cell, const axis *rows, const axis *cols,
                             perk_error *err) {
     const perk_region *r = &a->region;
-    int row_begin = find_sorted(rows, r->row_begin), row_end = find_sorted(rows, r->row_end);
-    int width = (int)cols->count - 1;
+    int row_begin = rank_of(rows, r->row_begin), row_end = rank_of(rows, r->row_end), width = cols->count - 1;
     a->cell_begin = (int32_t)m->cell_lists.count;
     for (int i = 0; i < r->repeat; i++) {
         int32_t begin = r->col_begin + i * r->col_stride;
-        int col_begin = find_sorted(cols, begin);
-        for (int col = col_begin; cols->items[col] < begin + r->col_count; col++)
-            for (int row = row_begin; row < row_end; row++)
-                if (m->cell_lists.count >= PERK_CHECK_MAX_PIECES)
-                    return too_fine(m->plan, r->tensor, err);
-                else if (!push(&m->cell_lists, first_cell + row * width + col))
-                    return perk_fail_memory(err, "the plan checker's cells");
+        int col_begin = rank_of(cols, begin), col_end = rank_of(cols, begin + r->col_count);
+        int64_t pieces = (int64_t)(col_end - col_begin) * (row_end - row_begin);
+        if (pieces + (int64_t)m->cell_lists.count > PERK_CHECK_MAX_PIECES) return too_fine(m->plan, r->tensor, err);
+        int32_t *cells = extend(&m->cell_lists, (size_t)pieces);
+        if (!cells) return perk_fail_memory(err, "the plan checker's cells");
+        for (int row = row_begin; row < row_end; row++)
+            for (int col = col_begin; col < col_end; col++) *cells++ = first_cell + row * width + col;
     }
     a->cell_count = (int32_t)m->cell_lists.count - a->cell_begin;
     return PERK_OK;
 }
 
 /* Cuts one tensor, whose areas are `areas`, into cells. */
-static perk_status cut_tensor(perk_check_memory *m, int tensor, const int32_t *areas, int count, int_list *rows,
-                              int_list *cols, perk_error *err) {
+static perk_status cut_tensor(perk_check_memory *m, int tensor, const int32_t *areas, int count, int_list *ranks,
+                              perk_error *err) {
+    axis rows, cols;
     if (!count) return PERK_OK;
-    perk_status status = list_boundaries(m, areas, count, rows, cols, err);
+    perk_status status = find_boundaries(m, tensor, areas, count, ranks, &rows, &cols, err);
     if (status) return status;
-    int64_t cells = (int64_t)(rows->count - 1) * (int64_t)(cols->count - 1);
+    int64_t cells = (int64_t)(rows.count - 1) * (int64_t)(cols.count - 1);
     if (m->cell_count + cells > PERK_CHECK_MAX_PIECES) return too_fine(m->plan, tensor, err);
     for (int i = 0; i < count && !status; i++)
-        status = cut_area(m, &m->areas[areas[i]], m->cell_count, rows, cols, err);
+        status = cut_area(m, &m->areas[areas[i]], m->cell_count, &rows, &cols, err);
     m->cell_count += (int)cells;
     return status;
 }
@@ -503,7 +515,7 @@ static perk_status cut_tensor(perk_check_memory *m, int tensor, const int32_t *a
 /* Groups the areas by tensor and cuts the tensors. */
 static perk_status cut_tensors(perk_check_memory *m, perk_error *err) {
     int tensors = m->plan->tensor_count;
-    int_list rows = {0}, cols = {0};
+    int_list ranks = {0};
     perk_status status = PERK_OK;
     int32_t *begin = perk_calloc((size_t)tensors + 1, sizeof *begin);
     int32_t *sorted = perk_calloc((size_t)m->area_count, sizeof *sorted);
@@ -518,12 +530,11 @@ static perk_status cut_tensors(perk_check_memory *m, perk_error *err) {
     }
     for (int i = m->area_count - 1; i >= 0; i--) sorted[--begin[m->areas[i].region.tensor]] = i;
     for (int i = 0; i < tensors && !status; i++)
-        status = cut_tensor(m, i, sorted + begin[i], begin[i + 1] - begin[i], &rows, &cols, err);
+        status = cut_tensor(m, i, sorted + begin[i], begin[i + 1] - begin[i], &ranks, err);
 out:
     free(begin);
     free(sorted);
-    free(rows.items);
-    free(cols.items);
+    free(ranks.items);
     return status;
 }
 
@@ -564,6 +575,12 @@ static perk_status check_sharing(const perk_check_memory *m, int a, int b, perk_
                      x->space == PERK_SPACE_KV ? "the KV cache outlives the step" : "the host writes one of them");
 }
 
+static bool add_pair(int_list *pairs, int32_t a, int32_t b) {
+    int32_t *pair = extend(pairs, 2);
+    if (pair) pair[0] = a, pair[1] = b;
+    return pair != NULL;
+}
+
 /* Every pair of tensors of a writable space that share bytes, in `pairs`: two entries a pair. */
 static perk_status find_pairs(const perk_check_memory *m, perk_space space, int_list *pairs, perk_error *err) {
     const perk_plan *plan = m->plan;
@@ -583,7 +600,7 @@ static perk_status find_pairs(const perk_check_memory *m, perk_space space, int_
             if (status || !m->tensors[a].tracked || !m->tensors[b].tracked) continue;
             if (pairs->count >= PERK_CHECK_MAX_PIECES)
                 status = too_fine(plan, a, err);
-            else if (!push(pairs, a) || !push(pairs, b))
+            else if (!add_pair(pairs, a, b))
                 status = perk_fail_memory(err, "the plan checker's tensors");
         }
     free(ranges);
