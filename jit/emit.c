@@ -46,6 +46,7 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
     perk_buffer_printf(out, "namespace program {\n");
     for (size_t i = 0; i < PERK_COUNT(constants); i++)
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
+    perk_buffer_printf(out, "constexpr bool waits_are_limited = %s;\n", plan->unlimited_waits ? "false" : "true");
     perk_buffer_printf(out, "} // namespace program\n\n");
 }
 
@@ -137,7 +138,19 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
     return record;
 }
 
+/* A record has room for so much; the lowering makes no more. */
+static perk_status check_task_fits(const perk_plan *plan, int index, perk_error *err) {
+    const perk_task *task = &plan->tasks[index];
+    int waits = task->wait_end - task->wait_begin, signals = task->signal_end - task->signal_begin;
+    if (waits <= PERK_RECORD_WAITS && signals == 1 && plan->signals[task->signal_begin].amount == 1) return PERK_OK;
+    return perk_fail(err, PERK_UNSUPPORTED, "task %d of %s has %d waits and %d signals: a record holds %d and one of 1",
+                     index, plan->stages[task->stage].name, waits, signals, (int)PERK_RECORD_WAITS);
+}
+
 perk_status perk_emit_records(const perk_plan *plan, perk_task_record **records, int *per_worker, perk_error *err) {
+    *records = NULL;
+    for (int i = 0; i < plan->task_count; i++)
+        if (check_task_fits(plan, i, err) != PERK_OK) return PERK_UNSUPPORTED;
     *per_worker = longest_list(plan) + 1;
     *records = perk_calloc((size_t)plan->device.worker_count * (size_t)*per_worker, sizeof **records);
     if (!*records) return perk_fail_memory(err, "the task table");

@@ -114,8 +114,8 @@ typedef struct perk_batch_layout {
 /* ---- a wait that exceeded its limit ---- */
 typedef struct perk_hang_report {
     uint32_t worker;
-    uint32_t task, role;            /* role: PERK_ROLE_* */
-    uint32_t counter, seen, wanted; /* for mbarriers: slot, parity */
+    uint32_t task, role;            /* task: in the plan; role: PERK_ROLE_* */
+    uint32_t counter, seen, wanted; /* of the ring: counter is the number of the chunk in the worker's stream */
     uint32_t step, complete;        /* complete: all other fields are written */
 } perk_hang_report;
 
@@ -133,7 +133,7 @@ typedef struct perk_kernel_args {
     uint8_t *kv;
     const int32_t *batch;
     uint32_t *counters;
-    uint32_t *hang_claim;   /* device memory; whoever moves it from 0 writes the report */
+    uint32_t *hang_claim;   /* device memory; whoever moves it from 0 writes the report; then all leave */
     perk_hang_report *hang; /* mapped host memory */
     uint64_t *stamps;       /* a profiled program: [workers][tasks_per_worker][PERK_STAMPS], global timer, ns */
     uint64_t wait_limit_ns;

@@ -25,8 +25,9 @@ struct Worker {
     const perk_kernel_args &args;
     uint32_t index; // of this worker
     uint32_t warp, lane, thread;
-    uint32_t shared; // address of dynamic shared memory
-    uint32_t task;   // the running task's index in the plan, for reports
+    uint32_t shared;   // address of dynamic shared memory
+    uint32_t task;     // the running task's index in the plan, for reports
+    bool has_given_up; // a wait for a counter exceeded its limit; known to the thread that waits
 
     // Forgets what the compiler knows of the thread's coordinates. Without it, addresses of every kind of task are
     // computed ahead of the task loop, kept through all tasks, and spilled by those that need the registers.
@@ -64,49 +65,58 @@ struct Worker {
 };
 
 // ---- waits with a limit ----
+// Whoever waits past the limit reports it, and from then on nobody waits for counters any more: every worker runs its
+// list to the end on whatever is in memory, the launch ends like any other, and the host throws the step away. The
+// context survives. Weights that never come end the warps that need them, which are all consumer warps of the worker.
 
-// Writes who waits for what and ends the launch. The host reads the report from mapped memory.
+// Writes who waited for what, for the host; the first one only.
 __device__ __forceinline__ void report_hang(const perk_kernel_args &args, uint32_t worker, uint32_t task, uint32_t role,
-                                            uint32_t counter, uint32_t seen, uint32_t wanted) {
-    if (atomicCAS(args.hang_claim, 0u, 1u) == 0u) {
-        volatile perk_hang_report *report = args.hang;
-        report->worker = worker;
-        report->task = task;
-        report->role = role;
-        report->counter = counter;
-        report->seen = seen;
-        report->wanted = wanted;
-        report->step = args.step;
-        __threadfence_system();
-        report->complete = 1;
-        __threadfence_system();
-        __trap();
-    }
-    while (true) __nanosleep(1000000); // the reporter's trap ends this block, too
+                                         uint32_t counter, uint32_t seen, uint32_t wanted) {
+    if (atomicCAS(args.hang_claim, 0u, 1u) != 0u) return;
+    volatile perk_hang_report *report = args.hang;
+    report->worker = worker;
+    report->task = task;
+    report->role = role;
+    report->counter = counter;
+    report->seen = seen;
+    report->wanted = wanted;
+    report->step = args.step;
+    __threadfence_system();
+    report->complete = 1;
 }
 
-// Calls `satisfied` until it holds, or `expired` once the limit has passed.
-template <class Satisfied, class Expired>
-__device__ __forceinline__ void wait_until(const perk_kernel_args &args, Satisfied satisfied, Expired expired) {
-    if (satisfied()) return;
-    const uint64_t start = global_timer();
-    for (uint32_t polls = 1; !satisfied(); polls++)
-        if (polls % kPollsPerClockRead == 0 && global_timer() - start > args.wait_limit_ns) expired();
+// Calls `satisfied` until it holds. False: the limit has passed, here or elsewhere. The last look comes after the
+// clock, so that the lanes of a warp that waits for one barrier agree.
+template <class Satisfied>
+__device__ __forceinline__ bool wait_until(const perk_kernel_args &args, Satisfied satisfied) {
+    uint64_t start = 0;
+    while (true) {
+#pragma unroll 1
+        for (uint32_t polls = 0; polls < kPollsPerClockRead; polls++)
+            if (satisfied()) return true;
+        if constexpr (!program::waits_are_limited) continue;
+        const uint64_t now = global_timer();
+        if (start == 0) start = now;
+        if (now - start > args.wait_limit_ns || load_acquire_gpu(args.hang_claim) != 0) return satisfied();
+    }
 }
 
 // One thread waits for a counter; the caller spreads the news with a barrier.
-__device__ __forceinline__ void wait_counter(const Worker &w, uint32_t counter, uint32_t target) {
+__device__ __forceinline__ bool wait_counter(const Worker &w, uint32_t counter, uint32_t target) {
     uint32_t seen = 0;
     const uint32_t *address = w.args.counters + counter;
-    wait_until(
-        w.args, [&] { return static_cast<int32_t>((seen = load_acquire_gpu(address)) - target) >= 0; },
-        [&] { report_hang(w.args, w.index, w.task, PERK_ROLE_COUNTER, counter, seen, target); });
+    if (wait_until(w.args, [&] { return static_cast<int32_t>((seen = load_acquire_gpu(address)) - target) >= 0; }))
+        return true;
+    report_hang(w.args, w.index, w.task, PERK_ROLE_COUNTER, counter, seen, target);
+    return false;
 }
 
-__device__ __forceinline__ void wait_mbarrier(const Worker &w, uint32_t barrier, uint32_t parity, uint32_t role) {
-    wait_until(
-        w.args, [&] { return mbarrier_test(barrier, parity); },
-        [&] { report_hang(w.args, w.index, w.task, role, barrier, parity ^ 1, parity); });
+// A whole warp waits for the barrier of a chunk's slot, or ends.
+__device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uint32_t parity, uint32_t role,
+                                          uint32_t chunk) {
+    if (wait_until(w.args, [&] { return mbarrier_test(barrier, parity); })) return;
+    report_hang(w.args, w.index, w.task, role, chunk, 0, 1);
+    exit_thread();
 }
 
 // ---- the weight ring ----
@@ -114,7 +124,7 @@ __device__ __forceinline__ void wait_mbarrier(const Worker &w, uint32_t barrier,
 // bytes have landed, its empty barrier when all consumer warps have read it.
 
 __device__ __forceinline__ void wait_full(const Worker &w, uint32_t chunk) {
-    wait_mbarrier(w, w.full_barrier(chunk), chunk / program::ring_slots & 1, PERK_ROLE_RING_FULL);
+    wait_slot(w, w.full_barrier(chunk), chunk / program::ring_slots & 1, PERK_ROLE_RING_FULL, chunk);
 }
 // By every lane of a consumer warp once it has read the chunk.
 __device__ __forceinline__ void release_chunk(const Worker &w, uint32_t chunk) {
@@ -137,7 +147,7 @@ __device__ __forceinline__ void init_ring(const Worker &w) {
 // the few loads that are on the critical path (counters, activations). docs/performance.md has the measurements.
 __device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, const uint8_t *source, uint32_t bytes) {
     const uint32_t round = chunk / program::ring_slots;
-    if (round > 0) wait_mbarrier(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY);
+    if (round > 0) wait_slot(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
     if (chunk >= program::chunks_in_flight) wait_full(w, chunk - program::chunks_in_flight);
 #if PERK_PORTABLE
     const uint32_t slot = w.ring_slot(chunk);
@@ -212,12 +222,12 @@ __device__ __forceinline__ void produce(Worker &w) {
 }
 
 // Waits for what the task needs, on behalf of the block.
-__device__ __forceinline__ void begin_task(const Worker &w, const TaskView &task) {
+__device__ __forceinline__ void begin_task(Worker &w, const TaskView &task) {
     if (w.warp == 0) {
         for (uint32_t i = 0; i < PERK_RECORD_WAITS; i++) {
             const uint32_t counter = task.wait_counter(i), per_step = task.wait_per_step(i);
             const uint32_t target = w.args.step * per_step + task.wait_needed(i);
-            if (per_step != 0 && w.lane == 0) wait_counter(w, counter, target);
+            if (per_step != 0 && w.lane == 0 && !w.has_given_up) w.has_given_up = !wait_counter(w, counter, target);
         }
     }
     named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
@@ -269,7 +279,8 @@ __device__ __forceinline__ void copy_batch(const Worker &w) {
 template <class RunTask>
 __device__ __forceinline__ void worker_main(const perk_kernel_args &args, RunTask run_task) {
     extern __shared__ __align__(1024) uint8_t shared_memory[];
-    Worker w{args, blockIdx.x, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, shared_address(shared_memory), 0};
+    Worker w{args, blockIdx.x, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, shared_address(shared_memory),
+             0,    false};
     copy_batch<program::batch_shared_bytes>(w);
     init_ring(w); // with a barrier of the whole block
     if (w.warp == PERK_CONSUMER_WARPS)

@@ -92,10 +92,13 @@ static perk_status check_stream(const perk_plan *plan, const perk_stage *stage, 
                       plan->tensor_count);
     const perk_plan_tensor *t = &plan->tensors[stream->tensor];
     if (t->space != PERK_SPACE_WEIGHTS || stream->tile_count < 0 || stream->blocks_per_tile < 0 ||
-        (uint64_t)stream->tile_count * (uint64_t)stream->blocks_per_tile > t->bytes / 1024)
-        return UNSAFE(err, "stage %.*s: %d tiles of %d blocks of 1 KB are not in the %llu bytes of weights of %.*s",
+        (uint64_t)stream->tile_count * (uint64_t)stream->blocks_per_tile != t->bytes / PERK_WEIGHT_BLOCK_BYTES)
+        return UNSAFE(err, "stage %.*s: %d tiles of %d blocks of 1 KB are not the %llu bytes of weights of %.*s",
                       NAME_LENGTH, stage->name, stream->tile_count, stream->blocks_per_tile,
                       (unsigned long long)t->bytes, NAME_LENGTH, t->name);
+    if (stream->tile_count != stage->unit_count)
+        return UNSAFE(err, "stage %.*s: it streams %d tiles for %d units: its tasks would wait for weights forever",
+                      NAME_LENGTH, stage->name, stream->tile_count, stage->unit_count);
     return PERK_OK;
 }
 
@@ -156,10 +159,11 @@ static perk_status check_task(const perk_plan *plan, int index, int worker, perk
         return UNSAFE(err, "%s: units %d, step %d, %d of them, are not among the stage's %d",
                       perk_check_task_text(plan, index).text, task->first, task->stride, task->count,
                       stage->unit_count);
-    if (task->stream_bytes &&
-        (stage->stream.tensor < 0 || task->stream_bytes > plan->tensors[stage->stream.tensor].bytes))
-        return UNSAFE(err, "%s: it consumes %llu bytes of weights, which its stage does not stream",
-                      perk_check_task_text(plan, index).text, (unsigned long long)task->stream_bytes);
+    uint64_t blocks = stage->stream.tensor < 0 ? 0 : (uint64_t)stage->stream.blocks_per_tile * (uint64_t)task->count;
+    if (task->stream_bytes != blocks * PERK_WEIGHT_BLOCK_BYTES)
+        return UNSAFE(err, "%s: it consumes %llu bytes of weights, its units are %llu bytes of the stream",
+                      perk_check_task_text(plan, index).text, (unsigned long long)task->stream_bytes,
+                      (unsigned long long)(blocks * PERK_WEIGHT_BLOCK_BYTES));
     for (int i = task->write_begin; i < task->write_end; i++) {
         const perk_plan_tensor *t = &plan->tensors[plan->regions[i].tensor];
         const char *reason = t->space == PERK_SPACE_CONSTANTS || t->space == PERK_SPACE_WEIGHTS ? "written at load only"

@@ -223,6 +223,20 @@ static perk_status fail_fence(const perk_check_memory *m, const access *a, perk_
     return perk_fail(err, PERK_INTERNAL, "the plan checker lost an access");
 }
 
+/* Device code reads and writes as it goes. */
+static perk_status fail_own(const perk_check_memory *m, const access *a, perk_error *err) {
+    return perk_fail(err, PERK_UNSAFE_PLAN, "%s writes %s and also uses another tensor that shares its bytes",
+                     perk_check_task_text(m->plan, a->task).text,
+                     perk_check_region_text(m->plan, &m->plan->regions[a->region]).text);
+}
+
+static perk_status fail_result(const perk_check_memory *m, const access *a, int result, perk_error *err) {
+    return perk_fail(err, PERK_UNSAFE_PLAN,
+                     "%s writes %s, which shares bytes with %.95s: the host reads that after the step",
+                     perk_check_task_text(m->plan, a->task).text,
+                     perk_check_region_text(m->plan, &m->plan->regions[a->region]).text, m->plan->tensors[result].name);
+}
+
 /* ---- accesses -------------------------------------------------------------------------------------------------- */
 
 static perk_status out_of_memory(perk_error *err) { return perk_fail_memory(err, "the plan checker's clocks"); }
@@ -262,10 +276,16 @@ static perk_status do_read(perk_check_memory *m, const access *a, perk_error *er
     return add_access(m, &r->readers, a) && (!shared || add_access(m, &t->all, a)) ? PERK_OK : out_of_memory(err);
 }
 
+/* The host reads it when the step is done. */
+static bool is_result(const perk_plan *plan, const perk_plan_tensor *t) {
+    if (!plan->graph || t->graph_tensor < 0) return false;
+    return plan->graph->tensors[t->graph_tensor]->kept || t->dtype != PERK_BF16;
+}
+
 /* The first write in a life: ends the content of all tensors that share bytes with it. */
-static bool come_alive(perk_check_memory *m, int index) {
+static perk_status come_alive(perk_check_memory *m, const access *a, int index, perk_error *err) {
     tensor_state *t = &m->tensors[index];
-    if (!t->fence && !(t->fence = new_vector(m))) return false;
+    if (!t->fence && !(t->fence = new_vector(m))) return out_of_memory(err);
     memset(t->fence, 0, (size_t)m->clock_size * sizeof *t->fence);
     for (int i = t->overlap_begin; i < t->overlap_end; i++) {
         tensor_state *other = &m->tensors[m->overlaps.items[i]];
@@ -273,12 +293,14 @@ static bool come_alive(perk_check_memory *m, int index) {
             perk_check_join(t->fence, other->all.times, m->clock_size);
         else if (other->all.worker != NOBODY)
             t->fence[other->all.worker] = PERK_MAX(t->fence[other->all.worker], other->all.time);
+        if (other->live && is_result(m->plan, &m->plan->tensors[m->overlaps.items[i]]))
+            return fail_result(m, a, m->overlaps.items[i], err);
         other->live = false;
         other->life++;
         other->destroyed_by = index;
     }
     t->live = true;
-    return true;
+    return PERK_OK;
 }
 
 /* A write to a part of an area that tasks read. */
@@ -317,7 +339,9 @@ static perk_status do_write(perk_check_memory *m, const access *a, perk_error *e
     int index = m->plan->regions[a->region].tensor;
     tensor_state *t = &m->tensors[index];
     if (t->overlap_begin < t->overlap_end) {
-        if (!t->live && !come_alive(m, index)) return out_of_memory(err);
+        perk_status status = t->live ? PERK_OK : come_alive(m, a, index, err);
+        if (status) return status;
+        if (t->fence[a->worker] == a->time) return fail_own(m, a, err);
         if (!perk_check_covers(a->clock, t->fence, m->clock_size)) return fail_fence(m, a, err);
         if (!add_access(m, &t->all, a)) return out_of_memory(err);
     }
@@ -565,14 +589,29 @@ static int compare_ranges(const void *a, const void *b) {
     return (x->tensor > y->tensor) - (x->tensor < y->tensor);
 }
 
-/* Only what every step writes anew may share bytes: neither the host's inputs nor the KV cache. */
+/* Readers of whole blocks count on zeros between width and stride, which nobody writes. */
+static bool needs_zeros(const perk_plan_tensor *t) { return t->dtype == PERK_BF16 && t->cols < t->row_stride; }
+
+static bool is_same_layout(const perk_plan_tensor *x, const perk_plan_tensor *y) {
+    return x->offset == y->offset && x->cols == y->cols && x->row_stride == y->row_stride && x->dtype == y->dtype;
+}
+
+/* Only what every step writes anew may share bytes: neither what is loaded, nor the host's inputs, nor the KV cache. */
 static perk_status check_sharing(const perk_check_memory *m, int a, int b, perk_error *err) {
     const perk_plan_tensor *x = &m->plan->tensors[a], *y = &m->plan->tensors[b];
-    if (!m->tensors[a].tracked && !m->tensors[b].tracked) return PERK_OK;
-    bool persistent = x->space == PERK_SPACE_KV || x->external_input || y->external_input;
-    if (!persistent) return PERK_OK;
-    return perk_fail(err, PERK_UNSAFE_PLAN, "%.95s and %.95s share bytes, but %s", x->name, y->name,
-                     x->space == PERK_SPACE_KV ? "the KV cache outlives the step" : "the host writes one of them");
+    const char *reason = NULL;
+    if (x->space == PERK_SPACE_CONSTANTS || x->space == PERK_SPACE_WEIGHTS)
+        reason = "both are loaded there";
+    else if (!m->tensors[a].tracked && !m->tensors[b].tracked)
+        return PERK_OK;
+    else if (x->space == PERK_SPACE_KV)
+        reason = "the KV cache outlives the step";
+    else if (x->external_input || y->external_input)
+        reason = "the host writes one of them";
+    else if ((needs_zeros(x) || needs_zeros(y)) && !is_same_layout(x, y))
+        reason = "what lies between the columns and the stride of one must stay zero";
+    if (!reason) return PERK_OK;
+    return perk_fail(err, PERK_UNSAFE_PLAN, "%.95s and %.95s share bytes, but %s", x->name, y->name, reason);
 }
 
 static bool add_pair(int_list *pairs, int32_t a, int32_t b) {
@@ -581,7 +620,7 @@ static bool add_pair(int_list *pairs, int32_t a, int32_t b) {
     return pair != NULL;
 }
 
-/* Every pair of tensors of a writable space that share bytes, in `pairs`: two entries a pair. */
+/* Every pair of tensors of a space that share bytes, in `pairs`: two entries a pair. */
 static perk_status find_pairs(const perk_check_memory *m, perk_space space, int_list *pairs, perk_error *err) {
     const perk_plan *plan = m->plan;
     perk_status status = PERK_OK;
@@ -611,6 +650,8 @@ static perk_status find_overlaps(perk_check_memory *m, perk_error *err) {
     int_list pairs = {0};
     perk_status status = find_pairs(m, PERK_SPACE_ACTIVATIONS, &pairs, err);
     if (!status) status = find_pairs(m, PERK_SPACE_KV, &pairs, err);
+    if (!status) status = find_pairs(m, PERK_SPACE_CONSTANTS, &pairs, err);
+    if (!status) status = find_pairs(m, PERK_SPACE_WEIGHTS, &pairs, err);
     for (size_t i = 0; i < pairs.count; i++) m->tensors[pairs.items[i]].overlap_end++;
     for (int i = 0, sum = 0; i < m->plan->tensor_count; i++) {
         m->tensors[i].overlap_begin = sum;

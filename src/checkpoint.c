@@ -1,5 +1,7 @@
 #include "checkpoint.h"
 
+#include "json.h"
+
 #include <dirent.h>
 #include <errno.h>
 #include <limits.h>
@@ -13,6 +15,7 @@
 #define GENERATION_NAME "generation_config.json"
 #define WEIGHTS_NAME "model.safetensors"
 #define INDEX_NAME "model.safetensors.index.json"
+#define MEMORY_NAME "(memory)" /* in messages, where there is no file */
 
 #define MAX_CONFIG_BYTES ((size_t)16 << 20)
 #define MAX_INDEX_BYTES ((size_t)100 << 20)
@@ -193,6 +196,7 @@ static perk_status load_json(const char *path, size_t max_bytes, json_t **out, p
     if (status) return status;
     *out = json_loadb(text, size, JSON_REJECT_DUPLICATES, &where);
     free(text);
+    if (!*out && perk_json_status(&where) == PERK_OUT_OF_MEMORY) return perk_fail_memory(err, path);
     if (!*out)
         return perk_fail(err, PERK_BAD_FORMAT, "%s: line %d, column %d: %s", path, where.line, where.column,
                          where.text);
@@ -419,12 +423,22 @@ static perk_status copy_tensors(perk_checkpoint *checkpoint, const perk_checkpoi
     return status;
 }
 
+static perk_status open_without_config(perk_checkpoint **out, perk_error *err) {
+    perk_checkpoint *checkpoint = perk_calloc(1, sizeof *checkpoint);
+    *out = checkpoint;
+    if (!checkpoint) return perk_fail_memory(err, "a checkpoint");
+    checkpoint->folder = perk_strdup(MEMORY_NAME);
+    checkpoint->config_path = perk_strdup(MEMORY_NAME);
+    return checkpoint->folder && checkpoint->config_path ? PERK_OK : perk_fail_memory(err, "a path");
+}
+
 perk_status perk_checkpoint_open_memory(perk_checkpoint **out, const char *config_path,
                                         const perk_checkpoint_tensor *tensors, size_t count, void *memory,
                                         size_t memory_bytes, perk_error *err) {
     perk_checkpoint *checkpoint;
     *out = NULL;
-    perk_status status = perk_checkpoint_open(&checkpoint, config_path, err);
+    perk_status status =
+        config_path ? perk_checkpoint_open(&checkpoint, config_path, err) : open_without_config(&checkpoint, err);
     if (!status) status = copy_tensors(checkpoint, tensors, count, err);
     if (status) {
         perk_checkpoint_free(checkpoint);

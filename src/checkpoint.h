@@ -24,14 +24,14 @@ typedef struct perk_checkpoint perk_checkpoint;
 perk_status perk_checkpoint_open(perk_checkpoint **out, const char *path, perk_error *err);
 void perk_checkpoint_free(perk_checkpoint *checkpoint);
 
-/* Opens `config_path` (a config.json) with tensors that lie in memory instead of files. Names and descriptions are
- * copied; `memory`, which the tensors point into, is of mmap and belongs to the checkpoint once the call succeeds.
- * Names must differ from each other. */
+/* Opens `config_path` (a config.json; NULL: there is no configuration) with tensors that lie in memory instead of
+ * files. Names and descriptions are copied; `memory`, which the tensors point into, is of mmap and belongs to the
+ * checkpoint once the call succeeds. Names must differ from each other. */
 perk_status perk_checkpoint_open_memory(perk_checkpoint **out, const char *config_path,
                                         const perk_checkpoint_tensor *tensors, size_t count, void *memory,
                                         size_t memory_bytes, perk_error *err);
 
-const json_t *perk_checkpoint_config(const perk_checkpoint *checkpoint);            /* a JSON object */
+const json_t *perk_checkpoint_config(const perk_checkpoint *checkpoint); /* a JSON object; NULL where none was given */
 const json_t *perk_checkpoint_generation_config(const perk_checkpoint *checkpoint); /* NULL when the folder has none */
 
 bool perk_checkpoint_has_weights(const perk_checkpoint *checkpoint);

@@ -4,7 +4,9 @@
 #include <pthread.h>
 #include <stdio.h>
 
+#include "check.h"
 #include "float.h"
+#include "ops/op.h"
 
 static perk_gpu *gpu_of(perk_executor *self) { return (perk_gpu *)self; }
 
@@ -85,18 +87,56 @@ static perk_status make_plan(perk_gpu *gpu, const perk_graph *graph, const perk_
     if (options->portable) perk_device_make_portable(&device);
     status = perk_plan_create(&gpu->plan, graph, &device, &gpu->config, err);
     report->plan_ms = (perk_now() - begin) * 1e3;
-    if (status == PERK_OK) gpu->plan->profiled = options->profile;
-    if (status != PERK_OK || options->unchecked) return status;
+    if (status != PERK_OK) return status;
+    gpu->plan->profiled = options->profile;
+    gpu->plan->unlimited_waits = options->unlimited_waits;
     begin = perk_now();
-    status = perk_plan_check(gpu->plan, err);
+    if (!options->unchecked) status = perk_plan_check(gpu->plan, err);
     report->check_ms = (perk_now() - begin) * 1e3;
+    if (status == PERK_OK && options->alter) options->alter(gpu->plan, options->alter_user);
     return status;
 }
 
-static perk_status load_module(perk_gpu *gpu, perk_start_report *report, perk_error *err) {
+static perk_status build_program(perk_gpu *gpu, const perk_gpu_options *options, perk_cache *cache, bool made_anew,
+                                 perk_start_report *report, perk_error *err) {
+    const perk_program_options build = {
+        .cache = cache, .driver_version = gpu->driver->version, .made_anew = made_anew, .log = &options->log};
+    perk_status status = perk_program_build(gpu->plan, &build, &gpu->program, err);
+    if (status != PERK_OK) return status;
+    report->emit_ms = gpu->program.emit_ms + gpu->program.lookup_ms;
+    report->compile_ms = gpu->program.compile_ms;
+    report->cache_hit = gpu->program.cache_hit;
+    report->registers = (int32_t)gpu->program.kernel.registers;
+    report->spill_bytes = (int32_t)gpu->program.spill_bytes;
+    report->shared_bytes = gpu->plan->shared_bytes;
+    report->cubin_bytes = (int32_t)gpu->program.cubin_size;
+    return status;
+}
+
+bool perk_gpu_refuses(const perk_program *program, CUresult result, const perk_log *log) {
+    bool refused =
+        program->cache_hit && (result == CUDA_ERROR_INVALID_IMAGE || result == CUDA_ERROR_NO_BINARY_FOR_GPU ||
+                               result == CUDA_ERROR_INVALID_SOURCE || result == CUDA_ERROR_SHARED_OBJECT_INIT_FAILED);
+    if (refused)
+        perk_log_write(log, PERK_LOG_WARNING, "the cached program is made anew: the driver refuses it (error %d)",
+                       (int)result);
+    return refused;
+}
+
+static CUresult load_program(perk_gpu *gpu, const perk_gpu_options *options, perk_cache *cache,
+                             perk_start_report *report) {
+    CUresult result = gpu->driver->cuModuleLoadData(&gpu->module, gpu->program.cubin);
+    if (!perk_gpu_refuses(&gpu->program, result, &options->log)) return result;
+    perk_program_free(&gpu->program);
+    if (build_program(gpu, options, cache, true, report, NULL) != PERK_OK) return result;
+    return gpu->driver->cuModuleLoadData(&gpu->module, gpu->program.cubin);
+}
+
+static perk_status load_module(perk_gpu *gpu, const perk_gpu_options *options, perk_cache *cache,
+                               perk_start_report *report, perk_error *err) {
     const perk_driver *driver = gpu->driver;
     double begin = perk_now();
-    CUresult result = driver->cuModuleLoadData(&gpu->module, gpu->program.cubin);
+    CUresult result = load_program(gpu, options, cache, report);
     if (result == CUDA_SUCCESS) result = driver->cuModuleGetFunction(&gpu->kernel, gpu->module, PERK_KERNEL_NAME);
     if (result == CUDA_SUCCESS)
         result = driver->cuFuncSetAttribute(gpu->kernel, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
@@ -112,21 +152,6 @@ static perk_status load_module(perk_gpu *gpu, perk_start_report *report, perk_er
                            "the program (%d registers, %d bytes of shared memory) does not fit an SM of %s",
                            (int)gpu->program.kernel.registers, gpu->plan->shared_bytes, gpu->info.name);
     report->module_ms = (perk_now() - begin) * 1e3;
-    return status;
-}
-
-static perk_status build_program(perk_gpu *gpu, const perk_gpu_options *options, perk_cache *cache,
-                                 perk_start_report *report, perk_error *err) {
-    const perk_program_options build = {.cache = cache, .driver_version = gpu->driver->version, .log = &options->log};
-    perk_status status = perk_program_build(gpu->plan, &build, &gpu->program, err);
-    if (status != PERK_OK) return status;
-    report->emit_ms = gpu->program.emit_ms + gpu->program.lookup_ms;
-    report->compile_ms = gpu->program.compile_ms;
-    report->cache_hit = gpu->program.cache_hit;
-    report->registers = (int32_t)gpu->program.kernel.registers;
-    report->spill_bytes = (int32_t)gpu->program.spill_bytes;
-    report->shared_bytes = gpu->plan->shared_bytes;
-    report->cubin_bytes = (int32_t)gpu->program.cubin_size;
     return status;
 }
 
@@ -185,7 +210,7 @@ static void fill_report(const perk_gpu *gpu, perk_start_report *report) {
 static perk_status fill_device(perk_gpu *gpu, const perk_checkpoint *checkpoint, const perk_gpu_options *options,
                                perk_cache *cache, perk_start_report *report, perk_error *err) {
     perk_status status = open_stream(gpu, options, err);
-    if (status == PERK_OK) status = load_module(gpu, report, err);
+    if (status == PERK_OK) status = load_module(gpu, options, cache, report, err);
     double begin = perk_now();
     if (status == PERK_OK) status = perk_gpu_allocate(gpu, err);
     if (status == PERK_OK) status = open_step_buffers(gpu, err);
@@ -205,7 +230,7 @@ static perk_status start(perk_gpu *gpu, const perk_graph *graph, const perk_chec
     report->driver_ms = (perk_now() - begin) * 1e3;
     begin_context(&context);
     status = make_plan(gpu, graph, options, report, err);
-    if (status == PERK_OK) status = build_program(gpu, options, cache, report, err);
+    if (status == PERK_OK) status = build_program(gpu, options, cache, false, report, err);
     perk_error context_failure = {0};
     perk_status context_status = finish_context(&context, &context_failure);
     report->context_ms = context.milliseconds;
@@ -226,30 +251,36 @@ static perk_status start(perk_gpu *gpu, const perk_graph *graph, const perk_chec
 
 /* ---- steps ---- */
 
-static const char *role_text(uint32_t role) {
-    switch (role) {
-    case PERK_ROLE_COUNTER: return "counter";
-    case PERK_ROLE_RING_FULL: return "weights in ring slot barrier";
-    case PERK_ROLE_RING_EMPTY: return "room in ring slot barrier";
+/* What a wait that exceeded its limit was for. Counters are told as they stand in this step. */
+static void describe_wait(const perk_gpu *gpu, perk_buffer *text) {
+    const perk_hang_report *hang = gpu->hang;
+    if (hang->role != PERK_ROLE_COUNTER || hang->counter >= (uint32_t)gpu->plan->counter_count) {
+        const char *what = hang->role == PERK_ROLE_RING_FULL ? "the arrival of" : "room in the ring for";
+        perk_buffer_printf(text, "%s chunk %u of the worker's weights", what, hang->counter);
+        return;
     }
-    return "unknown";
+    uint32_t before = hang->step * (uint32_t)gpu->plan->counter_per_step[hang->counter];
+    perk_buffer_printf(text, "%s to reach %d, where it stands at %d",
+                       perk_check_counter_text(gpu->plan, (int)hang->counter).text, (int32_t)(hang->wanted - before),
+                       (int32_t)(hang->seen - before));
 }
 
-/* The report of a wait that exceeded its limit, in words. */
 static perk_status fail_hang(const perk_gpu *gpu, perk_error *err) {
     const perk_hang_report *hang = gpu->hang;
     const perk_plan *plan = gpu->plan;
-    const char *stage =
-        hang->task < (uint32_t)plan->task_count ? plan->stages[plan->tasks[hang->task].stage].name : "?";
-    const char *of = "";
-    if (hang->role == PERK_ROLE_COUNTER && hang->counter < (uint32_t)plan->stage_count)
-        of = plan->stages[hang->counter].name;
-    return perk_fail(
-        err, PERK_HANG,
-        "step %u: worker %u, task %u (%s) waited more than %d s for %s %u%s%s: seen %u, wanted %u; the launch "
-        "was ended and the engine must be opened again",
-        hang->step, hang->worker, hang->task, stage, (int)PERK_GPU_WAIT_LIMIT_SECONDS, role_text(hang->role),
-        hang->counter, *of ? " of " : "", of, hang->seen, hang->wanted);
+    if (hang->task >= (uint32_t)plan->task_count)
+        return perk_fail(err, PERK_INTERNAL, "the report of a hang names task %u of %d", hang->task, plan->task_count);
+    const perk_op *op = plan->graph->ops[plan->stages[plan->tasks[hang->task].stage].op];
+    perk_buffer wait = {0};
+    describe_wait(gpu, &wait);
+    perk_status status =
+        perk_fail(err, PERK_HANG,
+                  "step %u: task %u, %s, of op %s, waited more than %d ms for %s; the launch has ended and the engine "
+                  "must be opened again",
+                  hang->step, hang->task, perk_check_task_text(plan, (int)hang->task).text, op->type->name,
+                  gpu->wait_limit_ms, wait.data ? wait.data : "?");
+    perk_buffer_free(&wait);
+    return status;
 }
 
 static perk_status fail_step(perk_gpu *gpu, perk_status status, perk_error *err) {
@@ -276,7 +307,7 @@ static perk_status launch(perk_gpu *gpu, perk_error *err) {
         .hang_claim = (uint32_t *)(uintptr_t)gpu->hang_claim.address,
         .hang = (perk_hang_report *)(uintptr_t)hang,
         .stamps = (uint64_t *)(uintptr_t)gpu->stamps.address,
-        .wait_limit_ns = (uint64_t)PERK_GPU_WAIT_LIMIT_SECONDS * 1000000000u,
+        .wait_limit_ns = (uint64_t)gpu->wait_limit_ms * 1000000u,
         .step = gpu->steps,
     };
     void *params[] = {&args};
@@ -350,7 +381,7 @@ static perk_status run_step(perk_gpu *gpu, const perk_batch *batch, bool want_lo
     if (status == PERK_OK)
         status =
             perk_driver_check(driver, driver->cuStreamSynchronize(gpu->stream), err, "running step %u", gpu->steps);
-    return status;
+    return status == PERK_OK && gpu->hang->complete ? PERK_HANG : status;
 }
 
 static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool want_logits, perk_step_result *result,
@@ -443,6 +474,48 @@ static perk_status gpu_read(perk_executor *self, const perk_tensor *tensor, floa
     return status;
 }
 
+enum { POISON = 0xff }; /* all ones: NaN in bf16 and fp32, -1 as an integer */
+
+static perk_status poison_tensor(const perk_gpu *gpu, const perk_plan_tensor *t, perk_error *err) {
+    const perk_driver *driver = gpu->driver;
+    size_t element = perk_dtype_size(t->dtype), width = (size_t)t->cols * element,
+           stride = (size_t)t->row_stride * element, rows = (size_t)t->rows;
+    CUresult result = CUDA_SUCCESS;
+    if (width == stride) {
+        width *= rows;
+        rows = 1;
+    }
+    for (size_t r = 0; r < rows && result == CUDA_SUCCESS; r++)
+        result =
+            driver->cuMemsetD8Async(gpu->spaces[t->space].address + t->offset + r * stride, POISON, width, gpu->stream);
+    return perk_driver_check(driver, result, err, "poisoning %s", t->name);
+}
+
+static perk_status poison_cache(const perk_gpu *gpu, perk_error *err) {
+    const perk_gpu_memory *kv = &gpu->spaces[PERK_SPACE_KV];
+    return perk_driver_check(gpu->driver, gpu->driver->cuMemsetD8Async(kv->address, POISON, kv->bytes, gpu->stream),
+                             err, "poisoning KV pages");
+}
+
+static perk_status poison_activations(const perk_gpu *gpu, perk_error *err) {
+    const perk_plan *plan = gpu->plan;
+    perk_status status = PERK_OK;
+    for (int i = 0; i < plan->tensor_count && status == PERK_OK; i++)
+        if (plan->tensors[i].space == PERK_SPACE_ACTIVATIONS && !plan->tensors[i].external_input)
+            status = poison_tensor(gpu, &plan->tensors[i], err);
+    return status;
+}
+
+perk_status perk_gpu_poison(perk_executor *executor, bool with_cache, perk_error *err) {
+    perk_gpu *gpu = gpu_of(executor);
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (status != PERK_OK) return status;
+    if (with_cache) status = poison_cache(gpu, err);
+    if (status == PERK_OK) status = poison_activations(gpu, err);
+    perk_gpu_leave(gpu);
+    return status;
+}
+
 /* ---- the end ---- */
 
 /* With the context current. */
@@ -491,6 +564,7 @@ perk_status perk_gpu_create(perk_executor **out, const perk_graph *graph, const 
     if (!gpu) return perk_fail_memory(err, "the GPU executor");
     gpu->executor.type = &gpu_type;
     gpu->config = *config;
+    gpu->wait_limit_ms = options->wait_limit_ms ? options->wait_limit_ms : PERK_GPU_WAIT_LIMIT_MS;
     const perk_cache_options cache_options = {
         .folder = options->cache_folder, .log = options->log, .disabled = options->no_cache};
     perk_status status = perk_cache_open(&cache, &cache_options, err);

@@ -5,13 +5,21 @@
 #include "checkpoint.h"
 #include "executor.h"
 #include "perk/engine.h"
-#include "plan.h"
+#include "plan_times.h"
+
+enum { PERK_GPU_WAIT_LIMIT_MS = 10000 };
+
+typedef void (*perk_gpu_alter_plan)(perk_plan *plan, void *user);
 
 typedef struct perk_gpu_options {
     int device;
     bool portable, unchecked, no_cache;
-    bool timing;  /* measure the device time of every step */
-    bool profile; /* the program stamps every task: see perk_gpu_stage_times */
+    bool timing;               /* measure the device time of every step */
+    bool profile;              /* the program stamps every task: see perk_gpu_task_times */
+    bool unlimited_waits;      /* waits in the kernel never give up: to measure what their limit costs */
+    int32_t wait_limit_ms;     /* of one wait in the kernel; 0: PERK_GPU_WAIT_LIMIT_MS */
+    perk_gpu_alter_plan alter; /* for tests: changes the plan behind the checker's back */
+    void *alter_user;
     const char *cache_folder;
     int threads; /* of the weight loader; 0: all cores */
     perk_log log;
@@ -24,6 +32,10 @@ perk_status perk_gpu_create(perk_executor **out, const perk_graph *graph, const 
                             const perk_config *config, const perk_gpu_options *options, perk_start_report *report,
                             perk_error *err);
 
+/* For tests: fills every activation with NaN (integers with -1) and, `with_cache`, the KV cache as well. The host's
+ * inputs, and what lies between a row's width and its stride, stay as they are. */
+perk_status perk_gpu_poison(perk_executor *executor, bool with_cache, perk_error *err);
+
 /* For measurements. The plan is the executor's own. Milliseconds of the last step on the device, from just before the
  * launch to its end (0 without `timing`). */
 const perk_plan *perk_gpu_plan(const perk_executor *executor);
@@ -31,14 +43,9 @@ perk_status perk_gpu_step_ms(perk_executor *executor, double *milliseconds, perk
 /* The read bandwidth of this device, in bytes a second: all SMs read the packed weights once, through the copy engine
  * where there is one, and do nothing with them. Median of `runs`. */
 perk_status perk_gpu_read_ceiling(perk_executor *executor, int runs, double *bytes_per_second, perk_error *err);
-/* Where the last step's time went, by stage of the plan, in microseconds; for executors with `profile`. */
-typedef struct perk_stage_time {
-    double chain;      /* from the end of the stages before it to its own last task's end: its share of the step */
-    double run, worst; /* of a task, from having what it waited for to having signalled: mean and longest */
-    double wait;       /* of a task, for its counters: mean */
-} perk_stage_time;
-/* `times` has an element for each stage of perk_gpu_plan. */
-perk_status perk_gpu_stage_times(perk_executor *executor, perk_stage_time *times, perk_error *err);
+/* When the tasks of the last step ran, by the GPU's clock; for executors with `profile`. `times` has an element for
+ * each task of perk_gpu_plan. */
+perk_status perk_gpu_task_times(perk_executor *executor, perk_task_time *times, perk_error *err);
 
 /* Bytes a second that the bus carries from pinned memory to the device. */
 perk_status perk_gpu_bus_speed(perk_executor *executor, double *bytes_per_second, perk_error *err);

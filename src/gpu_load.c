@@ -134,11 +134,16 @@ static perk_status open_packer(loader *l, const perk_gpu_options *options, perk_
         .header_count = header_count,
         .arch = l->gpu->plan->device.arch,
         .kernel = "perk_pack_tiles"};
-    const perk_program_options build = {.cache = cache, .driver_version = driver->version, .log = &options->log};
+    perk_program_options build = {.cache = cache, .driver_version = driver->version, .log = &options->log};
     status = perk_program_build_source(&source, &build, &program, err);
-    if (status == PERK_OK)
-        status = perk_driver_check(driver, driver->cuModuleLoadData(&l->module, program.cubin), err,
-                                   "loading the packing program");
+    if (status == PERK_OK) {
+        CUresult result = driver->cuModuleLoadData(&l->module, program.cubin);
+        build.made_anew = perk_gpu_refuses(&program, result, &options->log);
+        if (build.made_anew) perk_program_free(&program);
+        if (build.made_anew && perk_program_build_source(&source, &build, &program, NULL) == PERK_OK)
+            result = driver->cuModuleLoadData(&l->module, program.cubin);
+        status = perk_driver_check(driver, result, err, "loading the packing program");
+    }
     struct {
         CUfunction *function;
         const char *name;

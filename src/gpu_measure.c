@@ -141,44 +141,21 @@ perk_status perk_gpu_bus_speed(perk_executor *executor, double *bytes_per_second
     return status;
 }
 
-/* ---- time by stage, from the stamps of a profiled program ---- */
-
-/* Adds one task's stamps to its stage. `last` [stages]: when the stage's last task was done, ns. */
-static void add_task_times(perk_stage_time *time, uint64_t *last, const uint64_t stamps[PERK_STAMPS], int tasks) {
-    double run = (double)(stamps[PERK_STAMP_DONE] - stamps[PERK_STAMP_READY]) * 1e-3;
-    time->run += run / tasks;
-    time->worst = PERK_MAX(time->worst, run);
-    time->wait += (double)(stamps[PERK_STAMP_READY] - stamps[PERK_STAMP_REACHED]) * 1e-3 / tasks;
-    *last = PERK_MAX(*last, stamps[PERK_STAMP_DONE]);
-}
-
-perk_status perk_gpu_stage_times(perk_executor *executor, perk_stage_time *times, perk_error *err) {
+perk_status perk_gpu_task_times(perk_executor *executor, perk_task_time *times, perk_error *err) {
     perk_gpu *gpu = gpu_of(executor);
     const perk_plan *plan = gpu->plan;
     if (!plan->profiled) return perk_fail(err, PERK_INVALID_ARGUMENT, "the executor was not made with profile");
-    uint64_t *stamps = perk_calloc(1, gpu->stamps.bytes), first = UINT64_MAX;
-    uint64_t *last = perk_calloc((size_t)plan->stage_count, sizeof *last);
-    perk_status status = stamps && last ? perk_gpu_enter(gpu, err) : perk_fail_memory(err, "time stamps");
+    perk_task_time *stamps = perk_calloc(1, gpu->stamps.bytes); /* [workers][tasks_per_worker] */
+    perk_status status = stamps ? perk_gpu_enter(gpu, err) : perk_fail_memory(err, "time stamps");
     if (status == PERK_OK) {
-        status =
-            perk_driver_check(gpu->driver, gpu->driver->cuMemcpyDtoH(stamps, gpu->stamps.address, gpu->stamps.bytes),
-                              err, "reading the time stamps");
+        CUresult result = gpu->driver->cuMemcpyDtoH(stamps, gpu->stamps.address, gpu->stamps.bytes);
+        status = perk_driver_check(gpu->driver, result, err, "reading the time stamps");
         perk_gpu_leave(gpu);
     }
-    memset(times, 0, (size_t)plan->stage_count * sizeof *times);
-    for (int w = 0; w < plan->device.worker_count && status == PERK_OK; w++)
-        for (int i = plan->worker_begin[w]; i < plan->worker_begin[w + 1]; i++) {
-            size_t record = (size_t)w * (size_t)gpu->tasks_per_worker + (size_t)(i - plan->worker_begin[w]);
-            int stage = plan->tasks[i].stage;
-            const uint64_t *of_task = stamps + record * PERK_STAMPS;
-            add_task_times(&times[stage], &last[stage], of_task, plan->stages[stage].task_count);
-            first = PERK_MIN(first, of_task[PERK_STAMP_REACHED]);
-        }
-    for (int s = 0; s < plan->stage_count && status == PERK_OK; s++) {
-        times[s].chain = last[s] > first ? (double)(last[s] - first) * 1e-3 : 0;
-        first = PERK_MAX(first, last[s]);
+    for (int w = 0; w < plan->device.worker_count && status == PERK_OK; w++) {
+        int begin = plan->worker_begin[w], count = plan->worker_begin[w + 1] - begin;
+        memcpy(times + begin, stamps + (size_t)w * (size_t)gpu->tasks_per_worker, (size_t)count * sizeof *times);
     }
     free(stamps);
-    free(last);
     return status;
 }

@@ -41,11 +41,10 @@ typedef struct perk_gpu {
     int argmax_tensor, logits_tensor; /* in the plan; -1: the graph has none */
     CUevent begin, end;               /* around a launch; NULL without timing */
     uint32_t steps;                   /* completed by this program */
+    int32_t wait_limit_ms;
     bool failed;                      /* a launch failed: the context is gone */
     perk_error failure;
 } perk_gpu;
-
-enum { PERK_GPU_WAIT_LIMIT_SECONDS = 10 }; /* of one wait in the kernel */
 
 /* Makes the executor's context current on this thread until perk_gpu_leave, which gives the caller's back. After a
  * failed perk_gpu_enter there is nothing to leave. */
@@ -60,6 +59,10 @@ perk_status perk_gpu_pin(const perk_gpu *gpu, void **out, size_t bytes, unsigned
  * may return before the bytes are there. The message says "copying <what> to the device". */
 perk_status perk_gpu_upload(const perk_gpu *gpu, CUdeviceptr to, const void *from, size_t bytes, const char *what,
                             perk_error *err);
+
+/* Whether the driver has said of an image that it cannot be used here. Of one from the cache that is no failure yet: it
+ * is logged as a warning, and the program is to be made anew. */
+bool perk_gpu_refuses(const perk_program *program, CUresult result, const perk_log *log);
 
 /* Reserves all device memory of the plan. PERK_DEVICE_MEMORY says how much was needed for what, and how much is free.
  */

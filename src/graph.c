@@ -78,9 +78,16 @@ static bool grow(void *list, int *capacity, int count, size_t size) {
     return true;
 }
 
+static bool is_frozen(perk_graph *graph, const char *name) {
+    if (graph->frozen)
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "%s: the graph is in use, nothing can be added to it any more",
+                        name ? name : "NULL");
+    return graph->frozen;
+}
+
 /* A new tensor under a fresh name; `shape` gives everything but the graph's own fields. */
 static perk_tensor *add_tensor(perk_graph *graph, const char *name, perk_tensor shape) {
-    if (graph->error.status != PERK_OK) return NULL;
+    if (graph->error.status != PERK_OK || is_frozen(graph, name)) return NULL;
     if (!name || !*name || strlen(name) > 90) {
         perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "a tensor needs a name of 1 to 90 bytes");
         return NULL;
@@ -171,7 +178,7 @@ perk_tensor *perk_input(perk_graph *graph, const char *name, int64_t width) {
 }
 
 void perk_keep(perk_graph *graph, perk_tensor *tensor) {
-    if (perk_graph_owns(graph, "keep", &tensor, 1)) tensor->kept = true;
+    if (perk_graph_owns(graph, "keep", &tensor, 1) && !is_frozen(graph, tensor->name)) tensor->kept = true;
 }
 
 perk_op *perk_graph_add_op(perk_graph *graph, const perk_op_type *type, perk_tensor *const *inputs, const char *name,

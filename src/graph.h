@@ -64,6 +64,7 @@ struct perk_graph {
     perk_op **ops;
     int op_count, op_capacity;
     int kv_layer_count;
+    bool frozen;      /* executors use it: nothing may be added any more */
     perk_error error; /* the first failure */
 };
 

@@ -250,6 +250,7 @@ perk_status perk_lower_gather(perk_lowering *l, const perk_op *op, const char *r
     perk_stage *stage = perk_lower_begin(l, op, "", "gather_rows<Rows::%s, program::%s, %d, %d, %s>(worker, task);",
                                          rows, index, stride, stride, perk_tensor_is_weight(source) ? "true" : "false");
     if (!stage) return l->error.status;
+    stage->work = PERK_WORK_GATHER;
     stage->operands[0] = perk_lower_tensor(l, source, PERK_LAYOUT_ROWS);
     stage->operands[1] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
     if (l->error.status == PERK_OK) perk_lower_runs(l, (int)perk_ceil_div((uint64_t)source->cols, 8), add_copy, stage);

@@ -91,11 +91,26 @@ typedef struct perk_stream {
 
 enum { PERK_STAGE_OPERANDS = 6 };
 
+/* Which function of kernels_src/ a stage's tasks are instances of. The emitter has the statement in `kinds`; the
+ * simulator does the same in C. */
+typedef enum perk_stage_work {
+    PERK_WORK_NONE, /* plans made by hand */
+    PERK_WORK_GATHER,
+    PERK_WORK_RMSNORM,
+    PERK_WORK_SILU_MUL,
+    PERK_WORK_ARGMAX,
+    PERK_WORK_LINEAR,
+    PERK_WORK_APPEND, /* attention: append, partial, merge */
+    PERK_WORK_PARTIAL,
+    PERK_WORK_MERGE,
+} perk_stage_work;
+
 typedef struct perk_stage {
     char name[96]; /* "layers.3.attention.partial" */
     int op;        /* in the graph */
     int kind;      /* which instantiation of the program runs it */
-    int counter;   /* what its tasks signal */
+    perk_stage_work work;
+    int counter; /* what its tasks signal */
     int task_count, unit_count;
     int operands[PERK_STAGE_OPERANDS]; /* plan tensors whose addresses the device code gets, by role; -1: none */
     int scalar;                        /* one number for the device code (the layer in the KV cache) */
@@ -129,7 +144,9 @@ typedef struct perk_plan {
     perk_region *regions;
     int wait_count, signal_count, region_count;
 
-    bool profiled; /* the program stamps its tasks; set before emission */
+    /* set before emission */
+    bool profiled;        /* the program stamps its tasks */
+    bool unlimited_waits; /* the program's waits never give up: to measure what the limit costs */
 
     /* shared memory of a block */
     int ring_slots, staging_bytes, reduction_bytes, shared_bytes;

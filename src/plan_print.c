@@ -1,122 +1,11 @@
-/* The printers: facts about a plan, then the two forms of telling them. */
+/* The printers: two forms of telling the facts about a plan. */
 #include "plan_print.h"
 
-#include "jit/emit.h"
 #include "ops/op.h"
+#include "plan_facts.h"
 
 #include <jansson.h>
 #include <stdio.h>
-
-/* ---- facts ---------------------------------------------------------------------------------------------------------
- */
-
-typedef struct plan_facts {
-    int tasks_min, tasks_median, tasks_max; /* of a worker */
-    uint64_t stream_min, stream_max;        /* bytes of a worker */
-    uint64_t stream_total;                  /* weights a step */
-    double imbalance_percent;               /* how far the busiest worker's stream exceeds the mean */
-    uint64_t space_bytes[PERK_SPACE_COUNT]; /* the KV cache with all layers and pages */
-    const perk_task **sample;               /* [stages] one task; those of a stage wait for the same counters */
-    uint64_t *stage_stream;                 /* [stages] bytes */
-    int *stage_of_counter;                  /* [counters] -1: none */
-    bool *op_has_stage;                     /* [graph ops] else it is folded into another's */
-    int *critical, critical_count;          /* the longest chain of stages that wait for each other, in order */
-} plan_facts;
-
-static void free_facts(plan_facts *facts) {
-    free(facts->sample);
-    free(facts->stage_stream);
-    free(facts->stage_of_counter);
-    free(facts->op_has_stage);
-    free(facts->critical);
-}
-
-static int compare_ints(const void *a, const void *b) {
-    int left = *(const int *)a, right = *(const int *)b;
-    return (left > right) - (left < right);
-}
-
-static perk_status count_workers(const perk_plan *plan, plan_facts *facts, perk_error *err) {
-    int workers = plan->device.worker_count;
-    int *counts = perk_calloc((size_t)workers, sizeof *counts);
-    if (!counts) return perk_fail_memory(err, "the plan's print");
-    facts->stream_min = UINT64_MAX;
-    for (int w = 0; w < workers; w++) {
-        uint64_t bytes = 0;
-        counts[w] = plan->worker_begin[w + 1] - plan->worker_begin[w];
-        for (int t = plan->worker_begin[w]; t < plan->worker_begin[w + 1]; t++) bytes += plan->tasks[t].stream_bytes;
-        facts->stream_min = PERK_MIN(facts->stream_min, bytes);
-        facts->stream_max = PERK_MAX(facts->stream_max, bytes);
-        facts->stream_total += bytes;
-    }
-    qsort(counts, (size_t)workers, sizeof *counts, compare_ints);
-    facts->tasks_min = counts[0];
-    facts->tasks_median = counts[workers / 2];
-    facts->tasks_max = counts[workers - 1];
-    if (facts->stream_total > 0)
-        facts->imbalance_percent = ((double)facts->stream_max * workers / (double)facts->stream_total - 1.0) * 100.0;
-    free(counts);
-    return PERK_OK;
-}
-
-/* Waits with needed <= 0 are for the step before: they are no part of a step's chain. */
-static int stage_waited_for(const perk_plan *plan, const plan_facts *facts, const perk_wait *wait) {
-    bool in_step = wait->needed > 0 && wait->counter >= 0 && wait->counter < plan->counter_count;
-    return in_step ? facts->stage_of_counter[wait->counter] : -1;
-}
-
-/* Stages are in topological order, so one pass finds the depth of each. */
-static perk_status find_critical_path(const perk_plan *plan, plan_facts *facts, perk_error *err) {
-    int *depth = perk_calloc((size_t)plan->stage_count, sizeof *depth);
-    int *before = perk_calloc((size_t)plan->stage_count, sizeof *before);
-    int last = 0;
-    if (!depth || !before) {
-        free(depth);
-        free(before);
-        return perk_fail_memory(err, "the plan's print");
-    }
-    for (int s = 0; s < plan->stage_count; s++) {
-        const perk_task *task = facts->sample[s];
-        depth[s] = 1;
-        before[s] = -1;
-        for (int w = task ? task->wait_begin : 0; task && w < task->wait_end; w++) {
-            int other = stage_waited_for(plan, facts, &plan->waits[w]);
-            if (other < 0 || other >= s || depth[other] < depth[s]) continue;
-            depth[s] = depth[other] + 1;
-            before[s] = other;
-        }
-        if (depth[s] > depth[last]) last = s;
-    }
-    facts->critical_count = plan->stage_count ? depth[last] : 0;
-    for (int i = facts->critical_count - 1, s = last; i >= 0; i--, s = before[s]) facts->critical[i] = s;
-    free(depth);
-    free(before);
-    return PERK_OK;
-}
-
-static perk_status gather(const perk_plan *plan, plan_facts *facts, perk_error *err) {
-    size_t stages = (size_t)plan->stage_count;
-    facts->sample = perk_calloc(stages, sizeof *facts->sample);
-    facts->stage_stream = perk_calloc(stages, sizeof *facts->stage_stream);
-    facts->critical = perk_calloc(stages, sizeof *facts->critical);
-    facts->stage_of_counter = perk_calloc((size_t)plan->counter_count, sizeof *facts->stage_of_counter);
-    facts->op_has_stage = perk_calloc((size_t)plan->graph->op_count, sizeof *facts->op_has_stage);
-    if (!facts->sample || !facts->stage_stream || !facts->critical || !facts->stage_of_counter || !facts->op_has_stage)
-        return perk_fail_memory(err, "the plan's print");
-    for (int i = 0; i < plan->task_count; i++) {
-        facts->sample[plan->tasks[i].stage] = &plan->tasks[i];
-        facts->stage_stream[plan->tasks[i].stage] += plan->tasks[i].stream_bytes;
-    }
-    for (int i = 0; i < plan->counter_count; i++) facts->stage_of_counter[i] = -1;
-    for (int i = 0; i < plan->stage_count; i++) {
-        facts->stage_of_counter[plan->stages[i].counter] = i;
-        facts->op_has_stage[plan->stages[i].op] = true;
-    }
-    memcpy(facts->space_bytes, plan->space_bytes, sizeof facts->space_bytes);
-    facts->space_bytes[PERK_SPACE_KV] = plan->kv_layer_bytes * (uint64_t)plan->graph->kv_layer_count;
-    perk_status status = count_workers(plan, facts, err);
-    return status ? status : find_critical_path(plan, facts, err);
-}
 
 static const char *space_name(perk_space space) {
     switch (space) {
@@ -141,10 +30,6 @@ static const char *layout_name(perk_layout layout) {
 
 static const char *rows_name(perk_rows rows) { return rows == PERK_ROWS_TOKENS ? "tokens" : "logit rows"; }
 
-static int barrier_bytes(const perk_plan *plan) {
-    return plan->shared_bytes - plan->ring_slots * PERK_CHUNK_BYTES - plan->staging_bytes - plan->reduction_bytes;
-}
-
 /* ---- JSON ----------------------------------------------------------------------------------------------------------
  */
 
@@ -164,7 +49,15 @@ static int op_inputs(const perk_op *op, const perk_tensor *inputs[PERK_OP_INPUTS
     return count;
 }
 
-static json_t *ops_json(const perk_plan *plan, const plan_facts *facts) {
+/* The stages that do the op's work. */
+static json_t *stages_of_json(const perk_plan *plan, const perk_plan_facts *facts, const perk_op *op) {
+    json_t *stages = json_array();
+    for (int i = 0; i < plan->stage_count; i++)
+        if (perk_plan_stage_does(plan, facts, i, op)) append(&stages, json_string(plan->stages[i].name));
+    return stages;
+}
+
+static json_t *ops_json(const perk_plan *plan, const perk_plan_facts *facts) {
     json_t *ops = json_array();
     for (int i = 0; i < plan->graph->op_count; i++) {
         const perk_op *op = plan->graph->ops[i];
@@ -172,9 +65,10 @@ static json_t *ops_json(const perk_plan *plan, const plan_facts *facts) {
         int count = op_inputs(op, tensors);
         json_t *inputs = json_array();
         for (int j = 0; j < count; j++) append(&inputs, json_string(tensors[j]->name));
-        append(&ops, json_pack("{s:s, s:s, s:o, s:[s, I], s:s, s:b}", "name", op->output->name, "kind", op->type->name,
-                               "inputs", inputs, "shape", rows_name(op->output->row_kind), (json_int_t)op->output->cols,
-                               "dtype", perk_dtype_name(op->output->dtype), "folded", !facts->op_has_stage[i]));
+        append(&ops, json_pack("{s:s, s:s, s:o, s:[s, I], s:s, s:b, s:o}", "name", op->output->name, "kind",
+                               op->type->name, "inputs", inputs, "shape", rows_name(op->output->row_kind),
+                               (json_int_t)op->output->cols, "dtype", perk_dtype_name(op->output->dtype), "folded",
+                               !facts->op_has_stage[i], "stages", stages_of_json(plan, facts, op)));
     }
     return ops;
 }
@@ -204,7 +98,7 @@ static json_t *tensors_json(const perk_plan *plan) {
     return tensors;
 }
 
-static json_t *waits_json(const perk_plan *plan, const plan_facts *facts, const perk_task *task) {
+static json_t *waits_json(const perk_plan *plan, const perk_plan_facts *facts, const perk_task *task) {
     json_t *waits = json_array();
     for (int w = task ? task->wait_begin : 0; task && w < task->wait_end; w++) {
         const perk_wait *wait = &plan->waits[w];
@@ -215,7 +109,7 @@ static json_t *waits_json(const perk_plan *plan, const plan_facts *facts, const 
     return waits;
 }
 
-static json_t *stages_json(const perk_plan *plan, const plan_facts *facts) {
+static json_t *stages_json(const perk_plan *plan, const perk_plan_facts *facts) {
     json_t *stages = json_array();
     for (int i = 0; i < plan->stage_count; i++) {
         const perk_stage *stage = &plan->stages[i];
@@ -223,12 +117,12 @@ static json_t *stages_json(const perk_plan *plan, const plan_facts *facts) {
         for (int j = 0; j < PERK_STAGE_OPERANDS; j++)
             append(&operands, stage->operands[j] < 0 ? json_null() : json_integer(stage->operands[j]));
         append(&stages,
-               json_pack("{s:s, s:s, s:i, s:i, s:i, s:o, s:I, s:i, s:i, s:o, s:i}", "name", stage->name, "op",
-                         plan->graph->ops[stage->op]->output->name, "kind", stage->kind, "tasks", stage->task_count,
-                         "units", stage->unit_count, "waits", waits_json(plan, facts, facts->sample[i]), "stream_bytes",
-                         (json_int_t)facts->stage_stream[i], "stream_tiles", stage->stream.tile_count,
-                         "stream_blocks_per_tile", stage->stream.blocks_per_tile, "operands", operands, "scalar",
-                         stage->scalar));
+               json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:o, s:I, s:i, s:i, s:o, s:i}", "name", stage->name, "op",
+                         plan->graph->ops[stage->op]->output->name, "kind", stage->kind, "counter", stage->counter,
+                         "tasks", stage->task_count, "units", stage->unit_count, "waits",
+                         waits_json(plan, facts, facts->sample[i]), "stream_bytes", (json_int_t)facts->stage_stream[i],
+                         "stream_tiles", stage->stream.tile_count, "stream_blocks_per_tile",
+                         stage->stream.blocks_per_tile, "operands", operands, "scalar", stage->scalar));
     }
     return stages;
 }
@@ -257,12 +151,13 @@ static json_t *device_json(const perk_device_desc *device) {
 }
 
 static json_t *shared_memory_json(const perk_plan *plan) {
-    return json_pack("{s:i, s:i, s:i, s:i, s:i, s:i}", "ring_slots", plan->ring_slots, "slot_bytes",
+    return json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:i}", "ring_slots", plan->ring_slots, "slot_bytes",
                      (int)PERK_CHUNK_BYTES, "staging_bytes", plan->staging_bytes, "reduction_bytes",
-                     plan->reduction_bytes, "barrier_bytes", barrier_bytes(plan), "bytes", plan->shared_bytes);
+                     plan->reduction_bytes, "batch_bytes", perk_plan_batch_shared_bytes(plan), "barrier_bytes",
+                     perk_plan_barrier_bytes(plan), "bytes", plan->shared_bytes);
 }
 
-static json_t *spaces_json(const plan_facts *facts) {
+static json_t *spaces_json(const perk_plan_facts *facts) {
     json_t *spaces = json_object();
     for (int i = 0; i < PERK_SPACE_COUNT; i++)
         if (spaces && json_object_set_new(spaces, space_name((perk_space)i),
@@ -273,13 +168,13 @@ static json_t *spaces_json(const plan_facts *facts) {
     return spaces;
 }
 
-static json_t *workers_json(const plan_facts *facts) {
+static json_t *workers_json(const perk_plan_facts *facts) {
     return json_pack("{s:{s:i, s:i, s:i}, s:{s:I, s:I, s:f}}", "tasks", "min", facts->tasks_min, "median",
                      facts->tasks_median, "max", facts->tasks_max, "stream_bytes", "min", (json_int_t)facts->stream_min,
                      "max", (json_int_t)facts->stream_max, "imbalance_percent", facts->imbalance_percent);
 }
 
-static json_t *plan_json(const perk_plan *plan, const plan_facts *facts, bool with_tasks) {
+static json_t *plan_json(const perk_plan *plan, const perk_plan_facts *facts, bool with_tasks) {
     json_t *kinds = json_array(), *path = json_array();
     for (int i = 0; i < plan->kind_count; i++) append(&kinds, json_string(plan->kinds[i]));
     for (int i = 0; i < facts->critical_count; i++) append(&path, json_string(plan->stages[facts->critical[i]].name));
@@ -300,7 +195,7 @@ static int append_dump(const char *data, size_t size, void *out) {
     return 0;
 }
 
-static perk_status print_json(const perk_plan *plan, const plan_facts *facts, bool with_tasks, perk_buffer *out,
+static perk_status print_json(const perk_plan *plan, const perk_plan_facts *facts, bool with_tasks, perk_buffer *out,
                               perk_error *err) {
     json_t *json = plan_json(plan, facts, with_tasks);
     bool dumped = json && json_dump_callback(json, append_dump, out, JSON_REAL_PRECISION(10)) == 0;
@@ -314,24 +209,8 @@ static perk_status print_json(const perk_plan *plan, const plan_facts *facts, bo
 /* ---- text: rows, of which repeated layers are folded ---------------------------------------------------------------
  */
 
-/* "layers.12.qkv" is "layers", 12, ".qkv". Without a number among its parts a name is all suffix, and layer is -1. */
-typedef struct layer_name {
-    int prefix_length;
-    long layer;
-    const char *suffix;
-} layer_name;
-
-static layer_name split_name(const char *name) {
-    for (const char *part = strchr(name, '.'); part; part = strchr(part + 1, '.')) {
-        size_t digits = strspn(part + 1, "0123456789");
-        if (digits > 0 && digits < 9 && part[1 + digits] == '.')
-            return (layer_name){(int)(part - name), strtol(part + 1, NULL, 10), part + 1 + digits};
-    }
-    return (layer_name){0, -1, name};
-}
-
 typedef struct row {
-    layer_name name;
+    perk_layer_name name;
     const char *full_name;
     perk_buffer text;  /* what follows the name; names of the row's own layer are cut to their suffix */
     perk_buffer shape; /* the same with a mark in place of names of other layers: rows that agree in it are folded */
@@ -359,7 +238,7 @@ static void free_rows(rows *list) {
 
 static void row_begin(row *r, const char *name) {
     r->full_name = name;
-    r->name = split_name(name);
+    r->name = perk_layer_name_split(name);
 }
 
 static void row_text(row *r, const char *text) {
@@ -368,7 +247,7 @@ static void row_text(row *r, const char *text) {
 }
 
 static void row_name(row *r, const char *name) {
-    layer_name split = split_name(name);
+    perk_layer_name split = perk_layer_name_split(name);
     bool own = split.layer == r->name.layer;
     perk_buffer_printf(&r->text, "%s", own ? split.suffix : name);
     perk_buffer_printf(&r->shape, "%s", own ? split.suffix : "^");
@@ -449,7 +328,7 @@ static size_text size_of(uint64_t bytes) {
     return size;
 }
 
-static void print_head(const perk_plan *plan, const plan_facts *facts, perk_buffer *out) {
+static void print_head(const perk_plan *plan, const perk_plan_facts *facts, perk_buffer *out) {
     const perk_config *c = &plan->config;
     perk_buffer_printf(out, "%s for %s: %d workers, %d bytes of shared memory a block%s\n", plan->graph->name,
                        plan->device.arch, plan->device.worker_count, plan->device.shared_memory,
@@ -458,9 +337,10 @@ static void print_head(const perk_plan *plan, const plan_facts *facts, perk_buff
                        c->max_num_batched_tokens, c->max_num_batched_requests, c->max_num_logit_rows);
     perk_buffer_printf(out, "  sequence       at most %d positions; %d KV pages of %d\n", c->max_seq_length,
                        c->max_num_pages, c->page_size);
-    perk_buffer_printf(out, "  shared memory  ring %d x %d + staging %d + reduction %d + barriers %d = %d bytes\n",
-                       plan->ring_slots, (int)PERK_CHUNK_BYTES, plan->staging_bytes, plan->reduction_bytes,
-                       barrier_bytes(plan), plan->shared_bytes);
+    perk_buffer_printf(
+        out, "  shared memory  ring %d x %d + staging %d + reduction %d + batch %d + barriers %d = %d bytes\n",
+        plan->ring_slots, (int)PERK_CHUNK_BYTES, plan->staging_bytes, plan->reduction_bytes,
+        perk_plan_batch_shared_bytes(plan), perk_plan_barrier_bytes(plan), plan->shared_bytes);
     perk_buffer_printf(
         out, "  device memory  weights %s, constants %s, KV cache %s, activations %s\n",
         size_of(facts->space_bytes[PERK_SPACE_WEIGHTS]).text, size_of(facts->space_bytes[PERK_SPACE_CONSTANTS]).text,
@@ -472,7 +352,7 @@ static void print_head(const perk_plan *plan, const plan_facts *facts, perk_buff
                        facts->tasks_min, facts->tasks_max, facts->tasks_median, plan->counter_count);
 }
 
-static void print_critical_path(const perk_plan *plan, const plan_facts *facts, rows *list, perk_buffer *out) {
+static void print_critical_path(const perk_plan *plan, const perk_plan_facts *facts, rows *list, perk_buffer *out) {
     perk_buffer_printf(out, "  critical path  %d of %d stages:", facts->critical_count, plan->stage_count);
     for (int i = 0; i < list->count; i++) row_begin(&list->items[i], plan->stages[facts->critical[i]].name);
     for (int at = 0; at < list->count;) {
@@ -491,7 +371,7 @@ static void print_critical_path(const perk_plan *plan, const plan_facts *facts, 
     perk_buffer_printf(out, "\n");
 }
 
-static void print_ops(const perk_plan *plan, const plan_facts *facts, rows *list, perk_buffer *out) {
+static void print_ops(const perk_plan *plan, const perk_plan_facts *facts, rows *list, perk_buffer *out) {
     for (int i = 0; i < list->count; i++) {
         const perk_op *op = plan->graph->ops[i];
         const perk_tensor *inputs[PERK_OP_INPUTS_MAX];
@@ -515,7 +395,7 @@ static void print_ops(const perk_plan *plan, const plan_facts *facts, rows *list
     print_rows(list, "ops", out);
 }
 
-static void print_stages(const perk_plan *plan, const plan_facts *facts, rows *list, perk_buffer *out) {
+static void print_stages(const perk_plan *plan, const perk_plan_facts *facts, rows *list, perk_buffer *out) {
     for (int i = 0; i < list->count; i++) {
         const perk_stage *stage = &plan->stages[i];
         const perk_task *task = facts->sample[i];
@@ -537,7 +417,7 @@ static void print_stages(const perk_plan *plan, const plan_facts *facts, rows *l
     print_rows(list, "stages", out);
 }
 
-static perk_status print_text(const perk_plan *plan, const plan_facts *facts, perk_buffer *out, perk_error *err) {
+static perk_status print_text(const perk_plan *plan, const perk_plan_facts *facts, perk_buffer *out, perk_error *err) {
     rows path = make_rows(facts->critical_count), ops = make_rows(plan->graph->op_count);
     rows stages = make_rows(plan->stage_count);
     bool failed = path.failed || ops.failed || stages.failed;
@@ -557,12 +437,12 @@ static perk_status print_text(const perk_plan *plan, const plan_facts *facts, pe
 }
 
 perk_status perk_plan_print(const perk_plan *plan, perk_plan_format format, perk_buffer *out, perk_error *err) {
-    plan_facts facts = {0};
-    perk_status status = gather(plan, &facts, err);
+    perk_plan_facts facts = {0};
+    perk_status status = perk_plan_facts_gather(plan, &facts, err);
     if (!status && format == PERK_PLAN_TEXT) status = print_text(plan, &facts, out, err);
     if (!status && format != PERK_PLAN_TEXT)
         status = print_json(plan, &facts, format == PERK_PLAN_JSON_AND_TASKS, out, err);
     if (!status && out->failed) status = perk_fail_memory(err, "the plan's print");
-    free_facts(&facts);
+    perk_plan_facts_free(&facts);
     return status;
 }

@@ -126,12 +126,21 @@ static perk_status make_cubin(void *user, perk_cache_blob *out, perk_error *err)
 
 /* ---- building ---- */
 
+/* Compiles in spite of what the cache holds, and puts the result in its place. */
+static perk_status make_anew(build *b, const perk_cache_key *key, perk_cache_blob *blob, perk_error *err) {
+    perk_status status = make_cubin(b, blob, err);
+    if (!status) perk_cache_store(b->options->cache, key, blob->data, blob->size);
+    return status;
+}
+
 /* The cubin of `key`. An entry that is whole and yet no such cubin was put there by something else: it is replaced. */
 static perk_status get_cubin(build *b, const perk_cache_key *key, perk_cache_blob *blob, perk_program *out,
                              perk_error *err) {
     int hit = 0;
     perk_error unreadable = {0};
-    perk_status status = perk_cache_get_or_make(b->options->cache, key, make_cubin, b, blob, &hit, err);
+    perk_status status = b->options->made_anew
+                             ? make_anew(b, key, blob, err)
+                             : perk_cache_get_or_make(b->options->cache, key, make_cubin, b, blob, &hit, err);
     if (status) return status;
     out->cache_hit = hit;
     status = perk_cubin_info(blob->data, blob->size, b->source->kernel, &out->kernel, &unreadable);
@@ -139,9 +148,8 @@ static perk_status get_cubin(build *b, const perk_cache_key *key, perk_cache_blo
         perk_log_write(b->options->log, PERK_LOG_WARNING, "the cached program is made anew: %s", unreadable.message);
         perk_cache_blob_free(blob);
         out->cache_hit = false;
-        status = make_cubin(b, blob, err);
+        status = make_anew(b, key, blob, err);
         if (status) return status;
-        perk_cache_store(b->options->cache, key, blob->data, blob->size);
         status = perk_cubin_info(blob->data, blob->size, b->source->kernel, &out->kernel, &unreadable);
     }
     if (status && err) *err = unreadable;

@@ -17,6 +17,7 @@ typedef struct perk_program_options {
     perk_cache *cache;      /* NULL: no cache, every build compiles */
     int driver_version;     /* as cuDriverGetVersion gives it (12080): which NVRTC suits; 0: unknown */
     bool compile_forbidden; /* what is not in the cache is a failure, even where there is an NVRTC */
+    bool made_anew;         /* what the cache holds is not used, and replaced */
     const perk_log *log;    /* NULL: silence */
 } perk_program_options;
 

@@ -20,6 +20,7 @@ typedef struct drawing {
     uint16_t *out;
     size_t count;
     float mean, deviation;
+    const float *given;   /* NULL: drawn */
     uint64_t first_block; /* of all tensors' blocks */
 } drawing;
 
@@ -43,11 +44,20 @@ static void draw_block(const drawing *drawn, uint64_t seed, uint64_t block) {
     uint16_t *out = drawn->out + block * BLOCK;
     uint32_t count = (uint32_t)PERK_MIN(drawn->count - block * BLOCK, (size_t)BLOCK);
     float mean = drawn->mean, scale = drawn->deviation / BYTES_DEVIATION;
+    if (drawn->given) {
+        for (uint32_t i = 0; i < count; i++) out[i] = perk_f32_to_bf16(drawn->given[block * BLOCK + i]);
+        return;
+    }
     for (uint32_t i = 0; i < count; i++) {
         uint32_t bits = mix(mix(i + add) ^ xor);
         int32_t sum = (int32_t)((bits & 255) + (bits >> 8 & 255) + (bits >> 16 & 255) + (bits >> 24)) - BYTES_MEAN;
         out[i] = perk_f32_to_bf16(mean + scale * (float)sum);
     }
+}
+
+void perk_random_values(const char *name, uint64_t seed, float mean, float deviation, uint16_t *out, size_t count) {
+    const drawing drawn = {.name = name, .out = out, .count = count, .mean = mean, .deviation = deviation};
+    for (uint64_t block = 0; block * BLOCK < count; block++) draw_block(&drawn, seed, block);
 }
 
 static void draw_blocks(void *context, size_t begin, size_t end, int thread) {
@@ -98,7 +108,8 @@ static perk_checkpoint_tensor tensor_of(const perk_tensor *weight, const drawing
 }
 
 /* Lists the graph's weights; `drawings` and `tensors` have room for all tensors of the graph. Gives the total bytes. */
-static size_t list_weights(const perk_graph *graph, drawing *drawings, perk_checkpoint_tensor *tensors, size_t *count) {
+static size_t list_weights(const perk_graph *graph, const perk_given_weight *given, size_t given_count,
+                           drawing *drawings, perk_checkpoint_tensor *tensors, size_t *count) {
     uint64_t blocks = 0;
     size_t bytes = 0;
     for (int i = 0; i < graph->tensor_count; i++) {
@@ -106,6 +117,8 @@ static size_t list_weights(const perk_graph *graph, drawing *drawings, perk_chec
         drawing *next = &drawings[*count];
         *next = describe(graph, graph->tensors[i]);
         next->first_block = blocks;
+        for (size_t k = 0; k < given_count; k++)
+            if (given[k].tensor == graph->tensors[i]) next->given = given[k].values;
         tensors[(*count)++] = tensor_of(graph->tensors[i], next);
         blocks += perk_ceil_div(next->count, BLOCK);
         bytes += perk_round_up(next->count * sizeof *next->out, ALIGNMENT);
@@ -140,8 +153,8 @@ static perk_status map_memory(size_t bytes, void **out, perk_error *err) {
     return PERK_OK;
 }
 
-perk_status perk_checkpoint_open_random(perk_checkpoint **out, const char *config_path, const perk_graph *graph,
-                                        uint64_t seed, perk_error *err) {
+static perk_status open_drawn(perk_checkpoint **out, const char *config_path, const perk_graph *graph, uint64_t seed,
+                              const perk_given_weight *given, size_t given_count, perk_error *err) {
     *out = NULL;
     size_t count = 0, bytes = 0;
     void *memory = NULL;
@@ -149,7 +162,7 @@ perk_status perk_checkpoint_open_random(perk_checkpoint **out, const char *confi
     perk_checkpoint_tensor *tensors = perk_calloc((size_t)graph->tensor_count, sizeof *tensors);
     perk_status status = drawings && tensors ? PERK_OK : perk_fail_memory(err, "the list of weights");
     if (status) goto out;
-    bytes = list_weights(graph, drawings, tensors, &count);
+    bytes = list_weights(graph, given, given_count, drawings, tensors, &count);
     status = map_memory(bytes, &memory, err);
     if (status) goto out;
     status = draw(drawings, tensors, count, memory, seed, err);
@@ -159,4 +172,14 @@ out:
     free(tensors);
     free(drawings);
     return status;
+}
+
+perk_status perk_checkpoint_open_random(perk_checkpoint **out, const char *config_path, const perk_graph *graph,
+                                        uint64_t seed, perk_error *err) {
+    return open_drawn(out, config_path, graph, seed, NULL, 0, err);
+}
+
+perk_status perk_checkpoint_open_given(perk_checkpoint **out, const perk_graph *graph, uint64_t seed,
+                                       const perk_given_weight *given, size_t given_count, perk_error *err) {
+    return open_drawn(out, NULL, graph, seed, given, given_count, err);
 }

@@ -1,9 +1,10 @@
 #include "safetensors.h"
 
+#include "json.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <jansson.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -107,6 +108,7 @@ static perk_status parse_header(perk_safetensors *file, json_t **header, perk_er
         return perk_fail(err, PERK_BAD_FORMAT, "the header does not begin with '{'; this is no safetensors file");
     json_error_t where;
     *header = json_loadb(text, (size_t)length, JSON_REJECT_DUPLICATES, &where);
+    if (!*header && perk_json_status(&where) == PERK_OUT_OF_MEMORY) return perk_fail_memory(err, "the header");
     if (!*header)
         return perk_fail(err, PERK_BAD_FORMAT, "header is not valid JSON: %s (byte %d)", where.text, where.position);
     file->data_start = LENGTH_BYTES + (size_t)length;

@@ -3,6 +3,7 @@
 #ifndef PERK_TESTS_GPU_CASES_H
 #define PERK_TESTS_GPU_CASES_H
 
+#include "driver.h"
 #include "test.h"
 
 #include <sys/wait.h>
@@ -17,6 +18,23 @@ typedef struct gpu_cases {
     } running[GPU_CASES_AT_ONCE];
     int passed, failed;
 } gpu_cases;
+
+/* Whether there is a driver; asked in a process of its own, because the driver does not survive the forks of the cases.
+ * Says why not. */
+static inline int gpu_cases_has_driver(void) {
+    int result = 1;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        perk_driver *driver;
+        perk_error err = {0};
+        perk_status status = perk_driver_open(&driver, &err);
+        if (status != PERK_OK) fprintf(stderr, "skipped, no GPU: %s\n", err.message);
+        _exit(status == PERK_OK ? 0 : 1);
+    }
+    waitpid(child, &result, 0);
+    return result == 0;
+}
 
 /* Waits for one running case to end. */
 static void gpu_cases_reap(gpu_cases *cases) {

@@ -4,6 +4,7 @@
 
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #define SMALL 40  /* bytes of payload where every byte of an entry is tried */
@@ -199,6 +200,32 @@ static void test_damage(void) {
     check_refused(cache, &key, SMALL, "another format version");
     CHECK(truncate(path.text, (off_t)PERK_CACHE_MAX_ENTRY_SIZE + HEADER + 1) == 0);
     check_refused(cache, &key, SMALL, "too large");
+    perk_cache_free(cache);
+}
+
+/* Payloads of several sizes, because the hash takes another way for each: one bit of every byte, in place. */
+static void test_damage_of_large_entries(void) {
+    static const size_t sizes[] = {1, 16, 17, 128, 129, 240, 241, 1025, 20000};
+    path_text folder = path_in(scratch, "large");
+    perk_cache *cache = open_cache(folder.text, 0);
+    perk_cache_key key = numbered_key(1);
+    long flips = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        store_payload(cache, &key, sizes[i]);
+        int fd = open(entry_path(folder.text, &key).text, O_RDWR | O_CLOEXEC);
+        CHECK(fd >= 0);
+        for (size_t at = 0; at < HEADER + sizes[i]; at++, flips++) {
+            uint8_t good, bad;
+            CHECK(pread(fd, &good, 1, (off_t)at) == 1);
+            bad = good ^ (uint8_t)(1u << (at % 8));
+            CHECK(pwrite(fd, &bad, 1, (off_t)at) == 1);
+            CHECK(!has_payload(cache, &key, sizes[i]), "byte %zu of %zu", at, sizes[i]);
+            CHECK(pwrite(fd, &good, 1, (off_t)at) == 1);
+        }
+        close(fd);
+        CHECK(has_payload(cache, &key, sizes[i]));
+    }
+    fprintf(stderr, "%ld flipped bits, each of them a miss\n", flips);
     perk_cache_free(cache);
 }
 
@@ -448,6 +475,36 @@ static void test_read_only_folders(void) {
     unsetenv("PERK_CACHE_READONLY");
 }
 
+/* A folder of root's that is read-only by its mode, seen by a user who may not write there. */
+static void test_folder_without_permission(void) {
+    path_text folder = path_in(scratch, "forbidden");
+    perk_cache_key key = numbered_key(1), other = numbered_key(2);
+    if (geteuid() != 0) {
+        fprintf(stderr, "skipped: a folder that another user may not write to (needs root)\n");
+        return;
+    }
+    perk_cache *cache = open_cache(folder.text, 0);
+    store_payload(cache, &key, SMALL);
+    perk_cache_free(cache);
+    CHECK(chmod(scratch, 0755) == 0 && chmod(folder.text, 0555) == 0);
+    CHECK(chmod(entry_path(folder.text, &key).text, 0444) == 0);
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (!child) {
+        CHECK(setgid(12345) == 0 && setuid(12345) == 0);
+        cache = open_with(&(perk_cache_options){.folder = folder.text});
+        CHECK(warnings == 1 && strstr(last_log, "cannot be written to") && !perk_cache_folder(cache), "%s", last_log);
+        CHECK(get(cache, &key, SMALL) == 1); /* root's, which a read-only place may hold */
+        CHECK(get(cache, &other, SMALL) == 0 && get(cache, &other, SMALL) == 0 && warnings == 1);
+        perk_cache_free(cache);
+        _exit(0);
+    }
+    int status;
+    CHECK(waitpid(child, &status, 0) == child && status == 0, "status %x", status);
+    CHECK(count_files(folder.text, "") == 1);
+    CHECK(chmod(folder.text, 0755) == 0);
+}
+
 /* Places that no process can write to, whatever its user: they warn, and everything else goes on. */
 static void test_unusable_places(void) {
     path_text file = path_in(scratch, "file"), below = path_in(file.text, "cache");
@@ -511,11 +568,13 @@ int main(void) {
     test_round_trip();
     test_makers();
     test_damage();
+    test_damage_of_large_entries();
     test_foreign_files();
     test_least_recently_used();
     test_housekeeping();
     test_left_overs();
     test_read_only_folders();
+    test_folder_without_permission();
     test_unusable_places();
     test_environment();
     return 0;

@@ -103,10 +103,32 @@ static void test_signals_and_waits(void) {
 
 static void test_memory(void) {
     plan_fixture f = small();
-    f.tensors[2].offset = f.tensors[1].offset; /* c is written while b is read: third alone, so it reads b first */
-    expect_good(&f);
+    f.tensors[2].offset = f.tensors[1].offset; /* c is written while b is read, by the same task */
+    expect_bad(&f, "third (worker 0, position 2) writes c[0:4, 0:64] and also uses another tensor that shares its");
+
+    f = small();
     f.tensors[1].offset = f.tensors[0].offset; /* b is written while a is read */
+    expect_bad(&f, "writes b[0:4, 32:64] and also uses another tensor that shares its");
+
+    f = small();
+    f.tasks[3].read_count = 0; /* the same by another task */
+    f.tensors[1].offset = f.tensors[0].offset;
     expect_bad(&f, "reads a[0:4, 0:64], which b has destroyed: the two share bytes");
+
+    f = small();
+    f.tensors[2].space = PERK_SPACE_CONSTANTS;
+    f.tensors[1].space = PERK_SPACE_CONSTANTS;
+    f.tasks[4].write_count = f.tasks[2].write_count = f.tasks[3].write_count = 0;
+    f.space_bytes[PERK_SPACE_CONSTANTS] = f.space_bytes[PERK_SPACE_ACTIVATIONS];
+    f.tensors[2].offset = f.tensors[1].offset;
+    expect_bad(&f, "b and c share bytes, but both are loaded there");
+
+    f = small(); /* c takes the bytes of a, whose columns would no longer end with zeros */
+    f.tensors[2].offset = f.tensors[0].offset;
+    f.tensors[0].row_stride = 64;
+    f.tensors[0].cols = 48;
+    for (int i = 0; i < 4; i++) (i < 2 ? f.tasks[i].writes : f.tasks[i].reads)->col_count = i < 2 ? 16 : 48;
+    expect_bad(&f, "a and c share bytes, but what lies between the columns and the stride of one must stay zero");
 
     f = small(); /* third takes the bytes of a without waiting for second */
     f.tensors[2].offset = f.tensors[0].offset;

@@ -82,7 +82,8 @@ static void expect_output(const char *input, const char *expected, const char *a
 /* ---- help and usage ---- */
 
 static void test_help(void) {
-    static const char *const names[] = {"run", "tokenize", "logits", "compile", "plan", "cache", "doctor", "bench"};
+    static const char *const names[] = {"run",   "tokenize", "logits", "compile", "plan",
+                                        "cache", "doctor",   "bench",  "test-op"};
     expect_output(NULL, "perk 0.1.0\n", "--version");
     outcome all = run_perk(NULL, "--help");
     CHECK_CODE(all, 0);
@@ -120,6 +121,10 @@ static void test_usage(void) {
     expect_failure(2, "--model is missing", "tokenize x");
     expect_failure(2, "--model is missing", "plan");
     expect_failure(2, "--model is missing", "compile");
+    expect_failure(2, "name one op, or give --all", "test-op");
+    expect_failure(2, "name one op, or give --all", "test-op linear --all");
+    expect_failure(2, "did you mean \"linear\"", "test-op lineal");
+    expect_failure(2, "--head-dim must be a whole number", "test-op attention --head-dim 0");
 }
 
 /* ---- commands ---- */
@@ -294,6 +299,40 @@ static void test_machine(void) {
     }
 }
 
+/* An op by the tasks of its plan, with no GPU there; a self-test cannot do without. */
+static void test_ops_alone(void) {
+    json_t *json = run_json(NULL, "test-op linear --rows 3 --in 72 --out 100 --bias --seed 5 --json");
+    const json_t *one = json_array_get(json_object_get(json, "cases"), 0);
+    CHECK(json_integer_value(json_object_get(json, "passed")) == 1);
+    CHECK(strcmp(json_string_value(json_object_get(one, "shape")), "3 x 72 -> 100, bias") == 0);
+    CHECK(strcmp(json_string_value(json_object_get(one, "backend")), "simulator") == 0);
+    CHECK(strcmp(json_string_value(json_object_get(one, "verdict")), "ok") == 0);
+    CHECK(json_integer_value(json_object_get(one, "seed")) == 5);
+    CHECK(json_number_value(json_object_get(one, "worst")) <= 1 && json_is_real(json_object_get(one, "relative")));
+    json_decref(json);
+    outcome result = run_perk(NULL, "test-op attention --rows 2 --requests 2 --context 20 --window 7 --portable");
+    CHECK_CODE(result, 0);
+    CHECK(strstr(result.out, "2 requests, context 20, window 7") && strstr(result.out, "1 passed, 0 failed"));
+    outcome_free(&result);
+    result = run_perk(NULL, "test-op attention --rows 2 --heads 64 --kv-heads 1");
+    CHECK_CODE(result, 1);
+    CHECK(strstr(result.out, "not run") && strstr(result.out, "at most 8 query heads"), "%s", result.out);
+    outcome_free(&result);
+    result = run_perk(NULL, "test-op decoder --backend reference");
+    CHECK_CODE(result, 0);
+    CHECK(strstr(result.out, "compared with nothing"));
+    outcome_free(&result);
+
+    result = run_perk(NULL, "doctor --selftest");
+    CHECK_CODE(result, 1);
+    CHECK(strstr(result.out, "cannot run: there is no GPU"));
+    outcome_free(&result);
+    result = run_perk(NULL, "doctor --selftest --json");
+    CHECK_CODE(result, 1);
+    CHECK(strstr(result.out, "\"selftest\": {\"ok\": false"));
+    outcome_free(&result);
+}
+
 /* Planning needs neither weights nor GPU; compiling needs NVRTC. */
 static void test_plan_and_compile(void) {
     temp_write_text(
@@ -354,6 +393,7 @@ int main(void) {
     test_tokenize();
     test_logits();
     test_machine();
+    test_ops_alone();
     test_plan_and_compile();
     char command[1024]; /* the cache's folder has folders below */
     snprintf(command, sizeof command, "rm -r '%s'", temp.path);

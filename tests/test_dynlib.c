@@ -298,8 +298,34 @@ static void test_fake_driver(void) {
     CHECK_FAILS(perk_driver_open(&driver, &err), PERK_NO_DEVICE, "sees no GPU");
     CHECK(build_fake(in_root("fake-mismatch.so"), 13000, 803, ""));
     CHECK_FAILS(perk_driver_open(&driver, &err), PERK_NO_DRIVER, "(803)");
-    CHECK(build_fake(in_root("fake-partial.so"), 13000, 0, "cuLaunchCooperativeKernel"));
-    CHECK_FAILS(perk_driver_open(&driver, &err), PERK_NO_DRIVER, "lacks cuLaunchCooperativeKernel");
+}
+
+/* A driver that lacks any one call is opened without it, or refused by the name of what it lacks. */
+static void test_missing_symbols(void) {
+    static const struct {
+        const char *name;
+        bool required;
+    } symbols[] = {
+#define SYMBOL_ROW(name, symbol, required) {symbol, required},
+        PERK_DRIVER_FUNCTIONS(SYMBOL_ROW)
+#undef SYMBOL_ROW
+    };
+    perk_error err = {0};
+    perk_driver *driver;
+    char name[64], text[96];
+    for (size_t i = 0; i < PERK_COUNT(symbols); i++) {
+        if (strstr(FAKE, symbols[i].name)) continue; /* always there */
+        snprintf(name, sizeof name, "fake-lacks-%zu.so", i);
+        if (!build_fake(in_root(name), 13000, 0, symbols[i].name)) return; /* no cc */
+        if (symbols[i].required) {
+            snprintf(text, sizeof text, "lacks %s", symbols[i].name);
+            CHECK_FAILS(perk_driver_open(&driver, &err), PERK_NO_DRIVER, text);
+            CHECK(driver == NULL);
+        } else {
+            CHECK_OK(perk_driver_open(&driver, &err));
+            perk_driver_free(driver);
+        }
+    }
 }
 
 int main(int argc, char **argv) {
@@ -319,6 +345,7 @@ int main(int argc, char **argv) {
     test_absent_libraries();
     test_nvrtc_follows_the_driver();
     test_fake_driver();
+    test_missing_symbols();
     char command[64];
     snprintf(command, sizeof command, "rm -rf %s", root);
     return system(command) == 0 ? 0 : 1;

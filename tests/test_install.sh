@@ -37,6 +37,11 @@ mkdir "$work/archives" && cp "$prefix/$libdir/libperk.a" "$work/archives"
 "$cc" -std=c11 "$root/examples/hello.c" -o "$work/hello_pc_static" "-L$work/archives" \
     $(pkg-config --cflags --libs --static perk | sed 's/-lperk/-l:libperk.a/')
 expect_story "$work/hello_pc_static"
+# Without a GPU the op runs by the tasks of its plan.
+# shellcheck disable=SC2046
+"$cc" -std=c11 -Wall -Wextra -Werror "$root/examples/test_op.c" -o "$work/test_op" $(pkg-config --cflags --libs perk) \
+    "-Wl,-rpath,$prefix/$libdir"
+PERK_CACHE_DIR=$work/cache "$work/test_op" | grep 'worst error' || { echo "failed: test_op" >&2; exit 1; }
 
 # find_package
 build_consumer() {

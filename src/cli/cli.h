@@ -129,6 +129,8 @@ perk_status perk_cli_ids_parse(perk_cli_ids *ids, const char *text, perk_error *
 perk_status perk_cli_ids_from_json(perk_cli_ids *ids, const json_t *list, perk_error *err);
 /* Reads a stream to its end. */
 perk_status perk_cli_read_all(FILE *file, perk_buffer *text, perk_error *err);
+/* Makes the file, or replaces what is in it. */
+perk_status perk_cli_write_file(const char *path, const void *data, size_t size, perk_error *err);
 
 /* ---- the commands, one file each ---- */
 
@@ -140,5 +142,7 @@ int perk_cli_plan(const perk_cli_command *self, int argc, char **argv);
 int perk_cli_cache(const perk_cli_command *self, int argc, char **argv);
 int perk_cli_doctor(const perk_cli_command *self, int argc, char **argv);
 int perk_cli_bench(const perk_cli_command *self, int argc, char **argv);
+int perk_cli_profile(const perk_cli_command *self, int argc, char **argv);
+int perk_cli_test_op(const perk_cli_command *self, int argc, char **argv);
 
 #endif

@@ -224,3 +224,11 @@ perk_status perk_cli_read_all(FILE *file, perk_buffer *text, perk_error *err) {
     if (ferror(file)) return perk_fail(err, PERK_IO, "cannot read stdin: %s", strerror(errno));
     return text->failed ? perk_fail_memory(err, "the input") : PERK_OK;
 }
+
+perk_status perk_cli_write_file(const char *path, const void *data, size_t size, perk_error *err) {
+    FILE *file = fopen(path, "wbe");
+    if (!file) return perk_fail(err, PERK_IO, "%s: cannot create: %s", path, strerror(errno));
+    bool written = fwrite(data, 1, size, file) == size;
+    if (fclose(file) != 0 || !written) return perk_fail(err, PERK_IO, "%s: cannot write: %s", path, strerror(errno));
+    return PERK_OK;
+}

@@ -4,8 +4,6 @@
 #include "src/driver.h"
 #include "src/program.h"
 
-#include <errno.h>
-
 typedef struct compile_command {
     perk_cli_planning planning;
     const char *out, *cache_folder;
@@ -50,14 +48,6 @@ static perk_status build(compile_command *command, perk_error *err) {
     status = perk_program_build(plan, &options, &command->program, err);
     perk_cache_free(options.cache);
     return status;
-}
-
-static perk_status write_file(const char *path, const void *data, size_t size, perk_error *err) {
-    FILE *file = fopen(path, "wbe");
-    if (!file) return perk_fail(err, PERK_IO, "%s: cannot create: %s", path, strerror(errno));
-    bool written = fwrite(data, 1, size, file) == size;
-    if (fclose(file) != 0 || !written) return perk_fail(err, PERK_IO, "%s: cannot write: %s", path, strerror(errno));
-    return PERK_OK;
 }
 
 static int print_json(const compile_command *command) {
@@ -110,7 +100,7 @@ int perk_cli_compile(const perk_cli_command *self, int argc, char **argv) {
     perk_status status = perk_cli_make_plan(&command.planning, &err);
     if (!status) status = build(&command, &err);
     if (!status && command.out)
-        status = write_file(command.out, command.program.cubin, command.program.cubin_size, &err);
+        status = perk_cli_write_file(command.out, command.program.cubin, command.program.cubin_size, &err);
     command.total_ms = (perk_now() - start) * 1e3;
     if (status)
         code = perk_cli_fail(&err);

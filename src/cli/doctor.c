@@ -1,6 +1,6 @@
 /* perk doctor: what works here. Each part is looked at into a JSON object with "ok" and, where not, "problem"; the text
  * is printed from the same objects. */
-#include "cli.h"
+#include "test_op.h"
 
 #include "jit/compile.h"
 #include "perk/cache.h"
@@ -108,6 +108,60 @@ static json_t *look_at_cache(void) {
     return result;
 }
 
+/* ---- the self-test ---- */
+
+/* Keeps the device's context for the duration, which every test would make anew. */
+static perk_driver *hold_context(int ordinal) {
+    perk_driver *driver;
+    perk_device_info info;
+    CUcontext context;
+    if (perk_driver_open(&driver, NULL)) return NULL;
+    if (!perk_driver_device_info(driver, ordinal, &info, NULL) &&
+        driver->cuDevicePrimaryCtxRetain(&context, info.device) == CUDA_SUCCESS)
+        return driver;
+    perk_driver_free(driver);
+    return NULL;
+}
+
+static void let_context_go(perk_driver *driver, int ordinal) {
+    perk_device_info info;
+    if (!driver) return;
+    if (!perk_driver_device_info(driver, ordinal, &info, NULL)) driver->cuDevicePrimaryCtxRelease(info.device);
+    perk_driver_free(driver);
+}
+
+/* Every op and a decoder, as this device runs them best and as any would. */
+static void test_device(int ordinal, json_t *list, bool print, perk_cli_test_tally *tally) {
+    size_t count;
+    const perk_op_case *grid = perk_op_grid(&count);
+    const perk_cli_test_output output = {.list = list, .print = print, .failed_only = true};
+    perk_driver *held = hold_context(ordinal);
+    for (int portable = 0; portable < 2; portable++)
+        for (size_t i = 0; i < count; i++) {
+            const perk_test_options options = {.backend = PERK_BACKEND_GPU,
+                                               .device = ordinal,
+                                               .portable = portable,
+                                               .seed = (uint64_t)(perk_now() * 1e6)};
+            if (grid[i].quick) perk_cli_run_op_cases(&grid[i], 1, &options, &output, tally);
+        }
+    let_context_go(held, ordinal);
+}
+
+static json_t *run_self_test(const json_t *devices, bool print) {
+    perk_cli_test_tally tally = {0};
+    json_t *list = json_array();
+    double begin = perk_now();
+    for (size_t i = 0; i < json_array_size(devices); i++)
+        if (json_is_true(json_object_get(json_array_get(devices, i), "ok"))) test_device((int)i, list, print, &tally);
+    const char *problem = NULL;
+    if (tally.failed)
+        problem = "a GPU computes wrong, or a program does not run; perk test-op looks closer";
+    else if (!tally.passed)
+        problem = "cannot run: there is no GPU here that a model could run on";
+    return json_pack("{s:b, s:s?, s:i, s:i, s:f, s:o}", "ok", problem == NULL, "problem", problem, "passed",
+                     tally.passed, "failed", tally.failed, "seconds", perk_now() - begin, "cases", list);
+}
+
 /* ---- text ---- */
 
 static bool is_ok(const json_t *part) { return json_is_true(json_object_get(part, "ok")); }
@@ -131,6 +185,15 @@ static void print_head(const char *name, const json_t *part, const char *bad) {
         line += length + (line[length] == '\n');
         if (*line) printf("%15s", "");
     }
+}
+
+static void print_self_test(const json_t *test) {
+    if (!test) return;
+    printf("\n");
+    print_head("selftest", test, "no");
+    if (is_ok(test))
+        printf("this machine's GPUs compute right: %lld tests in %.1f s\n", number_of(test, "passed"),
+               json_number_value(json_object_get(test, "seconds")));
 }
 
 static void print_text(const json_t *all) {
@@ -163,13 +226,16 @@ static void print_text(const json_t *all) {
     printf("\nModels run %s.\n", json_is_true(json_object_get(all, "gpu_ready"))
                                      ? "on the GPU"
                                      : "in the reference executor only; see above for what the GPU lacks");
+    print_self_test(json_object_get(all, "selftest"));
 }
 
 int perk_cli_doctor(const perk_cli_command *self, int argc, char **argv) {
-    int json = 0, require_gpu = 0;
+    int json = 0, require_gpu = 0, self_test = 0;
     const perk_cli_option items[] = {
         PERK_CLI_OPTION_FLAG("json", &json, "the result as one JSON object"),
         PERK_CLI_OPTION_FLAG("require-gpu", &require_gpu, "fail (exit code 1) when no GPU can run a model"),
+        PERK_CLI_OPTION_FLAG("selftest", &self_test,
+                             "run every op on every GPU: fail where one is wrong, or none is there"),
     };
     perk_cli_options options = {0};
     perk_cli_add(&options, items, (int)PERK_COUNT(items));
@@ -186,8 +252,14 @@ int perk_cli_doctor(const perk_cli_command *self, int argc, char **argv) {
     json_t *all = json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:I, s:b}", "version", perk_version(), "driver", driver,
                             "devices", devices, "nvrtc", nvrtc, "nccl", look_at_nccl(), "cache", look_at_cache(),
                             "cores", (json_int_t)sysconf(_SC_NPROCESSORS_ONLN), "gpu_ready", gpu_ready);
+    bool passed = true;
+    if (self_test) {
+        json_t *test = run_self_test(devices, !json);
+        passed = is_ok(test);
+        json_object_set_new(all, "selftest", test);
+    }
     if (!json) print_text(all);
     bool printed = !json || perk_cli_print_json(json_incref(all));
     json_decref(all);
-    return printed && (gpu_ready || !require_gpu) ? PERK_EXIT_OK : PERK_EXIT_FAILURE;
+    return printed && passed && (gpu_ready || !require_gpu) ? PERK_EXIT_OK : PERK_EXIT_FAILURE;
 }

@@ -42,10 +42,13 @@ static const perk_cli_command commands[] = {
      "  perk compile --model Qwen3-8B --arch sm_90a --out qwen3-8b.cubin\n"
      "  perk compile --model bench/configs/qwen3-8b --arch sm_120a --workers 170 --json",
      perk_cli_compile},
-    {"plan", "show the graph and the plan made from it", "--model DIR|config.json [--arch ARCH] [--json | --source]",
+    {"plan", "show the graph and the plan made from it",
+     "--model DIR|config.json [--arch ARCH] [--json | --source | --html FILE]",
      "Ops, tasks a worker, bytes streamed a worker, the critical path; with --source the CUDA source\n"
-     "of the kernel instead. Needs no GPU.",
+     "of the kernel instead, with --html a page that draws all of it, the tasks in their expected\n"
+     "times. Needs no GPU.",
      "  perk plan --model examples/tiny\n"
+     "  perk plan --model bench/configs/qwen3-8b --max-batched-tokens 1 --html plan.html\n"
      "  perk plan --model bench/configs/qwen3-8b --arch sm_90a --source > kernel.cu",
      perk_cli_plan},
     {"cache", "look after the cache of compiled programs",
@@ -53,10 +56,33 @@ static const perk_cli_command commands[] = {
      "The folder is PERK_CACHE_DIR, else $XDG_CACHE_HOME/perk, else ~/.cache/perk; folders that are only\n"
      "read come from PERK_CACHE_READONLY. verify fails (exit code 1) when an entry is bad.",
      "  perk cache list\n  perk cache verify --remove\n  perk cache prune --max-bytes 256M", perk_cli_cache},
-    {"doctor", "what works on this machine, and what to do about what does not", "[--json] [--require-gpu]",
+    {"test-op", "run an op alone, and compare it with the reference executor", "OP [options]\n--all [options]",
+     "OP is embed, rmsnorm, linear, silu_mul, attention, select_rows, argmax, or several folded into\n"
+     "each other: mlp (norm, gate and up, silu), vocabulary (embed to argmax), decoder (two layers).\n"
+     "Numbers that are not given are those of the self-test. Weights and inputs are drawn, and what the\n"
+     "op should write is poisoned before. worst is in units of bf16 rounding (include/perk/test.h). A\n"
+     "mismatch is exit code 1. Without a GPU the plan is checked, compiled where there is an NVRTC, and its\n"
+     "tasks run on the CPU.",
+     "  perk test-op linear --rows 8 --in 4096 --out 1024 --bias --residual\n"
+     "  perk test-op attention --heads 32 --kv-heads 8 --head-dim 128 --rows 1 --context 2000 --norms\n"
+     "  perk test-op --all --portable --json",
+     perk_cli_test_op},
+    {"doctor", "what works on this machine, and what to do about what does not",
+     "[--json] [--require-gpu] [--selftest]",
      "Looks at the CUDA driver, its devices, NVRTC, NCCL and the cubin cache. Lacks are findings, not\n"
-     "failures: the exit code is 0 unless --require-gpu asks for more. In the JSON, gpu_ready tells.",
-     "  perk doctor\n  perk doctor --json | jq .gpu_ready", perk_cli_doctor},
+     "failures: the exit code is 0 unless --require-gpu asks for more. In the JSON, gpu_ready tells.\n"
+     "--selftest also runs every op and a small decoder on every GPU, and fails (exit code 1) where one\n"
+     "computes wrong, or where there is none.",
+     "  perk doctor\n  perk doctor --selftest\n  perk doctor --json | jq .gpu_ready", perk_cli_doctor},
+    {"profile", "when every task of a decode step ran, and of a step of the prompt",
+     "--model DIR|config.json [--json FILE] [--html FILE] [options]",
+     "Builds a program whose tasks write time stamps, runs it, and prints where the last step's time\n"
+     "went, stage by stage, beside the times that perk plan --html expects. The same model runs\n"
+     "without stamps, too: the report says what they cost. With --max-batched-tokens above 1, a step\n"
+     "of the prompt is in the files as well.",
+     "  perk profile --model examples/tiny --json trace.json --html profile.html\n"
+     "  perk profile --model bench/configs/qwen3-8b --random-weights --html profile.html",
+     perk_cli_profile},
     {"bench", "measure decode steps beside the read bandwidth of the same run",
      "decode --model DIR|config.json [options]\nload --model DIR [options]", NULL,
      "  perk bench decode --model bench/configs/qwen3-8b --random-weights --batch 1 --context 512", perk_cli_bench},

@@ -50,6 +50,7 @@ static perk_status argmax_lower(perk_lowering *l, const perk_op *op, perk_error 
     perk_stage *stage = perk_lower_begin(l, op, "", "argmax<%d, %d>(worker, task);",
                                          l->plan->tensors[candidates].cols / 2, (int)PERK_ROW_STRIDE(1));
     if (!stage) return l->error.status;
+    stage->work = PERK_WORK_ARGMAX;
     stage->operands[0] = candidates;
     stage->operands[1] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
     if (l->error.status == PERK_OK) perk_lower_runs(l, perk_lower_rows(l, logits->row_kind), add_rows, stage);

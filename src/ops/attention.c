@@ -265,6 +265,8 @@ static void add_append(perk_lowering *l, void *user, int worker, int first, int 
     const perk_attention_params *p = a->p;
     int dim = p->head_dim, group = p->num_heads / p->num_kv_heads;
     perk_lower_task(l, worker, first, 1, count);
+    for (int role = 2; role <= 4; role++) /* norms and the rope table */
+        if (a->stage->operands[role] >= 0) perk_lower_read(l, perk_lower_whole(l, a->stage->operands[role]));
     for (int writes = 0; writes < 2; writes++)
         for (int unit = first; unit < first + count; unit++) {
             int head = unit / a->parts, part = unit % a->parts;
@@ -333,6 +335,7 @@ static void lower_append(perk_lowering *l, const perk_op *op, attention_lowering
     snprintf(call, sizeof call, "template append<%s, %s>(worker, task, %.9ef)", p->q_norm ? "true" : "false",
              p->k_norm ? "true" : "false", (double)p->norm_eps);
     if (!begin_stage(l, op, a, ".append", call)) return;
+    a->stage->work = PERK_WORK_APPEND;
     a->stage->operands[0] = a->qkv;
     a->stage->operands[1] = a->q;
     a->stage->operands[2] = perk_lower_tensor(l, p->q_norm, PERK_LAYOUT_ROWS);
@@ -348,6 +351,7 @@ static void lower_partial(perk_lowering *l, const perk_op *op, attention_lowerin
     snprintf(call, sizeof call, "partial(worker, task, %.9ef, %uu)", (double)a->p->scale * log2e,
              a->p->window ? (unsigned)a->p->window : UINT32_MAX);
     if (!begin_stage(l, op, a, ".partial", call)) return;
+    a->stage->work = PERK_WORK_PARTIAL;
     a->stage->operands[0] = a->q;
     a->stage->operands[1] = a->partials;
     perk_lower_runs(l, a->p->num_kv_heads * a->parts, add_partial, a);
@@ -358,6 +362,7 @@ static void lower_merge(perk_lowering *l, const perk_op *op, attention_lowering 
     char call[160];
     snprintf(call, sizeof call, "template merge<%d>(worker, task)", a->slices);
     if (!begin_stage(l, op, a, "", call)) return;
+    a->stage->work = PERK_WORK_MERGE;
     a->stage->operands[0] = a->partials;
     a->stage->operands[1] = a->out;
     perk_lower_runs(l, a->p->num_heads * a->slices, add_merge, a);

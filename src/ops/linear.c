@@ -187,6 +187,7 @@ static perk_status linear_lower(perk_lowering *l, const perk_op *op, perk_error 
         form.norm ? "true" : "false", form.epilogue, op->inputs[PERK_IN_BIAS] ? "true" : "false",
         form.norm ? (double)form.norm->eps : 0.0);
     if (!stage) return l->error.status;
+    stage->work = PERK_WORK_LINEAR;
     choose_operands(l, op, &form, stage);
     if (l->error.status != PERK_OK) return l->error.status;
     int workers = l->plan->device.worker_count, tasks = PERK_MIN(workers, stage->stream.tile_count);

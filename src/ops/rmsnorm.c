@@ -59,6 +59,7 @@ static perk_status rmsnorm_lower(perk_lowering *l, const perk_op *op, perk_error
                                          x->row_kind == PERK_ROWS_TOKENS ? "tokens" : "logits", (int)x->cols,
                                          (int)PERK_ROW_STRIDE(x->cols), (double)op->eps);
     if (!stage) return l->error.status;
+    stage->work = PERK_WORK_RMSNORM;
     stage->operands[0] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);
     stage->operands[1] = perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
     stage->operands[2] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);

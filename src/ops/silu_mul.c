@@ -66,6 +66,7 @@ static perk_status silu_mul_lower(perk_lowering *l, const perk_op *op, perk_erro
                                          x->row_kind == PERK_ROWS_TOKENS ? "tokens" : "logits", width,
                                          (int)PERK_ROW_STRIDE(x->cols), PERK_ROW_STRIDE(width));
     if (!stage) return l->error.status;
+    stage->work = PERK_WORK_SILU_MUL;
     stage->operands[0] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);
     stage->operands[1] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
     if (l->error.status == PERK_OK) perk_lower_runs(l, (int)perk_ceil_div((uint64_t)width, 8), add_columns, stage);

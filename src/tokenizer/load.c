@@ -1,7 +1,6 @@
 /* tokenizer.json -> perk_tokenizer. Every component that changes ids or text is either built or refused by name. */
+#include "json.h"
 #include "parts.h"
-
-#include <jansson.h>
 
 #define GPT2_PATTERN "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 #define PUNCTUATION_PATTERN "[!-/:-@\\[-`{-~\\p{P}]"
@@ -408,10 +407,10 @@ static perk_status read_components(perk_tokenizer *tokenizer, const json_t *root
 static perk_status parse_object(json_t **root, const char *json, size_t size, size_t flags, perk_error *err) {
     json_error_t error;
     *root = json_loadb(json, size, flags | JSON_ALLOW_NUL, &error);
+    if (!*root && perk_json_status(&error) == PERK_OUT_OF_MEMORY) return perk_fail_memory(err, "its JSON");
     if (!*root)
-        return perk_fail(err,
-                         json_error_code(&error) == json_error_out_of_memory ? PERK_OUT_OF_MEMORY : PERK_BAD_FORMAT,
-                         "not valid JSON: line %d, column %d: %s", error.line, error.column, error.text);
+        return perk_fail(err, PERK_BAD_FORMAT, "not valid JSON: line %d, column %d: %s", error.line, error.column,
+                         error.text);
     if (json_is_object(*root)) return PERK_OK;
     json_decref(*root);
     *root = NULL;

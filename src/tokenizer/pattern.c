@@ -180,6 +180,7 @@ static perk_status compile(const char *pattern, size_t size, uint32_t options, p
     *out = pcre2_compile((PCRE2_SPTR)pattern, size, options | PCRE2_UTF | PCRE2_MULTILINE, &code, &place, NULL);
     if (!*out) {
         PCRE2_UCHAR text[128] = {0};
+        if (code == PCRE2_ERROR_HEAP_FAILED) return perk_fail_memory(err, "its program");
         pcre2_get_error_message(code, text, sizeof text);
         return perk_fail(err, PERK_UNSUPPORTED, "PCRE2 cannot compile it: %s", (const char *)text);
     }

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "driver.h"
+#include "fake_stamps.h"
 #include "kernels_src/abi.h"
 
 /* cuda.h renames some calls; here every one of them gets the name that perk asks for. */
@@ -412,6 +413,7 @@ CUresult cuMemsetD32(CUdeviceptr at, unsigned value, size_t count) {
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     BEGIN(cuModuleLoadData)
     if (!image || memcmp(image, "\177ELF", 4) != 0) return CUDA_ERROR_INVALID_IMAGE;
+    if (state.made_by_fake && !fake_nvrtc_is_whole(image)) note_misuse("cuModuleLoadData", "a changed or foreign file");
     *module = (CUmodule)(void *)make(MODULE, 0);
     return *module ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
 }
@@ -467,12 +469,19 @@ CUresult cuLaunchKernel(CUfunction kernel, unsigned grid_x, unsigned grid_y, uns
     return launch("cuLaunchKernel", kernel, stream, grid_x * grid_y * grid_z, block_x * block_y * block_z);
 }
 
-/* What the kernel does when a wait exceeds its limit: the report, then a trap, which the next wait for the stream sees.
- */
+/* What the kernel does when a wait exceeds its limit: it leaves the report, and the launch ends like any other. */
 static void report_hang(perk_hang_report *hang) {
     *hang = (perk_hang_report){
         .worker = 3, .task = 2, .role = PERK_ROLE_COUNTER, .counter = 1, .seen = 4, .wanted = 5, .complete = 1};
-    state.fault = (fake_fault){.call = state.calls + 1, .result = CUDA_ERROR_LAUNCH_FAILED, .lasting = true};
+}
+
+/* Only a profiled program has room for them. */
+static void leave_stamps(const perk_kernel_args *args, unsigned workers) {
+    object **records = find(DEVICE_MEMORY, args->tasks), **stamps = find(DEVICE_MEMORY, args->stamps);
+    if (!records || !stamps) return;
+    size_t count = (*records)->bytes / sizeof *args->tasks;
+    if ((*stamps)->bytes >= count * PERK_STAMPS * sizeof *args->stamps)
+        fake_stamps_fill(args, workers, count / workers);
 }
 
 CUresult cuLaunchCooperativeKernel(CUfunction kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z,
@@ -482,6 +491,7 @@ CUresult cuLaunchCooperativeKernel(CUfunction kernel, unsigned grid_x, unsigned 
     BEGIN(cuLaunchCooperativeKernel)
     if (state.hang) report_hang(((const perk_kernel_args *)params[0])->hang);
     if (grid_x * grid_y * grid_z > (unsigned)state.device.sm_count) return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+    leave_stamps((const perk_kernel_args *)params[0], grid_x * grid_y * grid_z);
     return launch("cuLaunchCooperativeKernel", kernel, stream, grid_x * grid_y * grid_z, block_x * block_y * block_z);
 }
 

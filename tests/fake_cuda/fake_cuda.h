@@ -31,7 +31,8 @@ typedef struct fake_live {
 typedef struct fake_cuda {
     fake_device device;
     fake_fault fault;
-    bool hang; /* the next cooperative launch ends as one does in which a wait exceeded its limit */
+    bool hang;         /* the next cooperative launch ends as one does in which a wait exceeded its limit */
+    bool made_by_fake; /* every module must be a file of the fake NVRTC, as it was made: anything else is misuse */
 
     long calls, launches;
     const char *failed; /* the function that failed first; NULL: none */
@@ -49,5 +50,23 @@ void fake_cuda_make_current(CUcontext context);
 fake_cuda *fake_cuda_state(void);
 /* As after loading: an H100, no fault, nothing counted. Nothing may be alive. */
 void fake_cuda_reset(void);
+
+/* ---- the NVRTC in the same library: a test sets PERK_LIBNVRTC to it (fake_nvrtc.c). One thread at a time. ---- */
+
+typedef struct fake_nvrtc {
+    int major;         /* its version */
+    long failing_call; /* this call, from 1, fails with `result` (an nvrtcResult); 0: none */
+    int result;
+    int milliseconds; /* that a compile takes */
+
+    long calls, compiles, programs; /* programs: that nobody has destroyed yet */
+    const char *failed;
+} fake_nvrtc;
+
+fake_nvrtc *fake_nvrtc_state(void);
+/* NVRTC 13.0, no fault, nothing counted. Each compile also adds a byte to the file that FAKE_NVRTC_TALLY names. */
+void fake_nvrtc_reset(void);
+/* Whether the bytes (at least as many as it makes) are a file of the fake NVRTC, as it was made. */
+bool fake_nvrtc_is_whole(const void *bytes);
 
 #endif

@@ -118,7 +118,10 @@ class Check:
             return
         self.program("test_gpu_ops", 120)
         self.program("test_gpu_model", 120)
+        self.program("test_gpu_determinism", 120)
+        self.program("test_gpu_hang", 60)
         self.script("starts.py", 150)
+        self.script("trust.py", 240)
         self.parity(shapes.QUICK, 240)
         if not self.args.quick:
             self.parity(shapes.LARGE, 300)

@@ -1,0 +1,132 @@
+/* As kernels_src/linear.cuh. */
+#include "reference_math.h"
+#include "simulator/machine.h"
+
+#include <math.h>
+
+enum { IN, OUT, RESIDUAL, NORM_WEIGHT, BIAS, CANDIDATES }; /* operands of the stage */
+
+typedef struct linear_run {
+    perk_sim_task *t;
+    const perk_sim_matrix *weight;
+    const perk_op *norm; /* folded into the input, or NULL */
+    bool is_silu;        /* tiles hold 8 rows of the upper half of the weight, then 8 of the lower */
+    int rows;
+    int64_t width;            /* of the output */
+    float *x, *scales, *sums; /* [rows][weight->cols], [rows], [rows][PERK_TILE_ROWS] */
+    const uint16_t *bias;     /* NULL: none */
+} linear_run;
+
+/* The input as it is staged: with the gain of a folded norm, rounded; the norm's scale is kept for the end. */
+static bool stage_input(linear_run *run) {
+    perk_sim_task *t = run->t;
+    size_t cols = run->weight->cols;
+    const uint16_t *gain = run->norm ? perk_sim_read(t, NORM_WEIGHT, PERK_BF16, 0, 0, (int64_t)cols) : NULL;
+    if (run->norm && !gain) return false;
+    for (int row = 0; row < run->rows; row++) {
+        float *x = run->x + (size_t)row * cols;
+        const uint16_t *in = perk_sim_read(t, IN, PERK_BF16, row, 0, (int64_t)cols);
+        if (!in) return false;
+        perk_math_widen_bf16(x, in, cols);
+        run->scales[row] = 1;
+        if (!gain) continue;
+        float mean = perk_math_dot(x, x, cols) / (float)t->op->inputs[PERK_IN_WEIGHT]->cols;
+        run->scales[row] = 1 / sqrtf(mean + run->norm->eps);
+        for (size_t c = 0; c < cols; c++) x[c] = perk_round_bf16(x[c] * perk_bf16_to_f32(gain[c]));
+    }
+    return true;
+}
+
+/* `count` rows of the weight from `first` on, into the sums from `place` on. */
+static void multiply(const linear_run *run, int64_t first, int64_t count, int place) {
+    perk_math_dots(run->sums + place, PERK_TILE_ROWS, run->weight->values + (size_t)first * run->weight->cols,
+                   (size_t)count, run->x, (size_t)run->rows, run->weight->cols);
+}
+
+static float bias_at(const linear_run *run, int64_t output) {
+    return run->bias ? perk_bf16_to_f32(run->bias[output]) : 0;
+}
+
+static void finish_silu(const linear_run *run, int row, int64_t first, int64_t count) {
+    const float *sums = run->sums + (size_t)row * PERK_TILE_ROWS;
+    float scale = run->scales[row];
+    uint16_t *out = perk_sim_write(run->t, OUT, PERK_BF16, row, first, count);
+    for (int64_t c = 0; out && c < count; c++) {
+        float gate = sums[c] * scale + bias_at(run, first + c);
+        float up = sums[PERK_TILE_ROWS / 2 + c] * scale + bias_at(run, run->width + first + c);
+        out[c] = perk_f32_to_bf16(perk_sim_silu(perk_round_bf16(gate)) * perk_round_bf16(up));
+    }
+}
+
+static void finish_store(const linear_run *run, int row, int64_t first, int64_t count) {
+    const float *sums = run->sums + (size_t)row * PERK_TILE_ROWS;
+    const uint16_t *residual = NULL;
+    if (run->t->stage->operands[RESIDUAL] >= 0) {
+        residual = perk_sim_read_in_place(run->t, RESIDUAL, PERK_BF16, row, first, count);
+        if (!residual) return;
+    }
+    uint16_t *out = perk_sim_write(run->t, OUT, PERK_BF16, row, first, count);
+    for (int64_t c = 0; out && c < count; c++) {
+        float add = residual ? perk_bf16_to_f32(residual[c]) : 0;
+        out[c] = perk_f32_to_bf16(sums[c] * run->scales[row] + bias_at(run, first + c) + add);
+    }
+}
+
+/* fp32, and the best of the tile as a candidate for argmax. */
+static void finish_logits(const linear_run *run, int row, int64_t tile, int64_t first, int64_t count) {
+    const float *sums = run->sums + (size_t)row * PERK_TILE_ROWS;
+    float values[PERK_TILE_ROWS], best = PERK_SIM_LOWEST;
+    uint32_t index = UINT32_MAX;
+    for (int64_t c = 0; c < count; c++) {
+        values[c] = sums[c] * run->scales[row] + bias_at(run, first + c);
+        if (values[c] > best) {
+            best = values[c];
+            index = (uint32_t)(first + c);
+        }
+    }
+    float *out = perk_sim_write(run->t, OUT, PERK_F32, row, first, count);
+    if (!out) return;
+    memcpy(out, values, (size_t)count * sizeof *out);
+    uint32_t *candidate = perk_sim_write(run->t, CANDIDATES, PERK_F32, row, 2 * tile, 2);
+    if (!candidate) return;
+    candidate[0] = perk_f32_bits(best);
+    candidate[1] = index;
+}
+
+static void run_tile(const linear_run *run, int tile) {
+    int tile_width = run->is_silu ? PERK_TILE_ROWS / 2 : PERK_TILE_ROWS;
+    int64_t first = (int64_t)tile * tile_width, count = PERK_MIN((int64_t)tile_width, run->width - first);
+    perk_sim_stream(run->t, tile);
+    if (count <= 0) return;
+    multiply(run, first, count, 0);
+    if (run->is_silu) multiply(run, run->width + first, count, PERK_TILE_ROWS / 2);
+    for (int row = 0; row < run->rows && !run->t->status; row++) {
+        if (run->is_silu)
+            finish_silu(run, row, first, count);
+        else if (run->t->op->output->dtype == PERK_F32)
+            finish_logits(run, row, tile, first, count);
+        else
+            finish_store(run, row, first, count);
+    }
+}
+
+void perk_sim_linear(perk_sim_task *t) {
+    const perk_tensor *weight = t->op->inputs[PERK_IN_WEIGHT];
+    linear_run run = {.t = t, .weight = &t->sim->matrices[weight->index], .width = weight->rows};
+    int stream = t->stage->stream.tensor;
+    run.is_silu = stream >= 0 && t->sim->plan->tensors[stream].layout == PERK_LAYOUT_PAIRED_TILES;
+    if (run.is_silu) run.width /= 2;
+    if (t->stage->operands[NORM_WEIGHT] >= 0) run.norm = t->op->inputs[PERK_IN_X]->producer;
+    run.rows = perk_sim_rows(t, t->op->output->row_kind);
+    size_t rows = (size_t)run.rows;
+    run.x = perk_sim_scratch(t, rows * (run.weight->cols + 1 + PERK_TILE_ROWS));
+    if (!run.x) return;
+    run.scales = run.x + rows * run.weight->cols;
+    run.sums = run.scales + rows;
+    if (t->stage->operands[BIAS] >= 0) {
+        run.bias = perk_sim_read(t, BIAS, PERK_BF16, 0, 0, weight->rows);
+        if (!run.bias) return;
+    }
+    if (!stage_input(&run)) return;
+    for (int i = 0; i < t->task->count && !t->status; i++) run_tile(&run, perk_sim_unit(t, i));
+}
