@@ -27,7 +27,7 @@ struct Worker {
     uint32_t warp, lane, thread;
     uint32_t shared;   // address of dynamic shared memory
     uint32_t task;     // the running task's index in the plan, for reports
-    bool has_given_up; // a wait for a counter exceeded its limit; known to the thread that waits
+    bool has_given_up; // a wait for a counter exceeded its limit; known to warp 0
 
     // Forgets what the compiler knows of the thread's coordinates. Without it, addresses of every kind of task are
     // computed ahead of the task loop, kept through all tasks, and spilled by those that need the registers.
@@ -65,13 +65,14 @@ struct Worker {
 };
 
 // ---- waits with a limit ----
-// Whoever waits past the limit reports it, and from then on nobody waits for counters any more: every worker runs its
-// list to the end on whatever is in memory, the launch ends like any other, and the host throws the step away. The
-// context survives. Weights that never come end the warps that need them, which are all consumer warps of the worker.
+// Whoever waits past the limit reports it, and from then on nobody waits for counters any more: every worker that would
+// runs its list to the end on whatever is in memory, without signalling, so that the counters still tell how far the
+// step has come. The launch ends like any other, the host throws the step away, and the context survives. Weights that
+// never come end the warps that need them, which are all consumer warps of the worker.
 
 // Writes who waited for what, for the host; the first one only.
 __device__ __forceinline__ void report_hang(const perk_kernel_args &args, uint32_t worker, uint32_t task, uint32_t role,
-                                         uint32_t counter, uint32_t seen, uint32_t wanted) {
+                                            uint32_t counter, uint32_t seen, uint32_t wanted) {
     if (atomicCAS(args.hang_claim, 0u, 1u) != 0u) return;
     volatile perk_hang_report *report = args.hang;
     report->worker = worker;
@@ -221,14 +222,15 @@ __device__ __forceinline__ void produce(Worker &w) {
     }
 }
 
-// Waits for what the task needs, on behalf of the block.
+// Waits for what the task needs, on behalf of the block: a lane a counter.
 __device__ __forceinline__ void begin_task(Worker &w, const TaskView &task) {
     if (w.warp == 0) {
-        for (uint32_t i = 0; i < PERK_RECORD_WAITS; i++) {
-            const uint32_t counter = task.wait_counter(i), per_step = task.wait_per_step(i);
-            const uint32_t target = w.args.step * per_step + task.wait_needed(i);
-            if (per_step != 0 && w.lane == 0 && !w.has_given_up) w.has_given_up = !wait_counter(w, counter, target);
-        }
+        const uint32_t i = w.lane % PERK_RECORD_WAITS;
+        const uint32_t counter = task.wait_counter(i), per_step = task.wait_per_step(i);
+        const uint32_t target = w.args.step * per_step + task.wait_needed(i);
+        const bool waits = w.lane < PERK_RECORD_WAITS && per_step != 0 && !w.has_given_up;
+        const bool is_late = waits && !wait_counter(w, counter, target);
+        w.has_given_up |= __any_sync(0xffffffffu, is_late);
     }
     named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
 }
@@ -237,7 +239,7 @@ __device__ __forceinline__ void begin_task(Worker &w, const TaskView &task) {
 __device__ __forceinline__ void end_task(const Worker &w, const TaskView &task) {
     const uint32_t counter = task.signal_counter();
     named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-    if (w.thread == 0) add_release_gpu(w.args.counters + counter, 1);
+    if (w.thread == 0 && !w.has_given_up) add_release_gpu(w.args.counters + counter, 1);
 }
 
 // A profiled program's time stamps; any other program has no trace of them.

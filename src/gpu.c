@@ -251,35 +251,68 @@ static perk_status start(perk_gpu *gpu, const perk_graph *graph, const perk_chec
 
 /* ---- steps ---- */
 
-/* What a wait that exceeded its limit was for. Counters are told as they stand in this step. */
-static void describe_wait(const perk_gpu *gpu, perk_buffer *text) {
-    const perk_hang_report *hang = gpu->hang;
-    if (hang->role != PERK_ROLE_COUNTER || hang->counter >= (uint32_t)gpu->plan->counter_count) {
+/* A counter's value as it stands in a step. */
+static int32_t in_step(const perk_plan *plan, int counter, uint32_t step, uint32_t value) {
+    return (int32_t)(value - step * (uint32_t)plan->counter_per_step[counter]);
+}
+
+/* What the report's wait was for. */
+static void describe_wait(const perk_plan *plan, const perk_hang_report *hang, perk_buffer *text) {
+    if (hang->role != PERK_ROLE_COUNTER || hang->counter >= (uint32_t)plan->counter_count) {
         const char *what = hang->role == PERK_ROLE_RING_FULL ? "the arrival of" : "room in the ring for";
         perk_buffer_printf(text, "%s chunk %u of the worker's weights", what, hang->counter);
         return;
     }
-    uint32_t before = hang->step * (uint32_t)gpu->plan->counter_per_step[hang->counter];
-    perk_buffer_printf(text, "%s to reach %d, where it stands at %d",
-                       perk_check_counter_text(gpu->plan, (int)hang->counter).text, (int32_t)(hang->wanted - before),
-                       (int32_t)(hang->seen - before));
+    int counter = (int)hang->counter;
+    perk_buffer_printf(text, "%s to reach %d, where it stood at %d", perk_check_counter_text(plan, counter).text,
+                       in_step(plan, counter, hang->step, hang->wanted),
+                       in_step(plan, counter, hang->step, hang->seen));
 }
 
-static perk_status fail_hang(const perk_gpu *gpu, perk_error *err) {
+/* Whoever reported need not be the first who was stuck. Since nobody signals after a report, the first stage that the
+ * counters show unfinished is where it began. */
+static void describe_origin(const perk_plan *plan, uint32_t step, const uint32_t *counters, perk_buffer *text) {
+    int stage = 0;
+    while (stage < plan->stage_count - 1 &&
+           in_step(plan, plan->stages[stage].counter, step, counters[plan->stages[stage].counter]) >=
+               plan->stages[stage].task_count)
+        stage++;
+    int counter = plan->stages[stage].counter, task = 0;
+    while (plan->tasks[task].stage != stage) task++;
+    perk_buffer_printf(text, ". The first stage that did not finish is %s: %d of %d tasks have signalled",
+                       plan->stages[stage].name, in_step(plan, counter, step, counters[counter]),
+                       plan->stages[stage].task_count);
+    for (int i = plan->tasks[task].wait_begin; i < plan->tasks[task].wait_end; i++) {
+        const perk_wait *wait = &plan->waits[i];
+        perk_buffer_printf(text, "; they wait for %d on %s, which stands at %d", wait->needed,
+                           perk_check_counter_text(plan, wait->counter).text,
+                           in_step(plan, wait->counter, step, counters[wait->counter]));
+    }
+}
+
+static perk_status fail_hang(perk_gpu *gpu, perk_error *err) {
     const perk_hang_report *hang = gpu->hang;
     const perk_plan *plan = gpu->plan;
     if (hang->task >= (uint32_t)plan->task_count)
         return perk_fail(err, PERK_INTERNAL, "the report of a hang names task %u of %d", hang->task, plan->task_count);
     const perk_op *op = plan->graph->ops[plan->stages[plan->tasks[hang->task].stage].op];
-    perk_buffer wait = {0};
-    describe_wait(gpu, &wait);
-    perk_status status =
-        perk_fail(err, PERK_HANG,
-                  "step %u: task %u, %s, of op %s, waited more than %d ms for %s; the launch has ended and the engine "
-                  "must be opened again",
-                  hang->step, hang->task, perk_check_task_text(plan, (int)hang->task).text, op->type->name,
-                  gpu->wait_limit_ms, wait.data ? wait.data : "?");
-    perk_buffer_free(&wait);
+    perk_buffer text = {0};
+    uint32_t *counters = perk_calloc((size_t)plan->counter_count, sizeof *counters);
+    describe_wait(plan, hang, &text);
+    if (counters && perk_gpu_enter(gpu, NULL) == PERK_OK) {
+        CUresult result =
+            gpu->driver->cuMemcpyDtoH(counters, gpu->counters.address, (size_t)plan->counter_count * sizeof *counters);
+        if (result == CUDA_SUCCESS) describe_origin(plan, hang->step, counters, &text);
+        perk_gpu_leave(gpu);
+    }
+    perk_status status = perk_fail(
+        err, PERK_HANG,
+        "step %u: task %u, %s, of op %s, waited more than %d ms for %s. The launch has ended; open the engine "
+        "again",
+        hang->step, hang->task, perk_check_task_text(plan, (int)hang->task).text, op->type->name, gpu->wait_limit_ms,
+        text.data ? text.data : "?");
+    free(counters);
+    perk_buffer_free(&text);
     return status;
 }
 

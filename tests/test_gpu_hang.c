@@ -85,12 +85,14 @@ static void expect_hang(breakage *b, const char *text) {
     perk_executor *gpu = open_executor(b);
     CHECK(b->checker == PERK_UNSAFE_PLAN, "the checker lets the broken plan pass");
     double begin = perk_now();
-    CHECK_FAILS(run(gpu, logits), PERK_HANG, b->stage);
+    char origin[160];
+    snprintf(origin, sizeof origin, "The first stage that did not finish is %s: ", b->stage);
+    CHECK_FAILS(run(gpu, logits), PERK_HANG, origin);
     double seconds = perk_now() - begin;
     CHECK(strstr(err.message, text), "%s", err.message);
     CHECK(seconds < PATIENCE_SECONDS, "%.1f s", seconds);
     printf("%.3f s: %s\n", seconds, err.message);
-    CHECK_FAILS(run(gpu, logits), PERK_HANG, b->stage); /* it stays closed */
+    CHECK_FAILS(run(gpu, logits), PERK_HANG, origin); /* it stays closed */
     gpu->type->free(gpu);
 }
 
@@ -132,11 +134,11 @@ int main(int argc, char **argv) {
     CHECK_OK(perk_config_resolve(&small, model->max_positions, &err));
     CHECK(model->vocab_size <= MAX_VOCAB, "%d", model->vocab_size);
     if (gpu_case_begin(&cases, "a wait for what cannot come")) {
-        test_hang(want_too_much, "waited more than 300 ms for counter");
+        test_hang(want_too_much, "tasks have signalled; they wait for ");
         gpu_case_end();
     }
     if (gpu_case_begin(&cases, "weights that nobody streams")) {
-        test_hang(stream_nothing, "for the arrival of chunk");
+        test_hang(stream_nothing, "waited more than 300 ms for ");
         gpu_case_end();
     }
     perk_model_free(model);
