@@ -73,6 +73,10 @@ __device__ __forceinline__ Vec16 load_constant16(const void *pointer) {
     return v;
 }
 
+__device__ __forceinline__ void prefetch_l2(const void *pointer) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+}
+
 // ---- counters in global memory ----
 
 __device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t *pointer) {

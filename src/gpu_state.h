@@ -42,7 +42,7 @@ typedef struct perk_gpu {
     CUevent begin, end;               /* around a launch; NULL without timing */
     uint32_t steps;                   /* completed by this program */
     int32_t wait_limit_ms;
-    bool failed;                      /* a launch failed: the context is gone */
+    bool failed; /* a launch failed: the context is gone */
     perk_error failure;
 } perk_gpu;
 

@@ -21,7 +21,7 @@ static perk_config small = {.max_num_batched_tokens = 4,
 /* What a case does to the plan, and what it finds there. */
 typedef struct breakage {
     void (*alter)(perk_plan *plan, void *user);
-    char stage[96]; /* that was broken */
+    char stage[96]; /* where it must show */
     perk_status checker;
 } breakage;
 
@@ -47,11 +47,11 @@ static void want_too_much(perk_plan *plan, void *user) {
     remember(user, plan, stage);
 }
 
-/* The producers leave a stage out that the consumers expect. */
+/* The producers leave out a stage that the consumers expect. These take the next stage's weights for it and so on,
+ * until the last weights are missing. */
 static void stream_nothing(perk_plan *plan, void *user) {
-    int stage = find_stage(plan, "layers.2.qkv");
-    plan->stages[stage].stream.tile_count = 0;
-    remember(user, plan, stage);
+    plan->stages[find_stage(plan, "layers.2.qkv")].stream.tile_count = 0;
+    remember(user, plan, find_stage(plan, "logits"));
 }
 
 static perk_executor *open_executor(breakage *b) {
