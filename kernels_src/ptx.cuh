@@ -45,11 +45,6 @@ __device__ __forceinline__ uint2 load_coherent8(const void *pointer) {
     asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer) : "memory");
     return v;
 }
-__device__ __forceinline__ uint32_t load_coherent4(const void *pointer) {
-    uint32_t v;
-    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
-    return v;
-}
 __device__ __forceinline__ uint16_t load_coherent2(const void *pointer) {
     uint16_t v;
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(pointer) : "memory");
@@ -71,10 +66,6 @@ __device__ __forceinline__ Vec16 load_constant16(const void *pointer) {
     Vec16 v;
     asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(pointer));
     return v;
-}
-
-__device__ __forceinline__ void prefetch_l2(const void *pointer) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
 // ---- counters in global memory ----

@@ -115,7 +115,6 @@ typedef struct perk_stage {
     int operands[PERK_STAGE_OPERANDS]; /* plan tensors whose addresses the device code gets, by role; -1: none */
     int scalar;                        /* one number for the device code (the layer in the KV cache) */
     perk_stream stream;
-    uint64_t read_bytes; /* an estimate a step, weights excluded */
 } perk_stage;
 
 typedef struct perk_plan {
