@@ -96,14 +96,11 @@ enum { PERK_BATCH_NUM_TOKENS = 0, PERK_BATCH_NUM_LOGIT_ROWS = 2, PERK_BATCH_NUM_
 /* A query tile: up to 8 rows (token, query head of the group) of one request that share a KV head. */
 typedef struct perk_query_tile {
     int32_t request, first_token, token_count;
-    int32_t first_item, item_count;      /* its splits over the KV range */
-    int32_t fresh_token, fresh_position; /* the request's first token in this step, and its position: keys and values
-                                            from there on are not in the cache yet */
-    int32_t reserved;
+    int32_t first_item, item_count; /* its splits over the KV range */
+    int32_t reserved[3];
 } perk_query_tile;
 
-/* One warp's piece of attention: a query tile against KV positions [kv_begin, kv_end), all in the cache, or all fresh
- * and at most PERK_KV_UNIT. */
+/* One warp's piece of attention: a query tile against KV positions [kv_begin, kv_end). */
 typedef struct perk_attention_item {
     int32_t query_tile, kv_begin, kv_end, reserved;
 } perk_attention_item;

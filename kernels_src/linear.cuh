@@ -152,27 +152,21 @@ struct Linear {
                         if (kb < kBlocks && n * 8 < rows) x[s][n] = input.load(w, kb, n);
                 }
                 if (first == 0) wait_full(w, chunk);
-                Vec16 a[kAhead], b[kAhead];
-#pragma unroll
-                for (uint32_t s = 0; s < kAhead; s++) {
-                    const uint32_t block = (first + s) * PERK_CONSUMER_WARPS + w.warp;
-                    const uint32_t address = w.ring_slot(chunk) + block * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
-                    a[s] = load_shared16(address);
-                    b[s] = load_shared16(address + 512);
-                }
-                if (first + kAhead == kShare) release_chunk(w, chunk); // the products need the slot no more
 #pragma unroll
                 for (uint32_t s = 0; s < kAhead; s++) {
                     const uint32_t block = (first + s) * PERK_CONSUMER_WARPS + w.warp;
                     if (c * PERK_CHUNK_BLOCKS + block >= kBlocks) continue;
+                    const uint32_t address = w.ring_slot(chunk) + block * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
+                    const Vec16 a = load_shared16(address), b = load_shared16(address + 512);
 #pragma unroll
                     for (uint32_t n = 0; n < kColumnTiles; n++)
                         if (n * 8 < rows) {
-                            mma(sums[n], a[s].x, a[s].y, a[s].z, a[s].w, x[s][n].x, x[s][n].y);
-                            mma(sums[n], b[s].x, b[s].y, b[s].z, b[s].w, x[s][n].z, x[s][n].w);
+                            mma(sums[n], a.x, a.y, a.z, a.w, x[s][n].x, x[s][n].y);
+                            mma(sums[n], b.x, b.y, b.z, b.w, x[s][n].z, x[s][n].w);
                         }
                 }
             }
+            release_chunk(w, chunk);
         }
         return chunk;
     }

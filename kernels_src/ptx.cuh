@@ -45,6 +45,11 @@ __device__ __forceinline__ uint2 load_coherent8(const void *pointer) {
     asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer) : "memory");
     return v;
 }
+__device__ __forceinline__ uint32_t load_coherent4(const void *pointer) {
+    uint32_t v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
+    return v;
+}
 __device__ __forceinline__ uint16_t load_coherent2(const void *pointer) {
     uint16_t v;
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(pointer) : "memory");

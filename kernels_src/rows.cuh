@@ -89,7 +89,7 @@ __device__ __forceinline__ void rmsnorm(const Worker &w, const TaskView &task, f
     }
 }
 
-__device__ __forceinline__ float silu(float value) { return __fdividef(value, 1.0f + __expf(-value)); }
+__device__ __forceinline__ float silu(float value) { return value / (1.0f + __expf(-value)); }
 
 // out[r][c] = silu(x[r][c]) * x[r][width + c]. A task owns the columns [8 first, 8 (first + count)).
 // Operands: 0 x, 1 out.

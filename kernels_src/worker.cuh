@@ -27,7 +27,7 @@ struct Worker {
     uint32_t warp, lane, thread;
     uint32_t shared;   // address of dynamic shared memory
     uint32_t task;     // the running task's index in the plan, for reports
-    bool has_given_up; // a wait for a counter exceeded its limit; known to warp 0
+    bool has_given_up; // a wait for a counter exceeded its limit; known to thread 0
 
     // Forgets what the compiler knows of the thread's coordinates. Without it, addresses of every kind of task are
     // computed ahead of the task loop, kept through all tasks, and spilled by those that need the registers.
@@ -115,7 +115,10 @@ __device__ __forceinline__ bool wait_counter(const Worker &w, uint32_t counter, 
 // A whole warp waits for the barrier of a chunk's slot, or ends.
 __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uint32_t parity, uint32_t role,
                                           uint32_t chunk) {
-    if (wait_until(w.args, [&] { return mbarrier_test(barrier, parity); })) return;
+    if (wait_until(w.args, [&] { return mbarrier_test(barrier, parity); })) {
+        __syncwarp(); // what follows multiplies with all lanes
+        return;
+    }
     report_hang(w.args, w.index, w.task, role, chunk, 0, 1);
     exit_thread();
 }
@@ -222,15 +225,14 @@ __device__ __forceinline__ void produce(Worker &w) {
     }
 }
 
-// Waits for what the task needs, on behalf of the block: a lane a counter.
+// Waits for what the task needs, on behalf of the block.
 __device__ __forceinline__ void begin_task(Worker &w, const TaskView &task) {
     if (w.warp == 0) {
-        const uint32_t i = w.lane % PERK_RECORD_WAITS;
-        const uint32_t counter = task.wait_counter(i), per_step = task.wait_per_step(i);
-        const uint32_t target = w.args.step * per_step + task.wait_needed(i);
-        const bool waits = w.lane < PERK_RECORD_WAITS && per_step != 0 && !w.has_given_up;
-        const bool is_late = waits && !wait_counter(w, counter, target);
-        w.has_given_up |= __any_sync(0xffffffffu, is_late);
+        for (uint32_t i = 0; i < PERK_RECORD_WAITS; i++) {
+            const uint32_t counter = task.wait_counter(i), per_step = task.wait_per_step(i);
+            const uint32_t target = w.args.step * per_step + task.wait_needed(i);
+            if (per_step != 0 && w.lane == 0 && !w.has_given_up) w.has_given_up = !wait_counter(w, counter, target);
+        }
     }
     named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
 }

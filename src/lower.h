@@ -69,9 +69,6 @@ static inline bool perk_lower_is_folded(const perk_lowering *lowering, const per
 /* Cuts attention for this device (plan->attention_parts and what follows it), or says why this shape cannot be. */
 perk_status perk_attention_plan_shape(perk_lowering *lowering, const perk_op *op, perk_error *err);
 
-/* Shared memory in which the warps of a worker put the pieces of a row of attention together. */
-int perk_attention_reduction_bytes(const perk_op *op);
-
 /* Shared memory of a linear op with `rows` rows of `cols` (kernels_src/linear.cuh has the same formulas). */
 int perk_linear_staged_bytes(int rows, int64_t cols);
 int perk_linear_reduction_bytes(int rows);
