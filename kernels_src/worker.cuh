@@ -98,7 +98,7 @@ __device__ __forceinline__ bool wait_until(const perk_kernel_args &args, Satisfi
         if constexpr (!program::waits_are_limited) continue;
         const uint64_t now = global_timer();
         if (start == 0) start = now;
-        if (now - start > args.wait_limit_ns || load_acquire_gpu(args.hang_claim) != 0) return satisfied();
+        if (now - start > args.wait_limit_ns || load_coherent4(args.hang_claim) != 0) return satisfied();
     }
 }
 

@@ -11,7 +11,7 @@ typedef enum perk_plan_format {
 } perk_plan_format;
 
 /* Appends the graph's ops, the plan's stages, memory and kinds, the work of the workers and the critical path. Sizes
- * are bytes; GB and MB are powers of ten. docs/cli.md describes the JSON. */
+ * are bytes; GB and MB are powers of ten. tests/test_plan_print.c holds the form of the JSON. */
 perk_status perk_plan_print(const perk_plan *plan, perk_plan_format format, perk_buffer *out, perk_error *err);
 
 #endif
