@@ -1,5 +1,6 @@
-/* Whole models on the GPU against the reference executor: the shipped model and the small Qwen3 configurations of the
- * fixtures; logits in chunks of several sizes, several requests at once. Skipped where there is no GPU. */
+/* Whole models on the GPU against the reference executor: the shipped model and the small configurations of all
+ * families in the fixtures; logits in chunks of several sizes, several requests at once. Skipped where there is no GPU.
+ */
 #include "perk/engine.h"
 
 #include "gpu_cases.h"
@@ -115,11 +116,13 @@ static void test_folder(const char *folder, int tokens, int portable) {
 
 static gpu_cases cases;
 
+/* `folder` below the root. */
 static void run_case(const char *folder, int tokens, int portable) {
-    char name[160];
-    snprintf(name, sizeof name, "%.120s T%d%s", strrchr(folder, '/') + 1, tokens, portable ? " portable" : "");
+    char name[160], path[1200];
+    snprintf(name, sizeof name, "%.120s T%d%s", folder, tokens, portable ? " portable" : "");
+    snprintf(path, sizeof path, "%s/%s", root, folder);
     if (gpu_case_begin(&cases, name)) {
-        test_folder(folder, tokens, portable);
+        test_folder(path, tokens, portable);
         gpu_case_end();
     }
 }
@@ -141,21 +144,26 @@ static int has_gpu(void) {
     return !(WIFEXITED(result) && WEXITSTATUS(result) == TEST_SKIP);
 }
 
+static void run_family(const char *family) {
+    char path[1200], folder[600];
+    snprintf(path, sizeof path, "%s/%s", root, family);
+    DIR *entries = opendir(path);
+    CHECK(entries, "%s", path);
+    for (struct dirent *entry; (entry = readdir(entries));) {
+        if (entry->d_name[0] == '.') continue;
+        snprintf(folder, sizeof folder, "%s/%s", family, entry->d_name);
+        run_case(folder, 16, 0);
+    }
+    closedir(entries);
+}
+
 int main(int argc, char **argv) {
-    char path[1200], fixtures[600];
+    static const char *const families[] = {"tests/fixtures/qwen3", "tests/fixtures/qwen2", "tests/fixtures/llama",
+                                           "tests/fixtures/mistral"};
     root = argc > 1 ? argv[1] : PERK_SOURCE_DIR;
     if (!has_gpu()) return TEST_SKIP;
-    snprintf(path, sizeof path, "%s/examples/tiny", root);
     for (int portable = 0; portable < 2; portable++)
-        for (int tokens = 1; tokens <= 64; tokens *= 4) run_case(path, tokens, portable);
-    snprintf(fixtures, sizeof fixtures, "%s/tests/fixtures/qwen3", root);
-    DIR *folder = opendir(fixtures);
-    CHECK(folder, "%s", fixtures);
-    for (struct dirent *entry; (entry = readdir(folder));) {
-        if (entry->d_name[0] == '.') continue;
-        snprintf(path, sizeof path, "%s/%s", fixtures, entry->d_name);
-        run_case(path, 16, 0);
-    }
-    closedir(folder);
+        for (int tokens = 1; tokens <= 64; tokens *= 4) run_case("examples/tiny", tokens, portable);
+    for (size_t i = 0; i < PERK_COUNT(families); i++) run_family(families[i]);
     return gpu_cases_finish(&cases);
 }

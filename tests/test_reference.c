@@ -1,4 +1,4 @@
-/* The reference executor against transformers (tests/fixtures/qwen3, made by make_qwen3.py): logits in fp32, greedy
+/* The reference executor against transformers (tests/fixtures/<family>, made by make_models.py): logits in fp32, greedy
  * tokens, and the same bits however the tokens are cut into steps, pages, batches and threads. */
 #include "executor.h"
 #include "float.h"
@@ -11,7 +11,7 @@
 #include <dirent.h>
 #include <math.h>
 
-#define FIXTURES PERK_SOURCE_DIR "/tests/fixtures/qwen3"
+#define FIXTURES PERK_SOURCE_DIR "/tests/fixtures"
 #define TOLERANCE 1e-4
 enum { MAX_PROMPTS = 8, MAX_LENGTH = 256 };
 
@@ -173,7 +173,7 @@ static void test_against_transformers(const fixture *f, const char *name) {
         int32_t greedy[MAX_LENGTH];
         float *logits = run_alone(f, p, s, greedy);
         difference d = compare(logits, p->expected, p->count, f->model->vocab_size);
-        printf("%-18s prompt %d of %2d tokens: worst %.1e, l2 %.1e\n", name, i, p->count, d.worst, d.l2);
+        printf("%-22s prompt %d of %2d tokens: worst %.1e, l2 %.1e\n", name, i, p->count, d.worst, d.l2);
         CHECK(d.worst < TOLERANCE && d.l2 < TOLERANCE, "%s prompt %d: worst %g, l2 %g", name, i, d.worst, d.l2);
         CHECK(!memcmp(greedy, p->greedy, (size_t)p->greedy_count * sizeof *greedy), "%s prompt %d: tokens", name, i);
         free(logits);
@@ -254,7 +254,7 @@ static void test_bf16(const fixture *f, const char *name) {
     const prompt *p = &f->prompts[0];
     float *logits = run_alone(f, p, s, NULL);
     difference d = compare(logits, p->expected, p->count, f->model->vocab_size);
-    printf("%-18s bf16: worst %.1e, l2 %.1e\n", name, d.worst, d.l2);
+    printf("%-22s bf16: worst %.1e, l2 %.1e\n", name, d.worst, d.l2);
     CHECK(d.l2 > 1e-4 && d.l2 < 0.05, "%s: l2 %g", name, d.l2);
     free(logits);
 
@@ -350,7 +350,7 @@ static void test_layers_alone(void) {
         perk_linear_residual(g, "linear", norm, perk_stack(g, "ab", parts, 2), perk_stack(g, "ab.bias", biases, 2), r);
     perk_tensor *silu = perk_silu_mul(g, "silu", linear);
     CHECK_OK(perk_graph_check(g, &err));
-    CHECK_OK(perk_checkpoint_open_random(&weights, FIXTURES "/bias/config.json", g, 7, &err));
+    CHECK_OK(perk_checkpoint_open_random(&weights, FIXTURES "/qwen3/bias/config.json", g, 7, &err));
     CHECK_OK(perk_config_resolve(&config, 0, &err));
     CHECK_OK(perk_batch_create(&batch, &config, &err));
     perk_reference_options options = {.threads = 2, .precision = PERK_PRECISION_FP32};
@@ -445,29 +445,43 @@ static void test_random_weights(void) {
     perk_model_free(c);
 }
 
+static void test_fixture(const char *name, bool is_odd) {
+    fixture f;
+    open_fixture(&f, name);
+    test_against_transformers(&f, name);
+    test_bf16(&f, name);
+    test_cuts(&f, PERK_PRECISION_FP32);
+    test_cuts(&f, PERK_PRECISION_BF16);
+    test_together(&f, is_odd ? PERK_PRECISION_FP32 : PERK_PRECISION_BF16);
+    test_auto(&f, strcmp(name, "qwen3/gqa1_fp32") ? PERK_PRECISION_BF16 : PERK_PRECISION_FP32);
+    test_argmax_ties(&f);
+    test_bad_calls(&f);
+    close_fixture(&f);
+}
+
+/* All fixtures of a family; returns how many. */
+static int test_family(const char *family) {
+    char path[512];
+    int tested = 0;
+    snprintf(path, sizeof path, "%s/%s", FIXTURES, family);
+    DIR *folder = opendir(path);
+    CHECK(folder != NULL, "%s", path);
+    for (struct dirent *entry; (entry = readdir(folder));) {
+        if (entry->d_name[0] == '.') continue;
+        snprintf(path, sizeof path, "%s/%.200s", family, entry->d_name);
+        test_fixture(path, tested++ % 2);
+    }
+    closedir(folder);
+    return tested;
+}
+
 int main(void) {
     test_dots();
     test_layers_alone();
     test_random_weights();
-    int tested = 0;
-    DIR *folder = opendir(FIXTURES);
-    CHECK(folder != NULL, "%s", FIXTURES);
-    for (struct dirent *entry; (entry = readdir(folder));) {
-        fixture f;
-        if (entry->d_name[0] == '.') continue;
-        open_fixture(&f, entry->d_name);
-        test_against_transformers(&f, entry->d_name);
-        test_bf16(&f, entry->d_name);
-        test_cuts(&f, PERK_PRECISION_FP32);
-        test_cuts(&f, PERK_PRECISION_BF16);
-        test_together(&f, tested % 2 ? PERK_PRECISION_FP32 : PERK_PRECISION_BF16);
-        test_auto(&f, strcmp(entry->d_name, "gqa1_fp32") ? PERK_PRECISION_BF16 : PERK_PRECISION_FP32);
-        test_argmax_ties(&f);
-        test_bad_calls(&f);
-        close_fixture(&f);
-        tested++;
-    }
-    closedir(folder);
-    CHECK(tested >= 12, "%d fixtures", tested);
+    CHECK(test_family("qwen3") == 12);
+    CHECK(test_family("qwen2") == 3);
+    CHECK(test_family("llama") == 3);
+    CHECK(test_family("mistral") == 2);
     return 0;
 }

@@ -6,12 +6,21 @@ from harness import ROOT
 
 LENGTHS = (1, 15, 16, 17, 64, 65, 200)  # around the steps (1, 8, 16, 64 tokens) and the pages (16, 64 positions)
 
-SMALL = dict(
-    architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=331, hidden_size=128, intermediate_size=192,
-    num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64, hidden_act="silu",
-    max_position_embeddings=1024, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, attention_bias=False,
-    tie_word_embeddings=True, use_sliding_window=False, sliding_window=None, torch_dtype="bfloat16",
+COMMON = dict(
+    vocab_size=331, hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, hidden_act="silu", max_position_embeddings=1024, rms_norm_eps=1e-6, rope_theta=10000.0,
+    rope_scaling=None, tie_word_embeddings=True, torch_dtype="bfloat16",
 )
+SMALL = {
+    "qwen3": dict(COMMON, architectures=["Qwen3ForCausalLM"], model_type="qwen3", head_dim=64, attention_bias=False,
+                  use_sliding_window=False, sliding_window=None),
+    "qwen2": dict(COMMON, architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=False,
+                  sliding_window=None),
+    "llama": dict(COMMON, architectures=["LlamaForCausalLM"], model_type="llama", attention_bias=False, mlp_bias=False),
+    "mistral": dict(COMMON, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None),
+}
+LLAMA3 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
 
 
 def step(tokens, *more):
@@ -24,7 +33,7 @@ STEPS = {"step 16": step(16), "step 1": step(1), "step 8": step(8), "step 64": s
 
 @dataclasses.dataclass
 class Shape:
-    config: str = ""  # a folder under bench/configs, or none: SMALL
+    config: str = "qwen3"  # a folder under bench/configs, or a key of SMALL
     changes: dict = dataclasses.field(default_factory=dict)
     folder: str = ""  # a folder with weights: nothing is drawn
     variants: dict = dataclasses.field(default_factory=lambda: BASE)  # name: options of perk logits; the first is base
@@ -43,31 +52,50 @@ SHAPES = {
                                            attention_bias=True)),
     "gqa1-head128-window": Shape(changes=dict(num_key_value_heads=4, head_dim=128, rope_theta=1000000.0,
                                               use_sliding_window=True, sliding_window=24, max_window_layers=1)),
+    "llama-gqa2-llama3": Shape("llama", dict(rope_theta=500.0, rope_scaling=LLAMA3, rms_norm_eps=1e-5)),
+    "llama-gqa4-biases": Shape("llama", dict(hidden_size=120, intermediate_size=200, num_key_value_heads=1, head_dim=64,
+                                             vocab_size=1021, attention_bias=True, mlp_bias=True,
+                                             tie_word_embeddings=False)),
+    "mistral-gqa2-window": Shape("mistral", dict(hidden_size=256, sliding_window=24, tie_word_embeddings=False)),
+    "mistral-gqa4-head128": Shape("mistral", dict(num_key_value_heads=1, head_dim=128, vocab_size=257)),
+    "qwen2-gqa7-window": Shape("qwen2", dict(hidden_size=224, num_attention_heads=7, num_key_value_heads=1,
+                                             rope_theta=1000000.0, use_sliding_window=True, sliding_window=24,
+                                             max_window_layers=2)),
     "qwen3-0.6b": Shape("qwen3-0.6b", variants={**STEPS, "portable": step(16, "--portable")}, greedy=LENGTHS),
     "qwen3-4b-2-layers": Shape("qwen3-4b", dict(num_hidden_layers=2), greedy=(17,)),
     "qwen3-14b-2-layers": Shape("qwen3-14b", dict(num_hidden_layers=2), greedy=(17,)),
     "qwen3-32b-2-layers": Shape("qwen3-32b", dict(num_hidden_layers=2), greedy=(17,),
                                 variants={**BASE, "step 64": step(64)}),
-    "qwen3-8b": Shape("qwen3-8b", variants={**BASE, "step 1": step(1)}, greedy=(17, 200), seconds=180),
+    "llama-3.2-1b": Shape("llama-3.2-1b", greedy=(17, 200)),
+    "llama-3.1-8b-2-layers": Shape("llama-3.1-8b", dict(num_hidden_layers=2), greedy=(17,)),
+    "qwen2.5-7b-2-layers": Shape("qwen2.5-7b", dict(num_hidden_layers=2), greedy=(17,),
+                                 variants={**BASE, "step 1": step(1), "step 64": step(64)}),
+    "mistral-7b-2-layers": Shape("mistral-7b-v0.3", dict(num_hidden_layers=2), greedy=(17,)),
+    "qwen3-8b": Shape("qwen3-8b", variants={**BASE, "step 1": step(1)}, greedy=(17,), seconds=180),
 }
-ON_CPU = ["tiny", "gqa5-odd", "gqa8-head32-untied", "gqa3-head96-bias", "gqa1-head128-window"]
+ON_CPU = ["tiny", "gqa5-odd", "gqa8-head32-untied", "gqa3-head96-bias", "gqa1-head128-window", "llama-gqa2-llama3",
+          "llama-gqa4-biases", "mistral-gqa2-window", "mistral-gqa4-head128", "qwen2-gqa7-window"]
 QUICK = [*ON_CPU, "qwen3-0.6b"]
-LARGE = ["qwen3-8b", "qwen3-14b-2-layers", "qwen3-32b-2-layers", "qwen3-4b-2-layers"]
+LARGE = ["qwen3-14b-2-layers", "llama-3.2-1b", "qwen2.5-7b-2-layers", "mistral-7b-2-layers", "llama-3.1-8b-2-layers",
+         "qwen3-32b-2-layers", "qwen3-8b"]  # qwen3-4b-2-layers has nothing that these lack
 
 
 def read_config(shape):
     """The shape's config.json as a dictionary."""
     if shape.folder:
         return json.loads((ROOT / shape.folder / "config.json").read_text())
-    path = ROOT / "bench" / "configs" / shape.config / "config.json"
-    config = json.loads(path.read_text()) if shape.config else dict(SMALL)
+    config = SMALL.get(shape.config)
+    if config is None:
+        config = json.loads((ROOT / "bench" / "configs" / shape.config / "config.json").read_text())
     return {**config, **shape.changes}
 
 
 def count_bytes(config):
     """What the weights take in bf16, without norms and biases."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"] + config["num_key_value_heads"]
-    layer = 2 * hidden * heads * config["head_dim"] + 3 * hidden * config["intermediate_size"]
+    hidden, query_heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // query_heads
+    layer = 2 * hidden * (query_heads + config["num_key_value_heads"]) * head_dim
+    layer += 3 * hidden * config["intermediate_size"]
     tables = 1 if config["tie_word_embeddings"] else 2
     return 2 * (config["num_hidden_layers"] * layer + tables * config["vocab_size"] * hidden)
 
