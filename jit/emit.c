@@ -5,9 +5,9 @@
 
 #include "jit/embedded.h"
 
-/* At most this many copies of 16 KB are under way a worker: 2 cover the bandwidth-latency product of an H100, and more
- * would queue up in front of the loads on the critical path (docs/performance.md). */
-enum { CHUNKS_IN_FLIGHT = 2 };
+/* Copies of 16 KB that a worker has under way: 2 cover the bandwidth-latency product of an H100, and more would queue
+ * up in front of the loads on the critical path; 4 for a worker that has fallen behind (docs/performance.md). */
+enum { CHUNKS_IN_FLIGHT = 2, CHUNKS_IN_FLIGHT_BEHIND = 4 };
 
 static int longest_list(const perk_plan *plan) {
     int longest = 0;
@@ -30,6 +30,7 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
         {"tasks_per_worker", longest_list(plan) + 1},
         {"ring_slots", plan->ring_slots},
         {"chunks_in_flight", CHUNKS_IN_FLIGHT},
+        {"chunks_in_flight_behind", CHUNKS_IN_FLIGHT_BEHIND},
         {"staging_bytes", plan->staging_bytes},
         {"reduction_bytes", plan->reduction_bytes},
         {"shared_bytes", plan->shared_bytes},
@@ -53,7 +54,7 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
 static void emit_switch(const perk_plan *plan, perk_buffer *out) {
     perk_buffer_printf(out, "namespace perk {\n"
                             "// Runs one task; `chunk` is the number of the next chunk of the weight ring.\n"
-                            "__device__ __forceinline__ uint32_t run_task(const Worker &worker, const TaskView &task, "
+                            "__device__ __forceinline__ uint32_t run_task(Worker &worker, const TaskView &task, "
                             "uint32_t chunk) {\n"
                             "    switch (task.kind()) {\n");
     for (int kind = 0; kind < plan->kind_count; kind++) {
@@ -75,12 +76,12 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
     perk_buffer_printf(source, "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
                                "#include \"linear.cuh\"\n#include \"attention.cuh\"\n\n");
     emit_switch(plan, source);
-    perk_buffer_printf(
-        source, "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
-                "(const __grid_constant__ perk_kernel_args args) {\n"
-                "    perk::worker_main(args, [](const perk::Worker &worker, const perk::TaskView &task, uint32_t "
-                "chunk) { return perk::run_task(worker, task, chunk); });\n"
-                "}\n");
+    perk_buffer_printf(source,
+                       "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
+                       "(const __grid_constant__ perk_kernel_args args) {\n"
+                       "    perk::worker_main(args, [](perk::Worker &worker, const perk::TaskView &task, uint32_t "
+                       "chunk) { return perk::run_task(worker, task, chunk); });\n"
+                       "}\n");
     return source->failed ? perk_fail_memory(err, "the program's source") : PERK_OK;
 }
 

@@ -15,11 +15,15 @@ typedef unsigned long long uint64_t;
 #include <stdint.h>
 #endif
 
-/* ---- the block: 8 warps compute, one streams weights ---- */
+/* ---- the block: 8 warps compute, one streams weights, three only bring registers ----
+ * Registers are dealt to warpgroups of 4 warps: 65,536 / 384 threads = 168 each at the launch, of which the third
+ * warpgroup keeps 40, so that the other two get 168 + (168 - 40) / 2 = 232. */
 enum {
     PERK_CONSUMER_WARPS = 8,
     PERK_CONSUMER_THREADS = 256,
-    PERK_BLOCK_THREADS = 288,
+    PERK_BLOCK_THREADS = 384,
+    PERK_CONSUMER_REGISTERS = 232,
+    PERK_PRODUCER_REGISTERS = 40,
 };
 
 /* ---- packed weights ----
@@ -62,6 +66,9 @@ enum {
     PERK_RECORD_WORDS = 32,
 };
 
+#define PERK_TASK_SLOTS_BYTES                                                                                          \
+    (2 * PERK_RECORD_WORDS * 4 + 16) /* of shared memory: this task's record, the next, a flag */
+
 /* One task of one worker, 128 bytes: a warp reads it with one load, a word a lane. */
 typedef struct perk_task_record {
     uint32_t kind;                             /* which instantiation runs it; PERK_TASK_END */
@@ -96,11 +103,14 @@ enum { PERK_BATCH_NUM_TOKENS = 0, PERK_BATCH_NUM_LOGIT_ROWS = 2, PERK_BATCH_NUM_
 /* A query tile: up to 8 rows (token, query head of the group) of one request that share a KV head. */
 typedef struct perk_query_tile {
     int32_t request, first_token, token_count;
-    int32_t first_item, item_count; /* its splits over the KV range */
-    int32_t reserved[3];
+    int32_t first_item, item_count;      /* its splits over the KV range */
+    int32_t fresh_token, fresh_position; /* the request's first token in this step, and its position: keys and values
+                                            from there on are not in the cache yet */
+    int32_t reserved;
 } perk_query_tile;
 
-/* One warp's piece of attention: a query tile against KV positions [kv_begin, kv_end). */
+/* One warp's piece of attention: a query tile against KV positions [kv_begin, kv_end), all in the cache, or all fresh
+ * and at most PERK_KV_UNIT. */
 typedef struct perk_attention_item {
     int32_t query_tile, kv_begin, kv_end, reserved;
 } perk_attention_item;
@@ -114,7 +124,7 @@ typedef struct perk_batch_layout {
 /* ---- a wait that exceeded its limit ---- */
 typedef struct perk_hang_report {
     uint32_t worker;
-    uint32_t task, role;            /* task: in the plan; role: PERK_ROLE_* */
+    uint32_t position, role;        /* position: of the task in the worker's list; role: PERK_ROLE_* */
     uint32_t counter, seen, wanted; /* of the ring: counter is the number of the chunk in the worker's stream */
     uint32_t step, complete;        /* complete: all other fields are written */
 } perk_hang_report;

@@ -1,7 +1,8 @@
 // attention, in three stages of tasks:
-//   append   norm and rotation of the new queries and keys; keys and values go to their pages
-//   partial  query tiles against pieces of the KV range on the tensor cores, one warp a piece (flash attention)
+//   partial  query tiles against pieces of the KV range on the tensor cores, one warp a piece (flash attention); norm
+//            and rotation of the queries, and of the keys that this step adds, happen on the way
 //   merge    the pieces of every (token, head) put together
+//   append   the step's keys and values go to their pages, for the steps after it: nobody in this step waits for that
 //
 // A KV page of one layer and one KV head holds K as [position][dimension] and V as [dimension][position]: both are then
 // read as operands of mma with 16-byte loads straight from memory. A query tile is up to 8 rows (token, query head of
@@ -15,7 +16,7 @@ struct Attention {
     static constexpr uint32_t kGroup = kHeads / kKvHeads;
     static constexpr uint32_t kUnits = kKvHeads * kParts; // unit = head * kParts + part
     static constexpr uint32_t kQkvStride = PERK_ROW_STRIDE((kHeads + 2 * kKvHeads) * kHeadDim);
-    static constexpr uint32_t kQStride = PERK_ROW_STRIDE(kHeads * kHeadDim);
+    static constexpr uint32_t kOutStride = PERK_ROW_STRIDE(kHeads * kHeadDim);
     static constexpr uint32_t kPageElements = program::page_size * kHeadDim;
     static constexpr uint32_t kHalf = kHeadDim / 2;
     static constexpr uint32_t kDimBlocks = kHeadDim / 32; // 32 dimensions: what one 16-byte load a lane covers
@@ -47,95 +48,144 @@ struct Attention {
         return {first, tokens > first ? min(slice, tokens - first) : 0};
     }
 
-    // ---- append ----
-
-    static constexpr uint32_t kLanePairs = (kHalf + 31) / 32; // rotated pairs (i, i + half) a lane
-
-    // Norm and rotation of one head's vector; lane l holds the pairs l, l + 32, ...
-    struct Turn { // what a pair is multiplied with
-        float low_gain, high_gain;
-        float2 rotation; // cos, sin
-    };
-    static __device__ __forceinline__ void norm_and_rotate(float (&low)[kLanePairs], float (&high)[kLanePairs],
-                                                           const Turn (&turn)[kLanePairs], bool has_norm, float eps) {
-        float square_sum = 0.0f;
-#pragma unroll
-        for (uint32_t e = 0; e < kLanePairs; e++) square_sum += low[e] * low[e] + high[e] * high[e];
-        const float scale = has_norm ? rsqrtf(warp_sum(square_sum) / kHeadDim + eps) : 1.0f;
-#pragma unroll
-        for (uint32_t e = 0; e < kLanePairs; e++) {
-            const float x = low[e] * scale * turn[e].low_gain, y = high[e] * scale * turn[e].high_gain;
-            low[e] = x * turn[e].rotation.x - y * turn[e].rotation.y;
-            high[e] = y * turn[e].rotation.x + x * turn[e].rotation.y;
-        }
+    static __device__ __forceinline__ float quad_max(float value) {
+        value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
+        return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
+    }
+    static __device__ __forceinline__ float quad_sum(float value) {
+        value += __shfl_xor_sync(0xffffffffu, value, 1);
+        return value + __shfl_xor_sync(0xffffffffu, value, 2);
     }
 
-    struct AppendOperands {
+    // ---- norm and rotation ----
+
+    // What the step's linear left of every token, and what turns it into queries and keys.
+    struct Source {
         const uint8_t *qkv;
-        uint8_t *q;
         const uint16_t *q_norm, *k_norm; // null: no norm
-        const float2 *rope;              // [positions][kHalf]
-        uint32_t layer;
+        const float2 *rope;              // [positions][kHalf], cos and sin
+        float eps;
+
+        __device__ __forceinline__ const float2 *rope_at(uint32_t position) const {
+            return rope + uint64_t(position) * kHalf;
+        }
+        // 16 bytes from dimension `dimension` on of head `head` of qkv: query heads, then key heads, then value heads.
+        __device__ __forceinline__ const uint8_t *at(uint32_t token, uint32_t head, uint32_t dimension) const {
+            return qkv + (uint64_t(token) * kQkvStride + head * kHeadDim + dimension) * 2;
+        }
     };
 
-    // One vector of one token: vectors 0 ... kGroup-1 are the query heads, then the key, then the value.
-    static __device__ __forceinline__ void append_vector(const Worker &w, const AppendOperands &o, uint32_t head,
-                                                         uint32_t token, uint32_t vector, float eps) {
-        const bool is_query = vector < kGroup, is_value = vector == kGroup + 1;
-        const uint32_t source_head = is_query ? head * kGroup + vector : kHeads + (is_value ? kKvHeads : 0) + head;
-        const uint8_t *source = o.qkv + (uint64_t(token) * kQkvStride + source_head * kHeadDim) * 2;
-        const uint32_t position = w.batch_word(program::batch_positions + token);
-        const uint32_t request = w.batch_word(program::batch_token_request + token);
-        const uint16_t *gain = is_query ? o.q_norm : o.k_norm;
-        const float2 *rope = o.rope + uint64_t(position) * kHalf;
-        float low[kLanePairs], high[kLanePairs];
-        Turn turn[kLanePairs];
-#pragma unroll
-        for (uint32_t e = 0; e < kLanePairs; e++) { // all loads of the vector, its gains and its rotation together
-            const uint32_t i = w.lane + 32 * e, inside = i < kHalf;
-            turn[e].rotation = inside ? __ldg(rope + i) : make_float2(0.0f, 0.0f);
-            turn[e].low_gain = inside && gain ? from_bf16(__ldg(gain + i)) : 1.0f;
-            turn[e].high_gain = inside && gain ? from_bf16(__ldg(gain + i + kHalf)) : 1.0f;
-            low[e] = inside ? from_bf16(load_coherent2(source + i * 2)) : 0.0f;
-            high[e] = inside ? from_bf16(load_coherent2(source + (i + kHalf) * 2)) : 0.0f;
-        }
-        if (!is_value) norm_and_rotate(low, high, turn, gain != nullptr, eps);
+    // Operands of partial and append, by role.
+    enum Operand { kQkv, kPartials, kQNormWeight, kKNormWeight, kRopeTable };
 
-        uint16_t *out = reinterpret_cast<uint16_t *>(o.q) + uint64_t(token) * kQStride + source_head * kHeadDim;
-        uint32_t step = 1;
-        if (!is_query) {
-            const uint32_t slot = position % program::page_size;
-            uint16_t *keys = reinterpret_cast<uint16_t *>(key_page(w, o.layer, page_of(w, request, position), head));
-            out = is_value ? keys + kPageElements + slot : keys + slot * kHeadDim;
-            step = is_value ? program::page_size : 1;
-        }
+    // Made where it is needed: kept over a loop, its pointers would cost spills.
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ Source source_of(const Worker &w, const TaskView &task, float eps) {
+        const uint64_t q_norm = task.operand(kQNormWeight), k_norm = task.operand(kKNormWeight);
+        return {w.args.activations + task.operand(kQkv),
+                kQNorm ? reinterpret_cast<const uint16_t *>(w.args.constants + q_norm) : nullptr,
+                kKNorm ? reinterpret_cast<const uint16_t *>(w.args.constants + k_norm) : nullptr,
+                reinterpret_cast<const float2 *>(w.args.constants + task.operand(kRopeTable)), eps};
+    }
+
+    // Vectors lie across quads: lane q of a quad has the dimensions 32 d + 8 q ... + 7, d = 0 ... kDimBlocks - 1, as
+    // the right operand of mma wants them. Dimension i is rotated with i + kHalf: both in this lane, or one in the lane
+    // two on.
+    static constexpr uint32_t kHalfGroups = kHalf / 8; // of 8 dimensions
+    static constexpr bool kPairsInLane = kHalfGroups % 4 == 0;
+    static_assert(kHalfGroups % 2 == 0, "the lowering refuses other shapes");
+
+    static __device__ __forceinline__ float square_sum(uint32_t pair) {
+        return low_bf16(pair) * low_bf16(pair) + high_bf16(pair) * high_bf16(pair);
+    }
+    static __device__ __forceinline__ float square_sum(Vec16 x) {
+        return (square_sum(x.x) + square_sum(x.y)) + (square_sum(x.z) + square_sum(x.w));
+    }
+
+    // A value times its gain and its row's scale.
+    static __device__ __forceinline__ float2 scaled(uint32_t pair, uint32_t gain, float scale) {
+        return make_float2(low_bf16(pair) * scale * low_bf16(gain), high_bf16(pair) * scale * high_bf16(gain));
+    }
+
+    // Turns dimensions i and i + 1 against i + kHalf and i + 1 + kHalf. `rotation`: cos, sin of i; cos, sin of i + 1.
+    static __device__ __forceinline__ void turn(uint32_t &low, uint32_t &high, uint32_t low_gain, uint32_t high_gain,
+                                                float scale, float4 rotation) {
+        const float2 a = scaled(low, low_gain, scale), b = scaled(high, high_gain, scale);
+        low = pack_bf16(a.x * rotation.x - b.x * rotation.y, a.y * rotation.z - b.y * rotation.w);
+        high = pack_bf16(b.x * rotation.x + a.x * rotation.y, b.y * rotation.z + a.y * rotation.w);
+    }
+    static __device__ __forceinline__ void turn(Vec16 &low, Vec16 &high, Vec16 low_gain, Vec16 high_gain, float scale,
+                                                const float2 *rotation) {
+        const float4 *angles = reinterpret_cast<const float4 *>(rotation);
+        turn(low.x, high.x, low_gain.x, high_gain.x, scale, __ldg(angles));
+        turn(low.y, high.y, low_gain.y, high_gain.y, scale, __ldg(angles + 1));
+        turn(low.z, high.z, low_gain.z, high_gain.z, scale, __ldg(angles + 2));
+        turn(low.w, high.w, low_gain.w, high_gain.w, scale, __ldg(angles + 3));
+    }
+
+    static __device__ __forceinline__ Vec16 shuffle_two_on(Vec16 x) {
+        return {__shfl_xor_sync(0xffffffffu, x.x, 2), __shfl_xor_sync(0xffffffffu, x.y, 2),
+                __shfl_xor_sync(0xffffffffu, x.z, 2), __shfl_xor_sync(0xffffffffu, x.w, 2)};
+    }
+    static __device__ __forceinline__ Vec16 select(bool first, Vec16 a, Vec16 b) {
+        return {first ? a.x : b.x, first ? a.y : b.y, first ? a.z : b.z, first ? a.w : b.w};
+    }
+
+    // Norm (where there is a gain) and rotation, in fp32, rounded once. `rotation`: the row of the position.
+    static __device__ __forceinline__ void turn_vector(const Worker &w, Vec16 (&x)[kDimBlocks], const uint16_t *gain,
+                                                       const float2 *rotation, float eps) {
+        constexpr uint32_t kOnes = 0x3f803f80u; // bf16 1, twice
+        auto gain_at = [&](uint32_t dimension) {
+            return gain ? load_constant16(gain + dimension) : Vec16{kOnes, kOnes, kOnes, kOnes};
+        };
+        float scale = 1.0f;
+        if (gain) {
+            float sum = 0.0f;
 #pragma unroll
-        for (uint32_t e = 0; e < kLanePairs; e++) {
-            const uint32_t i = w.lane + 32 * e;
-            if (i >= kHalf) break;
-            out[i * step] = to_bf16(low[e]);
-            out[(i + kHalf) * step] = to_bf16(high[e]);
+            for (uint32_t d = 0; d < kDimBlocks; d++) sum += square_sum(x[d]);
+            scale = rsqrtf(quad_sum(sum) / kHeadDim + eps);
+        }
+        if constexpr (kPairsInLane) {
+#pragma unroll
+            for (uint32_t d = 0; d < kDimBlocks / 2; d++) {
+                const uint32_t i = d * 32 + w.lane % 4 * 8;
+                turn(x[d], x[d + kDimBlocks / 2], gain_at(i), gain_at(i + kHalf), scale, rotation + i);
+            }
+        } else {
+            // What block d is turned against lies two lanes on: for lanes 0 and 1 in block (d + kShift) % kDimBlocks,
+            // for lanes 2 and 3 one further.
+            constexpr uint32_t kShift = kHalfGroups / 4;
+            const bool asker_is_high = w.lane % 4 < 2; // the asker of lane q is lane q ^ 2
+            Vec16 turned[kDimBlocks];
+#pragma unroll
+            for (uint32_t d = 0; d < kDimBlocks; d++) {
+                const uint32_t i = d * 32 + w.lane % 4 * 8, partner = i < kHalf ? i + kHalf : i - kHalf;
+                const bool is_low = i < kHalf;
+                const Vec16 near = x[(d + kShift) % kDimBlocks], far = x[(d + kShift + 1) % kDimBlocks];
+                const Vec16 other = shuffle_two_on(select(asker_is_high, far, near));
+                Vec16 low = select(is_low, x[d], other), high = select(is_low, other, x[d]);
+                const Vec16 own_gain = gain_at(i), other_gain = gain_at(partner);
+                turn(low, high, select(is_low, own_gain, other_gain), select(is_low, other_gain, own_gain), scale,
+                     rotation + (is_low ? i : partner));
+                turned[d] = select(is_low, low, high);
+            }
+#pragma unroll
+            for (uint32_t d = 0; d < kDimBlocks; d++) x[d] = turned[d];
         }
     }
 
-    // Unit (head, part) appends the tokens of slice `part`.
-    // Operands: 0 qkv, 1 q, 2 q norm, 3 k norm, 4 rope table. Scalar: the layer in the KV cache.
-    template <bool kQNorm, bool kKNorm>
-    static __device__ __forceinline__ void append(const Worker &w, const TaskView &task, float eps) {
-        const uint32_t first = task.first(), stride = task.stride(), count = task.count();
-        const uint64_t q_norm = task.operand(2), k_norm = task.operand(3);
-        const AppendOperands o{w.args.activations + task.operand(0),
-                               w.args.activations + task.operand(1),
-                               kQNorm ? reinterpret_cast<const uint16_t *>(w.args.constants + q_norm) : nullptr,
-                               kKNorm ? reinterpret_cast<const uint16_t *>(w.args.constants + k_norm) : nullptr,
-                               reinterpret_cast<const float2 *>(w.args.constants + task.operand(4)),
-                               task.scalar()};
-        for (uint32_t i = 0; i < count; i++) {
-            const uint32_t unit = first + i * stride, head = unit / kParts;
-            const TokenSlice slice = token_slice(w, unit % kParts, kParts);
-            for (uint32_t j = w.warp; j < slice.count * (kGroup + 2); j += PERK_CONSUMER_WARPS)
-                append_vector(w, o, head, slice.first + j / (kGroup + 2), j % (kGroup + 2), eps);
-        }
+    // The lane's part of a query or key as the linear left it, and turned: ready to be multiplied.
+    static __device__ __forceinline__ void load_vector(const Worker &w, const Source &source, uint32_t token,
+                                                       uint32_t head, Vec16 (&x)[kDimBlocks]) {
+#pragma unroll
+        for (uint32_t d = 0; d < kDimBlocks; d++)
+            x[d] = load_coherent16(source.at(token, head, d * 32 + w.lane % 4 * 8));
+    }
+    static __device__ __forceinline__ void load_turned(const Worker &w, const Source &source, uint32_t token,
+                                                       uint32_t position, uint32_t head, const uint16_t *gain,
+                                                       Vec16 (&x)[kDimBlocks]) {
+        load_vector(w, source, token, head, x);
+        turn_vector(w, x, gain, source.rope_at(position), source.eps);
     }
 
     // ---- partial ----
@@ -156,6 +206,8 @@ struct Attention {
         tile.info.token_count = w.batch_word(words + 2);
         tile.info.first_item = w.batch_word(words + 3);
         tile.info.item_count = w.batch_word(words + 4);
+        tile.info.fresh_token = w.batch_word(words + 5);
+        tile.info.fresh_position = w.batch_word(words + 6);
         tile.rows = tile.info.token_count * kGroup;
         return tile;
     }
@@ -164,62 +216,111 @@ struct Attention {
     struct State {
         float maximum, sum;
         float out[kDimTiles][4];
+
+        __device__ __forceinline__ void clear() {
+            maximum = -infinity();
+            sum = 0.0f;
+#pragma unroll
+            for (uint32_t d = 0; d < kDimTiles; d++)
+#pragma unroll
+                for (uint32_t c = 0; c < 4; c++) out[d][c] = 0.0f;
+        }
     };
 
-    static __device__ __forceinline__ float quad_max(float value) {
-        value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
-        return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
-    }
-    static __device__ __forceinline__ float quad_sum(float value) {
-        value += __shfl_xor_sync(0xffffffffu, value, 1);
-        return value + __shfl_xor_sync(0xffffffffu, value, 2);
-    }
     // What the lanes of rows 2q and 2q+1 hold.
     static __device__ __forceinline__ float2 of_columns(const Worker &w, float value) {
         const uint32_t source = w.lane % 4 * 8;
         return make_float2(__shfl_sync(0xffffffffu, value, source), __shfl_sync(0xffffffffu, value, source + 4));
     }
 
-    // Positions of a KV unit that starts at `begin`: the score tile j gives lane 4g+q the positions 4q+2j and 4q+2j+1
-    // of row g, because row n of the key operand is position 4(n/2) + 2j + n%2. A lane's scores are then exactly its
-    // right operand of the second product, with no exchange between lanes. Rows 8 to 15 of the left operand are zero.
-    static __device__ __forceinline__ void load_keys(const Worker &w, uint32_t layer, uint32_t head, uint32_t request,
-                                                     uint32_t begin, uint32_t end, Vec16 (&k)[2][kDimBlocks]) {
-        const uint32_t n = w.lane / 4, group_start = begin + n / 2 * 4;
-        const uint8_t *keys = key_page(w, layer, page_of(w, request, min(group_start, end - 1)), head);
-#pragma unroll
-        for (uint32_t j = 0; j < 2; j++) {
-            const uint32_t position = min(group_start + 2 * j + n % 2, end - 1);
-            const uint8_t *key = keys + (position % program::page_size * kHeadDim + w.lane % 4 * 8) * 2;
-#pragma unroll
-            for (uint32_t d = 0; d < kDimBlocks; d++) k[j][d] = load_coherent16(key + d * 64);
+    // A warp's piece: one KV head's positions [begin, end) against a query tile, all of them in the cache or all fresh.
+    struct Piece {
+        Tile tile;
+        uint32_t layer, head, begin, end;
+        __device__ __forceinline__ bool is_fresh() const { return begin >= tile.info.fresh_position; }
+        __device__ __forceinline__ uint32_t fresh_token(uint32_t position) const {
+            return tile.info.fresh_token + position - tile.info.fresh_position;
         }
+    };
+
+    // 16 positions of the piece, in registers.
+    struct Unit {
+        Vec16 k[2][kDimBlocks];
+        uint2 v[kDimTiles][2];
+    };
+
+    // Positions of a unit that starts at `begin`: the score tile j gives lane 4g+q the positions 4q+2j and 4q+2j+1 of
+    // row g, because row n of the key operand is position 4(n/2) + 2j + n%2. A lane's scores are then exactly its right
+    // operand of the second product, with no exchange between lanes. Rows 8 to 15 of the left operand are zero.
+    static __device__ __forceinline__ uint32_t key_position(const Worker &w, const Piece &p, uint32_t begin,
+                                                            uint32_t j) {
+        const uint32_t n = w.lane / 4;
+        return min(begin + n / 2 * 4 + 2 * j + n % 2, p.end - 1);
     }
 
-    // Values of 4 positions, for the dimensions g and g + 8 of every row tile of the output.
-    static __device__ __forceinline__ void load_values(const Worker &w, uint32_t layer, uint32_t head, uint32_t request,
-                                                       uint32_t begin, uint32_t end, uint2 (&v)[kDimTiles][2]) {
-        const uint32_t position = min(begin + w.lane % 4 * 4, end - 1) / 4 * 4;
-        const uint8_t *values = key_page(w, layer, page_of(w, request, position), head) +
+    // Keys, and values of 4 positions for the dimensions g and g + 8 of every row tile of the output.
+    static __device__ __forceinline__ void load_cached(const Worker &w, const Piece &p, uint32_t begin, Unit &unit) {
+        const uint32_t request = p.tile.info.request, group_start = begin + w.lane / 8 * 4;
+        const uint8_t *keys = key_page(w, p.layer, page_of(w, request, min(group_start, p.end - 1)), p.head);
+#pragma unroll
+        for (uint32_t j = 0; j < 2; j++) {
+            const uint32_t position = key_position(w, p, begin, j);
+            const uint8_t *key = keys + (position % program::page_size * kHeadDim + w.lane % 4 * 8) * 2;
+#pragma unroll
+            for (uint32_t d = 0; d < kDimBlocks; d++) unit.k[j][d] = load_coherent16(key + d * 64);
+        }
+        const uint32_t position = min(begin + w.lane % 4 * 4, p.end - 1) / 4 * 4;
+        const uint8_t *values = key_page(w, p.layer, page_of(w, request, position), p.head) +
                                 (kPageElements + w.lane / 4 * program::page_size + position % program::page_size) * 2;
 #pragma unroll
         for (uint32_t d = 0; d < kDimTiles; d++)
 #pragma unroll
             for (uint32_t half = 0; half < 2; half++)
-                v[d][half] = load_coherent8(values + (d * 16 + half * 8) * program::page_size * 2);
+                unit.v[d][half] = load_coherent8(values + (d * 16 + half * 8) * program::page_size * 2);
     }
 
-    static __device__ __forceinline__ void score_unit(const Vec16 (&q)[kDimBlocks], const Vec16 (&k)[2][kDimBlocks],
-                                                      float (&scores)[2][4]) {
+    // The same of positions that this step adds, from the linear's output; the keys are not turned yet.
+    static __device__ __forceinline__ void load_fresh_key(const Worker &w, const Piece &p, const Source &source,
+                                                          uint32_t j, Vec16 (&k)[kDimBlocks]) {
+        load_vector(w, source, p.fresh_token(key_position(w, p, p.begin, j)), kHeads + p.head, k);
+    }
+    static __device__ __forceinline__ void turn_key(const Worker &w, const Piece &p, const Source &source, uint32_t j,
+                                                    Vec16 (&k)[kDimBlocks]) {
+        turn_vector(w, k, source.k_norm, source.rope_at(key_position(w, p, p.begin, j)), source.eps);
+    }
+    static __device__ __forceinline__ void load_fresh_values(const Worker &w, const Piece &p, const Source &source,
+                                                             uint2 (&v)[kDimTiles][2]) {
+        const uint8_t *rows[4];
 #pragma unroll
-        for (uint32_t d = 0; d < kDimBlocks; d++)
+        for (uint32_t i = 0; i < 4; i++) {
+            const uint32_t position = min(p.begin + w.lane % 4 * 4 + i, p.end - 1);
+            rows[i] = source.at(p.fresh_token(position), kHeads + kKvHeads + p.head, w.lane / 4);
+        }
+        auto pair = [&](uint32_t i, uint32_t dimension) {
+            return load_coherent2(rows[i] + dimension * 2) | uint32_t(load_coherent2(rows[i + 1] + dimension * 2))
+                                                                 << 16;
+        };
 #pragma unroll
-            for (uint32_t j = 0; j < 2; j++) {
-                mma(scores[j], q[d].x, 0, q[d].y, 0, k[j][d].x, k[j][d].y);
-                mma(scores[j], q[d].z, 0, q[d].w, 0, k[j][d].z, k[j][d].w);
-            }
+        for (uint32_t d = 0; d < kDimTiles; d++)
+#pragma unroll
+            for (uint32_t half = 0; half < 2; half++)
+                v[d][half] = make_uint2(pair(0, d * 16 + half * 8), pair(2, d * 16 + half * 8));
     }
 
+    // Scores of the query rows against one tile of keys.
+    static __device__ __forceinline__ void score_tile(const Vec16 (&q)[kDimBlocks], const Vec16 (&k)[kDimBlocks],
+                                                      float (&scores)[4]) {
+#pragma unroll
+        for (uint32_t d = 0; d < kDimBlocks; d++) {
+            mma(scores, q[d].x, 0, q[d].y, 0, k[d].x, k[d].y);
+            mma(scores, q[d].z, 0, q[d].w, 0, k[d].z, k[d].w);
+        }
+    }
+
+    // What scores are held against: all masked gives weights 0, not NaN.
+    static __device__ __forceinline__ float reference_of(float maximum) {
+        return maximum == -infinity() ? 0.0f : maximum;
+    }
     // Turns scores into weights, base 2, and rescales what was there before.
     static __device__ __forceinline__ void softmax_unit(const Worker &w, State &state, float (&scores)[2][4],
                                                         uint32_t limit, uint32_t window, uint32_t lane_start,
@@ -235,7 +336,7 @@ struct Attention {
                 maximum = fmaxf(maximum, scores[j][c]);
             }
         maximum = quad_max(maximum);
-        const float reference = maximum == -infinity() ? 0.0f : maximum; // all masked: weights 0, not NaN
+        const float reference = reference_of(maximum);
         // Most units do not raise the maximum. (The branch also keeps the loads of values from being moved up among
         // those of keys, where they would cost spills.)
         if (__any_sync(0xffffffffu, maximum > state.maximum)) {
@@ -263,17 +364,12 @@ struct Attention {
         return make_uint2(pair(0), pair(2));
     }
 
-    static __device__ __forceinline__ void attend_unit(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
-                                                       uint32_t layer, uint32_t head, uint32_t request, uint32_t begin,
-                                                       uint32_t end, uint32_t limit, uint32_t window, float scale) {
-        Vec16 k[2][kDimBlocks];
-        uint2 v[kDimTiles][2];
-        load_keys(w, layer, head, request, begin, end, k);
-        load_values(w, layer, head, request, begin, end, v); // in flight beside the keys
+    // Scores to weights, and the values they weigh added to the output.
+    static __device__ __forceinline__ void weigh_unit(const Worker &w, State &state, float (&scores)[2][4],
+                                                      const uint2 (&v)[kDimTiles][2], uint32_t begin, uint32_t end,
+                                                      uint32_t limit, uint32_t window, float scale) {
         const uint32_t lane_start = begin + w.lane % 4 * 4;
         const uint2 mask = mask_first(lane_start >= end ? 0 : min(4u, end - lane_start));
-        float scores[2][4] = {};
-        score_unit(q, k, scores);
         softmax_unit(w, state, scores, limit, window, lane_start, end, scale);
         const uint32_t p0 = pack_bf16(scores[0][0], scores[0][1]), p1 = pack_bf16(scores[1][0], scores[1][1]);
 #pragma unroll
@@ -295,88 +391,304 @@ struct Attention {
             for (uint32_t c = 0; c < 4; c++) out[(2 * q + c % 2) * kHeadDim + d * 16 + c / 2 * 8 + g] = state.out[d][c];
     }
 
-    static __device__ __forceinline__ void attend_item(const Worker &w, const uint8_t *q_base, uint64_t partials,
-                                                       uint32_t layer, uint32_t head, uint32_t item, uint32_t window,
-                                                       float scale) {
+    static __device__ __forceinline__ Piece load_piece(const Worker &w, const TaskView &task, uint32_t head,
+                                                       uint32_t item) {
         const uint32_t words = program::batch_attention_items + item * (sizeof(perk_attention_item) / 4);
-        const uint32_t kv_begin = w.batch_word(words + 1), kv_end = w.batch_word(words + 2);
-        const Tile tile = load_tile(w, w.batch_word(words));
-        const uint32_t row = min(w.lane / 4, tile.rows - 1), token = tile.token(row);
-        const uint32_t limit = w.batch_word(program::batch_positions + token); // the last position it sees
-        const uint32_t column = (head * kGroup + row % kGroup) * kHeadDim + w.lane % 4 * 8;
-        Vec16 q[kDimBlocks];
-#pragma unroll
-        for (uint32_t d = 0; d < kDimBlocks; d++)
-            q[d] = load_coherent16(q_base + (uint64_t(token) * kQStride + column + d * 32) * 2);
-        State state;
-        state.maximum = -infinity();
-        state.sum = 0.0f;
-#pragma unroll
-        for (uint32_t d = 0; d < kDimTiles; d++)
-#pragma unroll
-            for (uint32_t c = 0; c < 4; c++) state.out[d][c] = 0.0f;
-#pragma unroll 1
-        for (uint32_t begin = kv_begin; begin < kv_end; begin += PERK_KV_UNIT)
-            attend_unit(w, state, q, layer, head, tile.info.request, begin, kv_end, limit, window, scale);
-        store_partial(w, state, partial_of(w, partials, head, item));
+        return {load_tile(w, w.batch_word(words)), task.scalar(), head, w.batch_word(words + 1),
+                w.batch_word(words + 2)};
     }
 
-    // Unit (head, part): the items part, part + kParts, ..., dealt to the warps.
-    // Operands: 0 q, 1 partials. Scalar: the layer in the KV cache. `scale` is for base 2: scale * log2(e).
-    static __device__ __forceinline__ void partial(const Worker &w, const TaskView &task, float scale,
-                                                   uint32_t window) {
-        const uint32_t first = task.first(), stride = task.stride(), count = task.count(), layer = task.scalar();
-        const uint64_t q = task.operand(0), partials = task.operand(1);
-        const uint32_t items = w.num_attention_items();
-        for (uint32_t i = 0; i < count; i++) {
-            const uint32_t unit = first + i * stride, head = unit / kParts, part = unit % kParts;
-            for (uint32_t item = part + kParts * w.warp; item < items; item += kParts * PERK_CONSUMER_WARPS)
-                attend_item(w, w.args.activations + q, partials, layer, head, item, window, scale);
+    // Whether a warp has the registers to load early: the first unit of an item that is in the cache before the wait,
+    // since no task of this launch has written it; what is fresh together with the query.
+    static constexpr bool kLoadsAhead =
+        !PERK_PORTABLE && PERK_ARCH < 1200 && program::max_tokens <= (PERK_ARCH == 900 ? 16 : 8);
+
+    static __device__ __forceinline__ void load_ahead(const Worker &w, const TaskView &task, uint32_t head,
+                                                      uint32_t item, Unit &unit) {
+        if constexpr (!kLoadsAhead) return;
+        const Piece p = load_piece(w, task, head, item);
+        if (!p.is_fresh()) load_cached(w, p, p.begin, unit);
+    }
+
+    // A query row: its last position, its own, and how its scores are scaled.
+    struct Mask {
+        uint32_t limit, window;
+        float scale;
+    };
+
+    static __device__ __forceinline__ void attend_unit(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
+                                                       const Unit &unit, uint32_t begin, uint32_t end, Mask mask) {
+        float scores[2][4] = {};
+        score_tile(q, unit.k[0], scores[0]);
+        score_tile(q, unit.k[1], scores[1]);
+        weigh_unit(w, state, scores, unit.v, begin, end, mask.limit, mask.window, mask.scale);
+    }
+
+    // The piece's first unit, turned, is in `unit`; a fresh piece has no more, by the way items are cut.
+    static __device__ __forceinline__ void attend_ahead(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
+                                                        const Piece &p, Unit &unit, Mask mask) {
+#pragma unroll 1
+        for (uint32_t begin = p.begin;;) {
+            attend_unit(w, state, q, unit, begin, p.end, mask);
+            begin += PERK_KV_UNIT;
+            if (begin >= p.end) break;
+            load_cached(w, p, begin, unit);
+        }
+    }
+
+    // The same with few registers.
+    static __device__ __forceinline__ void attend_cached(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
+                                                         const Piece &p, Mask mask) {
+#pragma unroll 1
+        for (uint32_t begin = p.begin; begin < p.end; begin += PERK_KV_UNIT) {
+            Unit unit;
+            load_cached(w, p, begin, unit);
+            attend_unit(w, state, q, unit, begin, p.end, mask);
+        }
+    }
+    static __device__ __forceinline__ void attend_fresh(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
+                                                        const Piece &p, const Source &source, Mask mask) {
+        uint2 v[kDimTiles][2];
+        float scores[2][4] = {};
+#pragma unroll 1 // the keys of both tiles at once would not fit
+        for (uint32_t j = 0; j < 2 && p.begin + 2 * j < p.end; j++) {
+            Vec16 k[kDimBlocks];
+            float tile[4] = {};
+            load_fresh_key(w, p, source, j, k);
+            turn_key(w, p, source, j, k);
+            score_tile(q, k, tile);
+#pragma unroll
+            for (uint32_t c = 0; c < 2; c++) {
+                scores[0][c] = j == 0 ? tile[c] : scores[0][c];
+                scores[1][c] = tile[c];
+            }
+        }
+        load_fresh_values(w, p, source, v);
+        weigh_unit(w, state, scores, v, p.begin, p.end, mask.limit, mask.window, mask.scale);
+    }
+
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ void attend_item(Worker w, const TaskView &task, uint32_t head, uint32_t item,
+                                                       Unit &unit, float scale, uint32_t window, float eps) {
+        w.forget_coordinates(); // addresses are made anew: kept over the wait or the loop, they would cost spills
+        const Piece p = load_piece(w, task, head, item);
+        const uint32_t tile_row = min(w.lane / 4, p.tile.rows - 1), token = p.tile.token(tile_row);
+        const Mask mask{w.batch_word(program::batch_positions + token), window, scale};
+        const bool loads_fresh = kLoadsAhead && p.is_fresh();
+        Vec16 q[kDimBlocks];
+        {
+            const Source source = source_of<kQNorm, kKNorm>(w, task, eps);
+            load_vector(w, source, token, head * kGroup + tile_row % kGroup, q);
+            if (loads_fresh) {
+                load_fresh_key(w, p, source, 0, unit.k[0]);
+                load_fresh_key(w, p, source, 1, unit.k[1]);
+                load_fresh_values(w, p, source, unit.v);
+            }
+            turn_vector(w, q, source.q_norm, source.rope_at(mask.limit), source.eps);
+        }
+        if (loads_fresh) {
+            const Source source = source_of<kQNorm, kKNorm>(w, task, eps);
+            turn_key(w, p, source, 0, unit.k[0]);
+            turn_key(w, p, source, 1, unit.k[1]);
+        }
+        State state;
+        state.clear(); // not before: it takes registers
+        if constexpr (kLoadsAhead)
+            attend_ahead(w, state, q, p, unit, mask);
+        else if (p.is_fresh())
+            attend_fresh(w, state, q, p, source_of<kQNorm, kKNorm>(w, task, eps), mask);
+        else
+            attend_cached(w, state, q, p, mask);
+        store_partial(w, state, partial_of(w, task.operand(kPartials), head, item));
+    }
+
+    // Unit (head, part) = head * kParts + part: the items part, part + kParts, ..., dealt to the warps. Scalar: the
+    // layer in the KV cache. `scale` is for base 2: scale * log2(e).
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ void partial(Worker &w, const TaskView &task, float scale, uint32_t window,
+                                                   float eps) {
+        uint32_t i = 0, item = task.first() % kParts + kParts * w.warp;
+        Unit unit;
+        if (item < w.num_attention_items()) load_ahead(w, task, task.first() / kParts, item, unit);
+        await_inputs(w, task);
+#pragma unroll 1
+        while (i < task.count()) {
+            if (item < w.num_attention_items()) {
+                attend_item<kQNorm, kKNorm>(w, task, (task.first() + i) / kParts, item, unit, scale, window, eps);
+                item += kParts * PERK_CONSUMER_WARPS;
+            }
+            if (item >= w.num_attention_items()) {
+                i++;
+                item = (task.first() + i) % kParts + kParts * w.warp;
+            }
+            if (i < task.count() && item < w.num_attention_items())
+                load_ahead(w, task, (task.first() + i) / kParts, item, unit);
         }
     }
 
     // ---- merge ----
 
     static constexpr uint32_t kLaneDims = kHeadDim / 32;
+    static constexpr uint32_t kMergeBatch = 8; // pieces whose loads are in flight together
 
-    static __device__ __forceinline__ void merge_row(const Worker &w, uint64_t partials, uint8_t *out, uint32_t token,
-                                                     uint32_t query_head) {
-        const Tile tile = load_tile(w, w.batch_word(program::batch_token_query_tile + token));
-        const uint32_t row = (token - tile.info.first_token) * kGroup + query_head % kGroup;
-        const float *first = partial_of(w, partials, query_head / kGroup, tile.info.first_item);
-        const uint32_t items = tile.info.item_count;
-        float maximum = -infinity();
-        for (uint32_t i = w.lane; i < items; i += 32)
-            maximum = fmaxf(maximum, __ldcg(first + uint64_t(i) * kPartialFloats + row));
-        for (int offset = 16; offset > 0; offset /= 2)
-            maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
-        float sum = 0.0f, total[kLaneDims] = {};
-#pragma unroll 8 // loads of as many pieces are in flight
-        for (uint32_t i = 0; i < items; i++) {
-            const float *partial = first + uint64_t(i) * kPartialFloats;
-            const float weight = exp2_approx(__ldcg(partial + row) - maximum);
-            sum += weight * __ldcg(partial + PERK_QUERY_ROWS + row);
+    // Pieces weighted and summed so far, of one row: dimensions lane, lane + 32, ... of the output.
+    struct Merged {
+        float maximum, sum, total[kLaneDims];
+
+        __device__ __forceinline__ void rescale(float new_maximum) {
+            const float shrink = exp2_approx(maximum - reference_of(new_maximum));
+            maximum = new_maximum;
+            sum *= shrink;
 #pragma unroll
-            for (uint32_t e = 0; e < kLaneDims; e++)
-                total[e] += weight * __ldcg(partial + 2 * PERK_QUERY_ROWS + row * kHeadDim + w.lane + 32 * e);
+            for (uint32_t e = 0; e < kLaneDims; e++) total[e] *= shrink;
         }
-        uint16_t *target = reinterpret_cast<uint16_t *>(out) + uint64_t(token) * kQStride + query_head * kHeadDim;
-#pragma unroll
-        for (uint32_t e = 0; e < kLaneDims; e++) target[w.lane + 32 * e] = to_bf16(total[e] / sum);
+    };
+    static __device__ __forceinline__ float warp_max(float value) {
+        for (int offset = 16; offset > 0; offset /= 2)
+            value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+        return value;
     }
 
-    // Unit (part, head) = part * kHeads + head merges the tokens of slice `part` of kSlices.
+    // Adds the pieces begin, begin + step, ... below `end` (kMergeBatch of them at most) of the tile's row `row`.
+    static __device__ __forceinline__ void merge_batch(const Worker &w, Merged &merged, const float *first,
+                                                       uint32_t row, uint32_t begin, uint32_t step, uint32_t end) {
+        const uint32_t mine = begin + w.lane * step; // lane i knows piece i's maximum and sum
+        const bool inside = w.lane < kMergeBatch && mine < end;
+        const float *piece = first + uint64_t(mine) * kPartialFloats;
+        const float maximum = inside ? __ldcg(piece + row) : -infinity();
+        const float sum = inside ? __ldcg(piece + PERK_QUERY_ROWS + row) : 0.0f;
+        float values[kMergeBatch][kLaneDims];
+#pragma unroll
+        for (uint32_t i = 0; i < kMergeBatch; i++)
+#pragma unroll
+            for (uint32_t e = 0; e < kLaneDims; e++) {
+                const uint32_t item = begin + i * step;
+                const float *out = first + uint64_t(item) * kPartialFloats + 2 * PERK_QUERY_ROWS + row * kHeadDim;
+                values[i][e] = item < end ? __ldcg(out + w.lane + 32 * e) : 0.0f;
+            }
+        merged.rescale(fmaxf(merged.maximum, warp_max(maximum)));
+        const float weight = exp2_approx(maximum - reference_of(merged.maximum));
+#pragma unroll
+        for (uint32_t i = 0; i < kMergeBatch; i++) {
+            const float item_weight = __shfl_sync(0xffffffffu, weight, i);
+            merged.sum += item_weight * __shfl_sync(0xffffffffu, sum, i);
+#pragma unroll
+            for (uint32_t e = 0; e < kLaneDims; e++) merged.total[e] += item_weight * values[i][e];
+        }
+    }
+
+    // Puts together what kRowWarps warps have of one row, in the reduction scratch; the first of them has the result.
+    // All consumer warps take part, in groups.
+    template <uint32_t kRowWarps>
+    static __device__ __forceinline__ void merge_warps(const Worker &w, Merged &merged) {
+        constexpr uint32_t kFloats = kHeadDim + 2; // of a warp
+        static_assert(PERK_CONSUMER_WARPS * kFloats * 4 <= program::reduction_bytes,
+                      "the plan gave too little scratch");
+        float *scratch = reinterpret_cast<float *>(__cvta_shared_to_generic(w.reduction()));
+        float *own = scratch + w.warp * kFloats;
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // the last row's have been read
+        own[0] = merged.maximum;
+        own[1] = merged.sum;
+#pragma unroll
+        for (uint32_t e = 0; e < kLaneDims; e++) own[2 + w.lane + 32 * e] = merged.total[e];
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+        if (w.warp % kRowWarps != 0) return;
+#pragma unroll
+        for (uint32_t i = 1; i < kRowWarps; i++) {
+            const float *other = own + i * kFloats;
+            const float maximum = other[0];
+            merged.rescale(fmaxf(merged.maximum, maximum));
+            const float weight = exp2_approx(maximum - reference_of(merged.maximum));
+            merged.sum += weight * other[1];
+#pragma unroll
+            for (uint32_t e = 0; e < kLaneDims; e++) merged.total[e] += weight * other[2 + w.lane + 32 * e];
+        }
+    }
+
+    // One row by kRowWarps warps, of which this one is number `sub`. `live`: there is such a token.
+    template <uint32_t kRowWarps>
+    static __device__ __forceinline__ void merge_row(const Worker &w, uint64_t partials, uint8_t *out, uint32_t token,
+                                                     uint32_t query_head, bool live) {
+        Merged merged{-infinity(), 0.0f, {}};
+        if (live) {
+            const Tile tile = load_tile(w, w.batch_word(program::batch_token_query_tile + token));
+            const uint32_t row = (token - tile.info.first_token) * kGroup + query_head % kGroup;
+            const float *first = partial_of(w, partials, query_head / kGroup, tile.info.first_item);
+            const uint32_t end = tile.info.item_count;
+#pragma unroll 1
+            for (uint32_t begin = w.warp % kRowWarps; begin < end; begin += kMergeBatch * kRowWarps)
+                merge_batch(w, merged, first, row, begin, kRowWarps, end);
+        }
+        if constexpr (kRowWarps > 1) merge_warps<kRowWarps>(w, merged);
+        if (!live || w.warp % kRowWarps != 0) return;
+        uint16_t *target = reinterpret_cast<uint16_t *>(out) + uint64_t(token) * kOutStride + query_head * kHeadDim;
+#pragma unroll
+        for (uint32_t e = 0; e < kLaneDims; e++)
+            target[w.lane + 32 * e] = to_bf16(__fdividef(merged.total[e], merged.sum));
+    }
+
+    // Unit (part, head) = part * kHeads + head merges the tokens of slice `part` of kSlices, kRowWarps warps a row.
     // Operands: 0 partials, 1 out.
-    template <uint32_t kSlices>
-    static __device__ __forceinline__ void merge(const Worker &w, const TaskView &task) {
+    template <uint32_t kSlices, uint32_t kRowWarps>
+    static __device__ __forceinline__ void merge(Worker &w, const TaskView &task) {
+        constexpr uint32_t kGroups = PERK_CONSUMER_WARPS / kRowWarps;
         const uint32_t first = task.first(), stride = task.stride(), count = task.count();
         const uint64_t partials = task.operand(0);
         uint8_t *out = w.args.activations + task.operand(1);
+        await_inputs(w, task);
         for (uint32_t i = 0; i < count; i++) {
             const uint32_t unit = first + i * stride;
             const TokenSlice slice = token_slice(w, unit / kHeads, kSlices);
-            for (uint32_t j = w.warp; j < slice.count; j += PERK_CONSUMER_WARPS)
-                merge_row(w, partials, out, slice.first + j, unit % kHeads);
+            for (uint32_t j = 0; j < slice.count; j += kGroups) {
+                const uint32_t mine = j + w.warp / kRowWarps;
+                merge_row<kRowWarps>(w, partials, out, slice.first + mine, unit % kHeads, mine < slice.count);
+            }
+        }
+    }
+
+    // ---- append ----
+
+    // 8 keys at a time, one a quad: tokens first + quad, as far as there are `count`.
+    static __device__ __forceinline__ void append_keys(const Worker &w, const Source &source, uint32_t layer,
+                                                       uint32_t head, uint32_t first, uint32_t count) {
+        const uint32_t token = first + min(w.lane / 4, count - 1);
+        const uint32_t position = w.batch_word(program::batch_positions + token);
+        const uint32_t request = w.batch_word(program::batch_token_request + token);
+        Vec16 key[kDimBlocks];
+        load_turned(w, source, token, position, kHeads + head, source.k_norm, key);
+        if (w.lane / 4 >= count) return;
+        uint8_t *target = key_page(w, layer, page_of(w, request, position), head) +
+                          (position % program::page_size * kHeadDim + w.lane % 4 * 8) * 2;
+#pragma unroll
+        for (uint32_t d = 0; d < kDimBlocks; d++) *reinterpret_cast<Vec16 *>(target + d * 64) = key[d];
+    }
+
+    static __device__ __forceinline__ void append_value(const Worker &w, const Source &source, uint32_t layer,
+                                                        uint32_t head, uint32_t token) {
+        const uint32_t position = w.batch_word(program::batch_positions + token);
+        const uint32_t request = w.batch_word(program::batch_token_request + token);
+        uint16_t *target = reinterpret_cast<uint16_t *>(key_page(w, layer, page_of(w, request, position), head)) +
+                           kPageElements + position % program::page_size;
+#pragma unroll
+        for (uint32_t i = w.lane; i < kHeadDim; i += 32)
+            target[i * program::page_size] = load_coherent2(source.at(token, kHeads + kKvHeads + head, i));
+    }
+
+    // Unit (head, slice) = head * kSlices + slice: the tokens of that slice. Scalar: the layer in the KV cache.
+    template <uint32_t kSlices, bool kKNorm>
+    static __device__ __forceinline__ void append(Worker &w, const TaskView &task, float eps) {
+        constexpr uint32_t kKeyTokens = 8; // of one call of append_keys
+        const uint32_t first = task.first(), stride = task.stride(), count = task.count(), layer = task.scalar();
+        const Source source = source_of<false, kKNorm>(w, task, eps);
+        const uint32_t value_warp = PERK_CONSUMER_WARPS - 1 - w.warp; // the few keys and values meet different warps
+        await_inputs(w, task);
+        for (uint32_t i = 0; i < count; i++) {
+            const uint32_t unit = first + i * stride, head = unit / kSlices;
+            const TokenSlice slice = token_slice(w, unit % kSlices, kSlices);
+            for (uint32_t j = w.warp * kKeyTokens; j < slice.count; j += PERK_CONSUMER_WARPS * kKeyTokens)
+                append_keys(w, source, layer, head, slice.first + j, min(kKeyTokens, slice.count - j));
+            for (uint32_t j = value_warp; j < slice.count; j += PERK_CONSUMER_WARPS)
+                append_value(w, source, layer, head, slice.first + j);
         }
     }
 };

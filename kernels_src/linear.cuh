@@ -81,22 +81,31 @@ struct Linear {
         return {pair(x.x, gain.x), pair(x.y, gain.y), pair(x.z, gain.z), pair(x.w, gain.w)};
     }
 
-    // Copies this warp's blocks of all rows to shared memory; nobody else reads them, so no barrier is needed. Loads of
-    // several rows are issued together: one trip to L2, not one a row.
-    static __device__ __forceinline__ void stage_input(const Worker &w, const uint8_t *x, const uint8_t *gain,
-                                                       uint32_t rows) {
-        constexpr uint32_t kPieces = kWarpBlocks * 4; // of 16 bytes, of one row
-        constexpr uint32_t kLanePieces = (kPieces + 31) / 32;
-        constexpr uint32_t kGroup = kLanePieces >= 8 ? 1 : (8 / kLanePieces < kMaxRows ? 8 / kLanePieces : kMaxRows);
-        const uint32_t base = w.staging() + w.warp * kWarpBlocks * rows * 64;
-        Vec16 gains[kFoldedNorm ? kLanePieces : 1]; // the same for all rows
+    static constexpr uint32_t kLanePieces = (kWarpBlocks * 4 + 31) / 32; // of 16 bytes, of one row
+
+    // The gains of the columns that this lane stages, the same for all rows.
+    struct Gains {
+        Vec16 of[kFoldedNorm ? kLanePieces : 1];
+    };
+    static __device__ __forceinline__ Gains load_gains(const Worker &w, const uint8_t *gain) {
+        Gains gains{};
         if constexpr (kFoldedNorm) {
 #pragma unroll
             for (uint32_t p = 0; p < kLanePieces; p++) {
                 const uint32_t piece = w.lane + 32 * p, kb = piece / 4 * PERK_CONSUMER_WARPS + w.warp;
-                gains[p] = kb < kBlocks ? load_constant16(gain + (kb * PERK_BLOCK_COLS + piece % 4 * 8) * 2) : Vec16{};
+                gains.of[p] =
+                    kb < kBlocks ? load_constant16(gain + (kb * PERK_BLOCK_COLS + piece % 4 * 8) * 2) : Vec16{};
             }
         }
+        return gains;
+    }
+
+    // Copies this warp's blocks of all rows to shared memory; nobody else reads them, so no barrier is needed. Loads of
+    // several rows are issued together: one trip to L2, not one a row.
+    static __device__ __forceinline__ void stage_input(const Worker &w, const uint8_t *x, const Gains &gains,
+                                                       uint32_t rows) {
+        constexpr uint32_t kGroup = kLanePieces >= 8 ? 1 : (8 / kLanePieces < kMaxRows ? 8 / kLanePieces : kMaxRows);
+        const uint32_t base = w.staging() + w.warp * kWarpBlocks * rows * 64;
 #pragma unroll 1
         for (uint32_t first = 0; first < rows; first += kGroup) {
             Vec16 values[kGroup][kLanePieces];
@@ -119,7 +128,7 @@ struct Linear {
                     const uint32_t piece = w.lane + 32 * p, kb = piece / 4 * PERK_CONSUMER_WARPS + w.warp;
                     if (kb >= kBlocks) continue;
                     Vec16 value = values[r][p];
-                    if constexpr (kFoldedNorm) value = apply_gain(value, gains[p], square_sum);
+                    if constexpr (kFoldedNorm) value = apply_gain(value, gains.of[p], square_sum);
                     store_shared16(base + (piece / 4 * rows + first + r) * 64 + piece % 4 * 16, value);
                 }
                 if constexpr (kFoldedNorm) {
@@ -152,21 +161,27 @@ struct Linear {
                         if (kb < kBlocks && n * 8 < rows) x[s][n] = input.load(w, kb, n);
                 }
                 if (first == 0) wait_full(w, chunk);
+                Vec16 a[kAhead], b[kAhead];
+#pragma unroll
+                for (uint32_t s = 0; s < kAhead; s++) {
+                    const uint32_t block = (first + s) * PERK_CONSUMER_WARPS + w.warp;
+                    const uint32_t address = w.ring_slot(chunk) + block * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
+                    a[s] = load_shared16(address);
+                    b[s] = load_shared16(address + 512);
+                }
+                if (first + kAhead == kShare) release_chunk(w, chunk, b[kAhead - 1].w); // the products need it no more
 #pragma unroll
                 for (uint32_t s = 0; s < kAhead; s++) {
                     const uint32_t block = (first + s) * PERK_CONSUMER_WARPS + w.warp;
                     if (c * PERK_CHUNK_BLOCKS + block >= kBlocks) continue;
-                    const uint32_t address = w.ring_slot(chunk) + block * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
-                    const Vec16 a = load_shared16(address), b = load_shared16(address + 512);
 #pragma unroll
                     for (uint32_t n = 0; n < kColumnTiles; n++)
                         if (n * 8 < rows) {
-                            mma(sums[n], a.x, a.y, a.z, a.w, x[s][n].x, x[s][n].y);
-                            mma(sums[n], b.x, b.y, b.z, b.w, x[s][n].z, x[s][n].w);
+                            mma(sums[n], a[s].x, a[s].y, a[s].z, a[s].w, x[s][n].x, x[s][n].y);
+                            mma(sums[n], b[s].x, b[s].y, b[s].z, b[s].w, x[s][n].z, x[s][n].w);
                         }
                 }
             }
-            release_chunk(w, chunk);
         }
         return chunk;
     }
@@ -270,13 +285,16 @@ struct Linear {
 
     // ---- the task ----
 
+    struct Tiles {
+        uint32_t first, stride, count;
+    };
+
     template <class Input>
-    static __device__ __forceinline__ uint32_t run_tiles(const Worker &w, const TaskView &task, const Input &input,
+    static __device__ __forceinline__ uint32_t run_tiles(const Worker &w, const Tiles &tiles, const Input &input,
                                                          const Finish &f, uint32_t rows, uint32_t chunk, float eps) {
-        const uint32_t first = task.first(), stride = task.stride(), count = task.count();
 #pragma unroll 1
-        for (uint32_t i = 0; i < count; i++) {
-            const uint32_t tile = first + i * stride, buffer = i % kBuffers;
+        for (uint32_t i = 0; i < tiles.count; i++) {
+            const uint32_t tile = tiles.first + i * tiles.stride, buffer = i % kBuffers;
             const uint32_t my_column_tile = (w.warp - i) % PERK_CONSUMER_WARPS; // rotates, so that finishing is shared
             const bool finishes = my_column_tile < kColumnTiles && my_column_tile * 8 < rows;
             float residual[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -303,17 +321,19 @@ struct Linear {
         return chunk;
     }
 
-    static __device__ __forceinline__ uint32_t run(const Worker &w, const TaskView &task, uint32_t chunk, float eps) {
+    static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk, float eps) {
         const uint32_t rows = row_count<kRowsOf>(w);
+        const Tiles tiles{task.first(), task.stride(), task.count()};
         const uint8_t *x = w.args.activations + task.operand(kInput);
-        const uint8_t *gain = w.args.constants + task.operand(kNormWeight);
         const Finish finish{w.args.activations + task.operand(kResidual), w.args.constants + task.operand(kBias),
                             w.args.activations + task.operand(kOutput), w.args.activations + task.operand(kCandidates)};
+        const Gains gains = load_gains(w, w.args.constants + task.operand(kNormWeight));
+        await_inputs(w, task);
         if (kAlwaysStaged || staged_bytes(rows) <= program::staging_bytes) {
-            stage_input(w, x, gain, rows);
-            return run_tiles(w, task, StagedInput(w, rows), finish, rows, chunk, eps);
+            stage_input(w, x, gains, rows);
+            return run_tiles(w, tiles, StagedInput(w, rows), finish, rows, chunk, eps);
         }
-        if constexpr (!kAlwaysStaged) return run_tiles(w, task, DirectInput(w, x, rows), finish, rows, chunk, eps);
+        if constexpr (!kAlwaysStaged) return run_tiles(w, tiles, DirectInput(w, x, rows), finish, rows, chunk, eps);
         return chunk;
     }
 };

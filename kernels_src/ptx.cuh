@@ -1,6 +1,12 @@
 // PTX, wrapped once. Names follow the instructions. Everything here exists from sm_80 on unless it says otherwise.
 #pragma once
 
+#ifdef __CUDA_ARCH__
+#define PERK_ARCH __CUDA_ARCH__
+#else
+#define PERK_ARCH 0
+#endif
+
 namespace ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
@@ -25,6 +31,9 @@ __device__ __forceinline__ uint32_t load_shared4(uint32_t address) {
     uint32_t v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
+}
+__device__ __forceinline__ void store_shared4(uint32_t address, uint32_t v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 __device__ __forceinline__ void store_shared16(uint32_t address, Vec16 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
@@ -91,33 +100,65 @@ __device__ __forceinline__ void named_barrier(uint32_t name, uint32_t threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
+// Registers of the calling warpgroup's threads from here on; `take` waits until others have given as many. sm_90a on.
+template <uint32_t kRegisters>
+__device__ __forceinline__ void take_registers() {
+#if !PERK_PORTABLE
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <uint32_t kRegisters>
+__device__ __forceinline__ void give_registers() {
+#if !PERK_PORTABLE
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
 __device__ __forceinline__ void exit_thread() { asm volatile("exit;"); }
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+// Lane 0 arrives, not before `loaded`, the result of the warp's last load from shared memory, is there. The address
+// depends on it, because the order of instructions is not enough: a load that was only issued can find what the copy
+// engine put there after the arrival (measured: 16 tokens a step of a 14B shape got wrong sums).
+__device__ __forceinline__ void mbarrier_arrive_after(uint32_t barrier, uint32_t lane, uint32_t loaded) {
+    asm volatile("{ .reg .pred first; .reg .b32 address; .reg .b64 state; setp.eq.u32 first, %1, 0; "
+                 "and.b32 address, %1, %2; add.u32 address, address, %0; " // lane 0: `barrier`
+                 "@first mbarrier.arrive.shared.b64 state, [address]; }" ::"r"(barrier),
+                 "r"(lane), "r"(loaded)
+                 : "memory");
 }
-// True when the phase of that parity has completed. try_wait (sm_90) sleeps a little in hardware.
-__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
+// True when the phase of that parity has completed.
+__device__ __forceinline__ bool mbarrier_peek(uint32_t barrier, uint32_t parity) {
     uint32_t done;
-#if PERK_PORTABLE
-    // test_wait is try_wait without the sleep, and all that sm_80 has.
     asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
+    return done != 0;
+}
+// The same for a wait: sm_90 sleeps a little in hardware.
+__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
+#if PERK_PORTABLE
+    return mbarrier_peek(barrier, parity); // all that sm_80 has
 #else
+    uint32_t done;
     asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
-#endif
     return done != 0;
+#endif
 }
 
 // ---- copies into shared memory ----
+
+__device__ __forceinline__ void copy_async4(uint32_t shared, const void *global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
+// Until all earlier copy_async of this thread have landed.
+__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 #if PERK_PORTABLE
 __device__ __forceinline__ void copy_async16(uint32_t shared, const void *global) {

@@ -13,10 +13,11 @@ __device__ __forceinline__ uint32_t row_count(const Worker &w) {
 // out[r] = table[index[r]]. A task copies the 16-byte column groups first, first + stride, ... of every row.
 // Operands: 0 source rows, 1 output rows.
 template <Rows kRows, uint32_t kIndexWords, uint32_t kSourceStride, uint32_t kOutStride, bool kSourceIsConstant>
-__device__ void gather_rows(const Worker &w, const TaskView &task) {
+__device__ void gather_rows(Worker &w, const TaskView &task) {
     const uint32_t rows = row_count<kRows>(w), first = task.first(), stride = task.stride(), count = task.count();
     const uint8_t *source = (kSourceIsConstant ? w.args.constants : w.args.activations) + task.operand(0);
     uint8_t *out = w.args.activations + task.operand(1);
+    await_inputs(w, task);
     for (uint32_t i = w.thread; i < rows * count; i += PERK_CONSUMER_THREADS) {
         const uint32_t row = i / count, group = first + i % count * stride;
         const uint32_t from = w.batch_word(kIndexWords + row);
@@ -48,12 +49,13 @@ __device__ __forceinline__ float block_sum(const Worker &w, float value) {
 // on one row at a time, 8 columns a thread and piece. Columns beyond the width are zero and stay so. Operands: 0 x, 1
 // weight (constants), 2 out.
 template <Rows kRows, uint32_t kWidth, uint32_t kStride>
-__device__ __forceinline__ void rmsnorm(const Worker &w, const TaskView &task, float eps) {
+__device__ __forceinline__ void rmsnorm(Worker &w, const TaskView &task, float eps) {
     constexpr uint32_t kPieces = (kWidth + 7) / 8;
     constexpr uint32_t kThreadPieces = (kPieces + PERK_CONSUMER_THREADS - 1) / PERK_CONSUMER_THREADS;
     const uint32_t rows = row_count<kRows>(w), first = task.first(), stride = task.stride(), count = task.count();
     const uint8_t *x = w.args.activations + task.operand(0), *weight = w.args.constants + task.operand(1);
     uint8_t *out = w.args.activations + task.operand(2);
+    await_inputs(w, task);
     for (uint32_t i = 0; i < count; i++) {
         const uint32_t row = first + i * stride;
         if (row >= rows) break;
@@ -89,15 +91,16 @@ __device__ __forceinline__ void rmsnorm(const Worker &w, const TaskView &task, f
     }
 }
 
-__device__ __forceinline__ float silu(float value) { return value / (1.0f + __expf(-value)); }
+__device__ __forceinline__ float silu(float value) { return __fdividef(value, 1.0f + __expf(-value)); }
 
 // out[r][c] = silu(x[r][c]) * x[r][width + c]. A task owns the columns [8 first, 8 (first + count)).
 // Operands: 0 x, 1 out.
 template <Rows kRows, uint32_t kWidth, uint32_t kInStride, uint32_t kOutStride>
-__device__ void silu_mul(const Worker &w, const TaskView &task) {
+__device__ void silu_mul(Worker &w, const TaskView &task) {
     const uint32_t rows = row_count<kRows>(w), first = task.first(), columns = task.count() * 8;
     const uint8_t *x = w.args.activations + task.operand(0);
     uint8_t *out = w.args.activations + task.operand(1);
+    await_inputs(w, task);
     for (uint32_t i = w.thread; i < rows * columns; i += PERK_CONSUMER_THREADS) {
         const uint32_t row = i / columns, column = first * 8 + i % columns;
         if (column >= kWidth) continue;
@@ -129,11 +132,12 @@ constexpr float kLowest = -3.402823466e38f;
 // out[r] = index of the largest logit, from the candidates that each row tile of the vocabulary projection left.
 // A task owns the rows first, first + stride, ... Operands: 0 candidates [rows][tiles], 1 out.
 template <uint32_t kTiles, uint32_t kOutStride>
-__device__ void argmax(const Worker &w, const TaskView &task) {
+__device__ void argmax(Worker &w, const TaskView &task) {
     const uint32_t rows = row_count<Rows::logits>(w), first = task.first(), stride = task.stride(),
                    count = task.count();
     const uint8_t *candidates = w.args.activations + task.operand(0);
     int32_t *out = reinterpret_cast<int32_t *>(w.args.activations + task.operand(1));
+    await_inputs(w, task);
     for (uint32_t i = 0; i < count; i++) {
         const uint32_t row = first + i * stride;
         if (row >= rows) break;

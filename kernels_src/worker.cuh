@@ -10,24 +10,27 @@ using namespace ptx;
 constexpr uint32_t kConsumerBarrier = 1;    // named barrier of the 8 consumer warps; 0 is __syncthreads
 constexpr uint32_t kPollsPerClockRead = 64; // reading the global timer costs more than a poll
 
-// ---- shared memory: ring slots | staging of activations | reduction scratch | the step's batch | barriers ----
+// ---- shared memory: ring slots | staging of activations | reduction scratch | the step's batch | task records |
+// barriers ----
 struct SharedMap {
     static constexpr uint32_t ring = 0;
     static constexpr uint32_t staging = program::ring_slots * PERK_CHUNK_BYTES;
     static constexpr uint32_t reduction = staging + program::staging_bytes;
     static constexpr uint32_t batch = reduction + program::reduction_bytes;
-    static constexpr uint32_t barriers = batch + program::batch_shared_bytes;
+    static constexpr uint32_t tasks = batch + program::batch_shared_bytes;
+    static constexpr uint32_t given_up = tasks + 2 * sizeof(perk_task_record); // a word: a wait exceeded its limit
+    static constexpr uint32_t barriers = tasks + PERK_TASK_SLOTS_BYTES;
     static constexpr uint32_t bytes = barriers + 2 * 8 * program::ring_slots;
 };
 static_assert(SharedMap::bytes <= program::shared_bytes, "the plan and the kernel disagree about shared memory");
 
 struct Worker {
     const perk_kernel_args &args;
-    uint32_t index; // of this worker
     uint32_t warp, lane, thread;
     uint32_t shared;   // address of dynamic shared memory
-    uint32_t task;     // the running task's index in the plan, for reports
-    bool has_given_up; // a wait for a counter exceeded its limit; known to thread 0
+    uint32_t position; // of the running task in the worker's list
+
+    __device__ __forceinline__ uint32_t index() const { return blockIdx.x; } // of this worker
 
     // Forgets what the compiler knows of the thread's coordinates. Without it, addresses of every kind of task are
     // computed ahead of the task loop, kept through all tasks, and spilled by those that need the registers.
@@ -65,18 +68,18 @@ struct Worker {
 };
 
 // ---- waits with a limit ----
-// Whoever waits past the limit reports it, and from then on nobody waits for counters any more: every worker that would
+// Whoever waits past the limit reports it, and from then on nobody waits for long any more: every worker that would
 // runs its list to the end on whatever is in memory, without signalling, so that the counters still tell how far the
-// step has come. The launch ends like any other, the host throws the step away, and the context survives. Weights that
-// never come end the warps that need them, which are all consumer warps of the worker.
+// step has come. The launch ends like any other, the host throws the step away, and the context survives. Who waits for
+// weights that never come works on with what the slot holds; a producer that waits for a slot in vain ends.
 
 // Writes who waited for what, for the host; the first one only.
-__device__ __forceinline__ void report_hang(const perk_kernel_args &args, uint32_t worker, uint32_t task, uint32_t role,
-                                            uint32_t counter, uint32_t seen, uint32_t wanted) {
+__device__ __forceinline__ void report_hang(const perk_kernel_args &args, uint32_t worker, uint32_t position,
+                                            uint32_t role, uint32_t counter, uint32_t seen, uint32_t wanted) {
     if (atomicCAS(args.hang_claim, 0u, 1u) != 0u) return;
     volatile perk_hang_report *report = args.hang;
     report->worker = worker;
-    report->task = task;
+    report->position = position;
     report->role = role;
     report->counter = counter;
     report->seen = seen;
@@ -86,54 +89,62 @@ __device__ __forceinline__ void report_hang(const perk_kernel_args &args, uint32
     report->complete = 1;
 }
 
-// Calls `satisfied` until it holds. False: the limit has passed, here or elsewhere. The last look comes after the
-// clock, so that the lanes of a warp that waits for one barrier agree.
-template <class Satisfied>
-__device__ __forceinline__ bool wait_until(const perk_kernel_args &args, Satisfied satisfied) {
+// How long a wait has lasted. Waits look at it between polls, and only there, so that a wait that finds what it wants
+// at once costs one test and one branch.
+struct Patience {
+    uint32_t polls = 0;
     uint64_t start = 0;
-    while (true) {
-#pragma unroll 1
-        for (uint32_t polls = 0; polls < kPollsPerClockRead; polls++)
-            if (satisfied()) return true;
-        if constexpr (!program::waits_are_limited) continue;
+
+    // True when the limit has passed, here or elsewhere.
+    __device__ __forceinline__ bool is_over(const perk_kernel_args &args) {
+        if (!program::waits_are_limited || ++polls % kPollsPerClockRead != 0) return false;
         const uint64_t now = global_timer();
         if (start == 0) start = now;
-        if (now - start > args.wait_limit_ns || load_coherent4(args.hang_claim) != 0) return satisfied();
+        return now - start > args.wait_limit_ns || load_coherent4(args.hang_claim) != 0;
     }
-}
+};
 
 // One thread waits for a counter; the caller spreads the news with a barrier.
-__device__ __forceinline__ bool wait_counter(const Worker &w, uint32_t counter, uint32_t target) {
-    uint32_t seen = 0;
-    const uint32_t *address = w.args.counters + counter;
-    if (wait_until(w.args, [&] { return static_cast<int32_t>((seen = load_acquire_gpu(address)) - target) >= 0; }))
-        return true;
-    report_hang(w.args, w.index, w.task, PERK_ROLE_COUNTER, counter, seen, target);
-    return false;
+// This loop and the next are left at one place only, in the way of those whose wait succeeds: giving up changes what is
+// waited for. A second exit costs a few percent of a step, since lanes have to be brought together behind it.
+__device__ __forceinline__ void wait_counter(const Worker &w, uint32_t counter, uint32_t target) {
+    Patience patience;
+    uint32_t seen;
+    while (static_cast<int32_t>((seen = load_acquire_gpu(w.args.counters + counter)) - target) < 0)
+        if (patience.is_over(w.args)) {
+            report_hang(w.args, w.index(), w.position, PERK_ROLE_COUNTER, counter, seen, target);
+            store_shared4(w.shared + SharedMap::given_up, 1);
+            target = seen;
+        }
 }
 
-// A whole warp waits for the barrier of a chunk's slot, or ends.
+// A whole warp waits for the barrier of a chunk's slot.
+template <bool kEndsLate> // or takes the slot as it is
 __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uint32_t parity, uint32_t role,
                                           uint32_t chunk) {
-    if (wait_until(w.args, [&] { return mbarrier_test(barrier, parity); })) {
-        __syncwarp(); // what follows multiplies with all lanes
-        return;
-    }
-    report_hang(w.args, w.index, w.task, role, chunk, 0, 1);
-    exit_thread();
+    Patience patience;
+    while (!mbarrier_test(barrier, parity))
+        if (patience.is_over(w.args)) {
+            report_hang(w.args, w.index(), w.position, role, chunk, 0, 1);
+            if (kEndsLate) exit_thread();
+            store_shared4(w.shared + SharedMap::given_up, 1);
+            parity ^= 1; // of the phase before, which has completed
+        }
+    __syncwarp(); // what follows works with all lanes
 }
 
 // ---- the weight ring ----
 // Chunk number c (counted over the whole launch) lives in slot c % ring_slots. A slot's full barrier completes when its
 // bytes have landed, its empty barrier when all consumer warps have read it.
 
+template <bool kEndsLate = false>
 __device__ __forceinline__ void wait_full(const Worker &w, uint32_t chunk) {
-    wait_slot(w, w.full_barrier(chunk), chunk / program::ring_slots & 1, PERK_ROLE_RING_FULL, chunk);
+    wait_slot<kEndsLate>(w, w.full_barrier(chunk), chunk / program::ring_slots & 1, PERK_ROLE_RING_FULL, chunk);
 }
-// By every lane of a consumer warp once it has read the chunk.
-__device__ __forceinline__ void release_chunk(const Worker &w, uint32_t chunk) {
+// By every lane of a consumer warp once it has read the chunk; `last` is a word of what it read last.
+__device__ __forceinline__ void release_chunk(const Worker &w, uint32_t chunk, uint32_t last) {
     __syncwarp();
-    if (w.lane == 0) mbarrier_arrive(w.empty_barrier(chunk));
+    mbarrier_arrive_after(w.empty_barrier(chunk), w.lane, last);
 }
 
 __device__ __forceinline__ void init_ring(const Worker &w) {
@@ -143,16 +154,27 @@ __device__ __forceinline__ void init_ring(const Worker &w) {
             mbarrier_init(w.empty_barrier(slot), PERK_CONSUMER_WARPS);
         }
         fence_mbarrier_init();
+        store_shared4(w.shared + SharedMap::given_up, 0);
     }
     __syncthreads();
 }
 
-// Starts the copy of one chunk. At most `chunks_in_flight` copies are under way: more would only queue up in front of
-// the few loads that are on the critical path (counters, activations). docs/performance.md has the measurements.
+// How many copies may be under way: few, since more would only queue up in front of the few loads that are on the
+// critical path (counters, activations); but more for a worker whose consumers have read nearly all that it has, so
+// that those who are behind get more of the bandwidth, and all reach the end of a stage together. docs/performance.md
+// has the measurements.
+__device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
+    if (chunk < program::chunks_in_flight_behind) return;
+    const uint32_t old = chunk - program::chunks_in_flight_behind;
+    const bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
+    if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
+}
+
+// Starts the copy of one chunk.
 __device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, const uint8_t *source, uint32_t bytes) {
     const uint32_t round = chunk / program::ring_slots;
-    if (round > 0) wait_slot(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
-    if (chunk >= program::chunks_in_flight) wait_full(w, chunk - program::chunks_in_flight);
+    if (round > 0) wait_slot<true>(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
+    await_flight(w, chunk);
 #if PERK_PORTABLE
     const uint32_t slot = w.ring_slot(chunk);
     for (uint32_t offset = w.lane * 16; offset < bytes; offset += 32 * 16) copy_async16(slot + offset, source + offset);
@@ -168,13 +190,18 @@ __device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, cons
 
 // ---- task records ----
 
-// A record lies across a warp, a word a lane; fields are read by shuffle.
-struct TaskView {
-    uint32_t word;
+__device__ __forceinline__ const perk_task_record *record_at(const Worker &w, uint32_t position) {
+    return w.args.tasks + uint64_t(w.index()) * program::tasks_per_worker + position;
+}
 
-    __device__ __forceinline__ uint32_t get(uint32_t index) const { return __shfl_sync(0xffffffffu, word, index); }
+// The record of the consumers' running task, in shared memory: a slot for it, and one for the next.
+struct TaskView {
+    uint32_t address;
+
+    __device__ __forceinline__ TaskView(const Worker &w, uint32_t position)
+        : address(w.shared + SharedMap::tasks + position % 2 * sizeof(perk_task_record)) {}
+    __device__ __forceinline__ uint32_t get(uint32_t index) const { return load_shared4(address + index * 4); }
     __device__ __forceinline__ uint32_t kind() const { return get(0); }
-    __device__ __forceinline__ uint32_t task() const { return get(1); }
     __device__ __forceinline__ uint32_t first() const { return get(2); }
     __device__ __forceinline__ uint32_t stride() const { return get(3); }
     __device__ __forceinline__ uint32_t count() const { return get(4); }
@@ -184,90 +211,102 @@ struct TaskView {
     __device__ __forceinline__ uint32_t signal_counter() const { return get(17); }
     __device__ __forceinline__ uint64_t operand(uint32_t i) const { return uint64_t(get(18 + i)) * 256; }
     __device__ __forceinline__ uint32_t scalar() const { return get(24); }
-    __device__ __forceinline__ uint64_t stream_base() const { return uint64_t(get(25)) * PERK_WEIGHT_BLOCK_BYTES; }
-    __device__ __forceinline__ uint32_t stream_tiles() const { return get(26); }
-    __device__ __forceinline__ uint32_t stream_blocks() const { return get(27); }
 };
-static_assert(sizeof(perk_task_record) == 128, "a record is one word a lane");
+static_assert(sizeof(perk_task_record) == 128, "a record is one word a lane of a warp");
 
-__device__ __forceinline__ TaskView load_task(const Worker &w, uint32_t position) {
-    const perk_task_record *list = w.args.tasks + uint64_t(w.index) * program::tasks_per_worker;
-    return {__ldg(reinterpret_cast<const uint32_t *>(list + position) + w.lane)};
+// Warp 0 starts fetching a record into its slot, a word a lane. It is there for all after await_record and a barrier.
+__device__ __forceinline__ void fetch_record(const Worker &w, uint32_t position) {
+    if (w.warp != 0) return;
+    copy_async4(TaskView(w, position).address + w.lane * 4,
+                reinterpret_cast<const uint32_t *>(record_at(w, position)) + w.lane);
 }
+__device__ __forceinline__ void await_record() { copy_async_wait(); }
 
 // ---- the two roles ----
 
+// What the producer needs of a record.
+struct StreamTask {
+    uint32_t kind;
+    uint32_t lane_in_round, workers, rounds;
+    uint32_t base, tiles, blocks; // packed weights of the stage; tiles 0: it streams nothing
+};
+__device__ __forceinline__ StreamTask load_stream_task(const Worker &w, uint32_t position) {
+    const perk_task_record *record = record_at(w, position);
+    return {__ldg(&record->kind),         __ldg(&record->first),       __ldg(&record->stride),
+            __ldg(&record->count),        __ldg(&record->stream_base), __ldg(&record->stream_tiles),
+            __ldg(&record->stream_blocks)};
+}
+
 // Streams this worker's chunks of one stage: its tiles round by round, the workers' chunks side by side in memory.
-__device__ __forceinline__ uint32_t stream_task(const Worker &w, const TaskView &task, uint32_t chunk) {
-    const uint32_t tiles = task.stream_tiles(), blocks = task.stream_blocks(), count = task.count();
-    const uint32_t lane_in_round = task.first(), workers = task.stride();
-    const uint8_t *round_base = w.args.weights + task.stream_base();
-    for (uint32_t round = 0; round < count; round++) {
-        const uint32_t width = min(workers, tiles - round * workers);
-        for (uint32_t block = 0; block < blocks; block += PERK_CHUNK_BLOCKS, chunk++) {
-            const uint32_t bytes = min(uint32_t(PERK_CHUNK_BLOCKS), blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
-            const uint64_t offset = uint64_t(width) * block * PERK_WEIGHT_BLOCK_BYTES + uint64_t(lane_in_round) * bytes;
+__device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
+    const uint8_t *round_base = w.args.weights + uint64_t(task.base) * PERK_WEIGHT_BLOCK_BYTES;
+    for (uint32_t round = 0; round < task.rounds; round++) {
+        const uint32_t width = min(task.workers, task.tiles - round * task.workers);
+        for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++) {
+            const uint32_t bytes = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
+            const uint64_t offset =
+                uint64_t(width) * block * PERK_WEIGHT_BLOCK_BYTES + uint64_t(task.lane_in_round) * bytes;
             push_chunk(w, chunk, round_base + offset, bytes);
         }
-        round_base += uint64_t(width) * blocks * PERK_WEIGHT_BLOCK_BYTES;
+        round_base += uint64_t(width) * task.blocks * PERK_WEIGHT_BLOCK_BYTES;
     }
     return chunk;
 }
 
 __device__ __forceinline__ void produce(Worker &w) {
     uint32_t chunk = 0;
-    TaskView next = load_task(w, 0);
-    for (uint32_t position = 0; next.kind() != PERK_TASK_END; position++) {
-        const TaskView task = next;
-        next = load_task(w, position + 1);
-        w.task = task.task();
-        if (task.stream_tiles() != 0) chunk = stream_task(w, task, chunk);
+    StreamTask next = load_stream_task(w, 0);
+    for (w.position = 0; next.kind != PERK_TASK_END; w.position++) {
+        const StreamTask task = next;
+        next = load_stream_task(w, w.position + 1);
+        if (task.tiles != 0) chunk = stream_task(w, task, chunk);
     }
-}
-
-// Waits for what the task needs, on behalf of the block.
-__device__ __forceinline__ void begin_task(Worker &w, const TaskView &task) {
-    if (w.warp == 0) {
-        for (uint32_t i = 0; i < PERK_RECORD_WAITS; i++) {
-            const uint32_t counter = task.wait_counter(i), per_step = task.wait_per_step(i);
-            const uint32_t target = w.args.step * per_step + task.wait_needed(i);
-            if (per_step != 0 && w.lane == 0 && !w.has_given_up) w.has_given_up = !wait_counter(w, counter, target);
-        }
-    }
-    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-}
-
-// The barrier collects the block's writes, the release makes them visible to whoever sees the counter.
-__device__ __forceinline__ void end_task(const Worker &w, const TaskView &task) {
-    const uint32_t counter = task.signal_counter();
-    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-    if (w.thread == 0 && !w.has_given_up) add_release_gpu(w.args.counters + counter, 1);
 }
 
 // A profiled program's time stamps; any other program has no trace of them.
-__device__ __forceinline__ void stamp(const Worker &w, uint32_t position, uint32_t which) {
+__device__ __forceinline__ void stamp(const Worker &w, uint32_t which) {
 #if PERK_PROFILE
-    const uint64_t task = uint64_t(w.index) * program::tasks_per_worker + position;
+    const uint64_t task = uint64_t(w.index()) * program::tasks_per_worker + w.position;
     if (w.thread == 0) w.args.stamps[task * PERK_STAMPS + which] = global_timer();
 #endif
 }
 
-// `run_task(worker, task, chunk)` is the program's switch over its kinds; it returns the next chunk number.
+// Waits for what the task needs, on behalf of the block: a lane of warp 0 a counter. Every task calls it once, before
+// it reads what others wrote; what does not depend on others (addresses, constants) comes before it, off the path.
+__device__ __forceinline__ void await_inputs(Worker &w, const TaskView &task) {
+    if (w.warp == 0) {
+        const uint32_t i = w.lane % PERK_RECORD_WAITS;
+        const uint32_t counter = task.wait_counter(i), per_step = task.wait_per_step(i);
+        const uint32_t target = w.args.step * per_step + task.wait_needed(i);
+        if (w.lane < PERK_RECORD_WAITS && per_step != 0) wait_counter(w, counter, target);
+        __syncwarp();
+    }
+    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+    stamp(w, PERK_STAMP_READY);
+}
+
+// The barrier collects the block's writes, the release makes them visible to whoever sees the counter.
+__device__ __forceinline__ void signal_outputs(const Worker &w, const TaskView &task) {
+    const uint32_t counter = task.signal_counter(), given_up = load_shared4(w.shared + SharedMap::given_up);
+    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+    if (w.thread == 0 && !given_up) add_release_gpu(w.args.counters + counter, 1);
+}
+
+// `run_task(worker, task, chunk)` is the program's switch over its kinds; it awaits the task's inputs and returns the
+// next chunk number. The first record is in its slot.
 template <class RunTask>
 __device__ __forceinline__ void consume(Worker &w, RunTask run_task) {
     uint32_t chunk = 0;
-    TaskView next = load_task(w, 0);
-    for (uint32_t position = 0; next.kind() != PERK_TASK_END; position++) {
-        const TaskView task = next;
-        next = load_task(w, position + 1); // in flight while this task runs
+    for (w.position = 0;; w.position++) {
         w.forget_coordinates();
-        w.task = task.task();
-        stamp(w, position, PERK_STAMP_REACHED);
-        begin_task(w, task);
-        stamp(w, position, PERK_STAMP_READY);
+        const TaskView task(w, w.position);
+        if (task.kind() == PERK_TASK_END) break;
+        fetch_record(w, w.position + 1); // under way while this task runs
+        stamp(w, PERK_STAMP_REACHED);
         chunk = run_task(w, task, chunk);
-        end_task(w, task);
-        stamp(w, position, PERK_STAMP_DONE);
+        await_record();
+        signal_outputs(w, task); // with a barrier
+        stamp(w, PERK_STAMP_DONE);
     }
 }
 
@@ -283,14 +322,18 @@ __device__ __forceinline__ void copy_batch(const Worker &w) {
 template <class RunTask>
 __device__ __forceinline__ void worker_main(const perk_kernel_args &args, RunTask run_task) {
     extern __shared__ __align__(1024) uint8_t shared_memory[];
-    Worker w{args, blockIdx.x, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, shared_address(shared_memory),
-             0,    false};
+    Worker w{args, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, shared_address(shared_memory), 0};
     copy_batch<program::batch_shared_bytes>(w);
+    fetch_record(w, 0);
+    await_record();
     init_ring(w); // with a barrier of the whole block
-    if (w.warp == PERK_CONSUMER_WARPS)
-        produce(w);
-    else
+    if (w.warp < PERK_CONSUMER_WARPS) {
+        take_registers<PERK_CONSUMER_REGISTERS>();
         consume(w, run_task);
+    } else {
+        give_registers<PERK_PRODUCER_REGISTERS>();
+        if (w.warp == PERK_CONSUMER_WARPS) produce(w);
+    }
 }
 
 } // namespace perk

@@ -293,9 +293,12 @@ static void describe_origin(const perk_plan *plan, uint32_t step, const uint32_t
 static perk_status fail_hang(perk_gpu *gpu, perk_error *err) {
     const perk_hang_report *hang = gpu->hang;
     const perk_plan *plan = gpu->plan;
-    if (hang->task >= (uint32_t)plan->task_count)
-        return perk_fail(err, PERK_INTERNAL, "the report of a hang names task %u of %d", hang->task, plan->task_count);
-    const perk_op *op = plan->graph->ops[plan->stages[plan->tasks[hang->task].stage].op];
+    if (hang->worker >= (uint32_t)plan->device.worker_count ||
+        hang->position >= (uint32_t)(plan->worker_begin[hang->worker + 1] - plan->worker_begin[hang->worker]))
+        return perk_fail(err, PERK_INTERNAL, "the report of a hang names task %u of worker %u", hang->position,
+                         hang->worker);
+    int task = plan->worker_begin[hang->worker] + (int)hang->position;
+    const perk_op *op = plan->graph->ops[plan->stages[plan->tasks[task].stage].op];
     perk_buffer text = {0};
     uint32_t *counters = perk_calloc((size_t)plan->counter_count, sizeof *counters);
     describe_wait(plan, hang, &text);
@@ -307,9 +310,9 @@ static perk_status fail_hang(perk_gpu *gpu, perk_error *err) {
     }
     perk_status status = perk_fail(
         err, PERK_HANG,
-        "step %u: task %u, %s, of op %s, waited more than %d ms for %s. The launch has ended; open the engine "
+        "step %u: task %d, %s, of op %s, waited more than %d ms for %s. The launch has ended; open the engine "
         "again",
-        hang->step, hang->task, perk_check_task_text(plan, (int)hang->task).text, op->type->name, gpu->wait_limit_ms,
+        hang->step, task, perk_check_task_text(plan, task).text, op->type->name, gpu->wait_limit_ms,
         text.data ? text.data : "?");
     free(counters);
     perk_buffer_free(&text);

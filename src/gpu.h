@@ -47,6 +47,12 @@ perk_status perk_gpu_read_ceiling(perk_executor *executor, int runs, double *byt
  * each task of perk_gpu_plan. */
 perk_status perk_gpu_task_times(perk_executor *executor, perk_task_time *times, perk_error *err);
 
+/* What one sync over all workers takes: microseconds of `runs` launches, each the mean over PERK_GPU_SYNCS of them. A
+ * launch is a list of tasks that do nothing, in the loop and with the waits of any program; PERK_HANG when a wait
+ * exceeds its limit, PERK_INTERNAL when the counters do not end where they must. */
+enum { PERK_GPU_SYNCS = 256 };
+perk_status perk_gpu_sync_times(perk_executor *executor, int runs, double *microseconds, perk_error *err);
+
 /* Bytes a second that the bus carries from pinned memory to the device. */
 perk_status perk_gpu_bus_speed(perk_executor *executor, double *bytes_per_second, perk_error *err);
 

@@ -16,7 +16,9 @@ static void cut_query_tiles(const perk_plan *plan, const perk_batch *batch, batc
             perk_query_tile *tile = &out->tiles[count];
             *tile = (perk_query_tile){.request = r,
                                       .first_token = batch->first_token[r] + done,
-                                      .token_count = PERK_MIN(per_tile, batch->token_count[r] - done)};
+                                      .token_count = PERK_MIN(per_tile, batch->token_count[r] - done),
+                                      .fresh_token = batch->first_token[r],
+                                      .fresh_position = batch->positions[batch->first_token[r]]};
             for (int32_t i = 0; i < tile->token_count; i++) out->token_query_tile[tile->first_token + i] = count;
             count++;
         }
@@ -30,12 +32,15 @@ static int32_t tile_length(const perk_batch *batch, const perk_query_tile *tile)
 
 static int64_t count_items(const perk_batch *batch, const batch_words *w, int32_t units) {
     int64_t total = 0;
-    for (int32_t i = 0; i < w->header->num_query_tiles; i++)
-        total += (int64_t)perk_ceil_div((uint64_t)tile_length(batch, &w->tiles[i]), (uint64_t)units * PERK_KV_UNIT);
+    for (int32_t i = 0; i < w->header->num_query_tiles; i++) {
+        int32_t fresh = w->tiles[i].fresh_position;
+        total += (int64_t)perk_ceil_div((uint64_t)fresh, (uint64_t)units * PERK_KV_UNIT);
+        total += (int64_t)perk_ceil_div((uint64_t)(tile_length(batch, &w->tiles[i]) - fresh), PERK_KV_UNIT);
+    }
     return total;
 }
 
-/* The shortest pieces, in KV units, that give no more items than there are warps for a KV head. */
+/* The shortest pieces of the cache, in KV units, that give no more items than there are warps for a KV head. */
 static int32_t choose_piece(const perk_plan *plan, const perk_batch *batch, const batch_words *w) {
     int32_t low = 1, high = (int32_t)perk_ceil_div((uint64_t)plan->config.max_seq_length, PERK_KV_UNIT);
     while (low < high) {
@@ -48,18 +53,22 @@ static int32_t choose_piece(const perk_plan *plan, const perk_batch *batch, cons
     return low;
 }
 
+/* Adds the pieces of positions [begin, end). */
+static void add_items(batch_words *out, int32_t tile, int32_t begin, int32_t end, int32_t piece) {
+    for (; begin < end; begin += piece)
+        out->items[out->header->num_attention_items++] =
+            (perk_attention_item){.query_tile = tile, .kv_begin = begin, .kv_end = PERK_MIN(begin + piece, end)};
+}
+
 static void cut_items(const perk_plan *plan, const perk_batch *batch, batch_words *out) {
-    int32_t piece = choose_piece(plan, batch, out) * PERK_KV_UNIT, count = 0;
+    int32_t piece = choose_piece(plan, batch, out) * PERK_KV_UNIT;
     for (int32_t i = 0; i < out->header->num_query_tiles; i++) {
         perk_query_tile *tile = &out->tiles[i];
-        int32_t length = tile_length(batch, tile);
-        tile->first_item = count;
-        for (int32_t begin = 0; begin < length; begin += piece)
-            out->items[count++] =
-                (perk_attention_item){.query_tile = i, .kv_begin = begin, .kv_end = PERK_MIN(begin + piece, length)};
-        tile->item_count = count - tile->first_item;
+        tile->first_item = out->header->num_attention_items;
+        add_items(out, i, 0, tile->fresh_position, piece);
+        add_items(out, i, tile->fresh_position, tile_length(batch, tile), PERK_KV_UNIT);
+        tile->item_count = out->header->num_attention_items - tile->first_item;
     }
-    out->header->num_attention_items = count;
 }
 
 void perk_gpu_batch_write(const perk_plan *plan, const perk_batch_layout *layout, const perk_batch *batch,

@@ -223,14 +223,14 @@ perk_region perk_lower_columns(const perk_lowering *l, int tensor, int begin, in
 void perk_lower_end(perk_lowering *l) {
     if (l->error.status != PERK_OK) return;
     perk_stage *stage = &l->plan->stages[l->plan->stage_count - 1];
-    l->rotation = (l->rotation + stage->unit_count) % l->plan->device.worker_count;
+    if (stage->stream.tensor >= 0) l->rotation = (l->rotation + stage->unit_count) % l->plan->device.worker_count;
 }
 
 void perk_lower_runs(perk_lowering *l, int units, perk_lower_run add, void *user) {
     int workers = l->plan->device.worker_count, tasks = PERK_MIN(units, workers);
     for (int i = 0; i < tasks && l->error.status == PERK_OK; i++) {
         int first = (int)((int64_t)units * i / tasks), end = (int)((int64_t)units * (i + 1) / tasks);
-        add(l, user, (l->rotation + i) % workers, first, end - first);
+        add(l, user, (l->rotation + workers - 1 - i) % workers, first, end - first);
     }
 }
 
@@ -314,6 +314,10 @@ int perk_plan_pages_per_request(const perk_config *config) {
     return (int)perk_ceil_div((uint64_t)config->max_seq_length, (uint64_t)config->page_size);
 }
 
+int perk_plan_items_per_query_tile(const perk_config *config) {
+    return 1 + (int)perk_ceil_div((uint64_t)config->max_num_batched_tokens, PERK_KV_UNIT);
+}
+
 perk_batch_layout perk_plan_batch_layout(const perk_plan *plan) {
     const perk_config *c = &plan->config;
     perk_batch_layout layout = {0};
@@ -349,11 +353,14 @@ int perk_plan_batch_shared_bytes(const perk_plan *plan) {
 static perk_status plan_shared_memory(perk_lowering *l) {
     perk_plan *plan = l->plan;
     int reduction = 256;
-    for (int i = 0; i < l->graph->op_count; i++)
-        if (is_linear(l->graph->ops[i]))
-            reduction = PERK_MAX(reduction,
-                                 perk_linear_reduction_bytes(perk_lower_rows(l, l->graph->ops[i]->output->row_kind)));
-    int batch = perk_plan_batch_shared_bytes(plan), room = plan->device.shared_memory - reduction - batch;
+    for (int i = 0; i < l->graph->op_count; i++) {
+        const perk_op *op = l->graph->ops[i];
+        if (is_linear(op))
+            reduction = PERK_MAX(reduction, perk_linear_reduction_bytes(perk_lower_rows(l, op->output->row_kind)));
+        if (op->type == &perk_op_attention) reduction = PERK_MAX(reduction, perk_attention_reduction_bytes(op));
+    }
+    int batch = perk_plan_batch_shared_bytes(plan), fixed = reduction + batch + PERK_TASK_SLOTS_BYTES;
+    int room = plan->device.shared_memory - fixed;
     int slots_wanted = PERK_MIN(RING_SLOTS_WANTED, PERK_MAX(RING_SLOTS_MIN, room * 3 / 4 / SLOT_BYTES));
     l->staging_limit = PERK_MAX(0, (room - slots_wanted * SLOT_BYTES) / 128 * 128);
     int staging = 0, small = l->staging_limit;
@@ -369,7 +376,7 @@ static perk_status plan_shared_memory(perk_lowering *l) {
     plan->staging_bytes = staging;
     plan->reduction_bytes = reduction;
     plan->ring_slots = PERK_MIN(RING_SLOTS_MAX, (room - plan->staging_bytes) / SLOT_BYTES);
-    plan->shared_bytes = plan->ring_slots * SLOT_BYTES + plan->staging_bytes + reduction + batch;
+    plan->shared_bytes = plan->ring_slots * SLOT_BYTES + plan->staging_bytes + fixed;
     if (plan->ring_slots < RING_SLOTS_MIN)
         return perk_fail(&l->error, PERK_UNSUPPORTED,
                          "%s: %d bytes of shared memory a block are too few for a step of %d tokens; lower "
@@ -396,15 +403,51 @@ static void add_ancestor(ancestry *a, int stage, int of) {
     to[stage / 64] |= UINT64_C(1) << (stage % 64);
 }
 
-/* needed_by[s][t]: stage s reads what stage t writes. Filled per stage from the regions of its tasks. */
-static void find_needs(const perk_plan *plan, int stage, int task_begin, int task_end, const int *last_writer,
+/* Who touched what last, while the stages are walked in order; -1: nobody yet. */
+typedef struct last_uses {
+    int *writer;   /* [plan tensors] */
+    int *reader;   /* [plan tensors] of the KV cache: its readers see the steps before */
+    int unawaited; /* a stage that only appends to the KV cache, as long as no other waits for it */
+} last_uses;
+
+/* Whether tasks of this step read what the stage writes. */
+static bool appends_only(const perk_plan *plan, int task_begin, int task_end) {
+    for (int t = task_begin; t < task_end; t++)
+        for (int r = plan->tasks[t].write_begin; r < plan->tasks[t].write_end; r++)
+            if (plan->tensors[plan->regions[r].tensor].space != PERK_SPACE_KV) return false;
+    return true;
+}
+
+/* needs[t]: the stage reads what stage t writes, or appends to the KV cache that t reads. What nobody in the step
+ * needs, an append, is needed by the stage after the next: it is over by then, and memory that it reads can be used
+ * again. */
+static void find_needs(const perk_plan *plan, int stage, int task_begin, int task_end, const last_uses *last,
                        bool *needs) {
     memset(needs, 0, (size_t)plan->stage_count);
-    for (int t = task_begin; t < task_end; t++)
+    for (int t = task_begin; t < task_end; t++) {
         for (int r = plan->tasks[t].read_begin; r < plan->tasks[t].read_end; r++) {
-            int writer = last_writer[plan->regions[r].tensor];
+            int writer = last->writer[plan->regions[r].tensor];
             if (writer >= 0 && writer != stage) needs[writer] = true;
         }
+        for (int r = plan->tasks[t].write_begin; r < plan->tasks[t].write_end; r++) {
+            int reader = last->reader[plan->regions[r].tensor];
+            if (reader >= 0 && reader != stage) needs[reader] = true;
+        }
+    }
+    if (last->unawaited >= 0 && last->unawaited + 2 <= stage) needs[last->unawaited] = true;
+}
+
+static void note_uses(const perk_plan *plan, int stage, int task_begin, int task_end, last_uses *last) {
+    for (int t = task_begin; t < task_end; t++) {
+        for (int r = plan->tasks[t].read_begin; r < plan->tasks[t].read_end; r++) {
+            int tensor = plan->regions[r].tensor;
+            if (plan->tensors[tensor].space == PERK_SPACE_KV) last->reader[tensor] = stage;
+        }
+        for (int r = plan->tasks[t].write_begin; r < plan->tasks[t].write_end; r++)
+            last->writer[plan->regions[r].tensor] = stage;
+    }
+    if (last->unawaited >= 0 && last->unawaited + 2 <= stage) last->unawaited = -1;
+    if (appends_only(plan, task_begin, task_end)) last->unawaited = stage;
 }
 
 static bool add_wait(perk_lowering *l, perk_wait wait) {
@@ -435,24 +478,25 @@ static void add_step_waits(perk_lowering *l, const bool *is_sink) {
 static perk_status plan_waits(perk_lowering *l, ancestry *a) {
     perk_plan *plan = l->plan;
     int stages = plan->stage_count;
-    int *last_writer = perk_calloc((size_t)plan->tensor_count, sizeof *last_writer);
+    last_uses last = {.writer = perk_calloc((size_t)plan->tensor_count, sizeof *last.writer),
+                      .reader = perk_calloc((size_t)plan->tensor_count, sizeof *last.reader),
+                      .unawaited = -1};
     int *wait_begin = perk_calloc((size_t)stages + 1, sizeof *wait_begin);
     bool *needs = perk_calloc((size_t)stages, sizeof *needs), *is_sink = perk_calloc((size_t)stages, sizeof *is_sink);
-    if (!last_writer || !wait_begin || !needs || !is_sink) {
+    if (!last.writer || !last.reader || !wait_begin || !needs || !is_sink) {
         fail_memory(l);
         goto out;
     }
-    for (int i = 0; i < plan->tensor_count; i++) last_writer[i] = -1;
+    for (int i = 0; i < plan->tensor_count; i++) last.writer[i] = last.reader[i] = -1;
     for (int s = 0; s < stages; s++) is_sink[s] = true;
     for (int s = 0, task = 0; s < stages; s++) {
         int task_end = task + plan->stages[s].task_count;
-        find_needs(plan, s, task, task_end, last_writer, needs);
+        find_needs(plan, s, task, task_end, &last, needs);
         wait_begin[s] = add_stage_waits(l, s, needs, a);
         for (int other = 0; other < s; other++)
             if (needs[other]) is_sink[other] = false;
-        for (; task < task_end; task++)
-            for (int r = plan->tasks[task].write_begin; r < plan->tasks[task].write_end; r++)
-                last_writer[plan->regions[r].tensor] = s;
+        note_uses(plan, s, task, task_end, &last);
+        task = task_end;
     }
     wait_begin[stages] = plan->wait_count;
     int step_begin = plan->wait_count;
@@ -471,7 +515,8 @@ static perk_status plan_waits(perk_lowering *l, ancestry *a) {
                       (int)PERK_RECORD_WAITS);
     }
 out:
-    free(last_writer);
+    free(last.writer);
+    free(last.reader);
     free(wait_begin);
     free(needs);
     free(is_sink);

@@ -18,7 +18,8 @@ struct perk_lowering {
     int *plan_tensor;          /* [graph tensors]: its plan tensor, -1: none yet */
     const perk_op **fold_into; /* [graph ops]: the op whose stage does this op's work, NULL: it has its own */
     int staging_limit;         /* bytes that staged activations may take */
-    int rotation;              /* the worker that gets the next stage's first unit */
+    int rotation;              /* the worker that gets the next stage's first unit: the one after the last that got
+                                  a tile of weights, so that all stream equally much */
     struct perk_lowering_growth {
         int tensors, stages, kinds, tasks, waits, signals, regions;
     } capacity;
@@ -53,7 +54,8 @@ perk_region perk_lower_columns(const perk_lowering *lowering, int tensor, int be
 /* Closes the stage: waits, signals, the next rotation. */
 void perk_lower_end(perk_lowering *lowering);
 
-/* Deals `units` to the workers in contiguous runs of nearly equal length and calls `add` for each non-empty run. */
+/* Deals `units` to the workers in contiguous runs of nearly equal length and calls `add` for each non-empty run.
+ * Workers that get the fewest tiles of the next stage come first: few units run beside that stage, not ahead of it. */
 typedef void (*perk_lower_run)(perk_lowering *lowering, void *user, int worker, int first, int count);
 void perk_lower_runs(perk_lowering *lowering, int units, perk_lower_run add, void *user);
 
@@ -68,6 +70,9 @@ static inline bool perk_lower_is_folded(const perk_lowering *lowering, const per
 
 /* Cuts attention for this device (plan->attention_parts and what follows it), or says why this shape cannot be. */
 perk_status perk_attention_plan_shape(perk_lowering *lowering, const perk_op *op, perk_error *err);
+
+/* Shared memory in which the warps of a worker put the pieces of a row of attention together. */
+int perk_attention_reduction_bytes(const perk_op *op);
 
 /* Shared memory of a linear op with `rows` rows of `cols` (kernels_src/linear.cuh has the same formulas). */
 int perk_linear_staged_bytes(int rows, int64_t cols);

@@ -100,9 +100,9 @@ typedef enum perk_stage_work {
     PERK_WORK_SILU_MUL,
     PERK_WORK_ARGMAX,
     PERK_WORK_LINEAR,
-    PERK_WORK_APPEND, /* attention: append, partial, merge */
-    PERK_WORK_PARTIAL,
+    PERK_WORK_PARTIAL, /* attention: partial, merge, append */
     PERK_WORK_MERGE,
+    PERK_WORK_APPEND,
 } perk_stage_work;
 
 typedef struct perk_stage {
@@ -166,6 +166,8 @@ void perk_plan_free(perk_plan *plan);
 perk_batch_layout perk_plan_batch_layout(const perk_plan *plan);
 int perk_plan_batch_shared_bytes(const perk_plan *plan);
 int perk_plan_pages_per_request(const perk_config *config);
+/* Attention items that a query tile has at least: one over the cache, and one for each unit of what the step adds. */
+int perk_plan_items_per_query_tile(const perk_config *config);
 
 /* The checker (src/check.c): proves that every pair of conflicting accesses is ordered by the plan's own lists and
  * counters, within a step and between a step and the next, that every read sees the tensor it means, that nothing waits

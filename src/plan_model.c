@@ -31,9 +31,9 @@ static const struct {
     double us;
 } fixed_costs[] = {
     {&perk_op_linear, "", 1.4},
-    {&perk_op_attention, ".append", 1.7},
-    {&perk_op_attention, ".partial", 1.9},
-    {&perk_op_attention, "", 3.4},
+    {&perk_op_attention, ".append", 1.5},
+    {&perk_op_attention, ".partial", 3.2},
+    {&perk_op_attention, "", 1.6},
     {&perk_op_embed, "", 2.7},
     {&perk_op_rmsnorm, "", 2.7},
     {&perk_op_select_rows, "", 1.3},

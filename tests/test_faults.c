@@ -582,7 +582,8 @@ static void test_hang_report(void) {
     CHECK_OK(open_engine(&engine, PERK_BACKEND_GPU));
     fake->hang = true;
     CHECK(use_engine(engine) == PERK_HANG);
-    CHECK(strstr(err.message, "step 0: task 2, ") && strstr(err.message, ", waited more than 10000 ms for counter 1 ("),
+    CHECK(strstr(err.message, "step 0: task ") && strstr(err.message, "(worker 3, position 2)") &&
+              strstr(err.message, ", waited more than 10000 ms for counter 1 ("),
           "%s", err.message);
     CHECK(strstr(err.message, "to reach 5, where it stood at 4. The first stage that did not finish is "), "%s",
           err.message);

@@ -189,7 +189,7 @@ static void check_cubins(const perk_nvrtc *nvrtc, const perk_buffer *plain, cons
     for (size_t i = 0; i < count; i++) {
         char *text = (char *)(uintptr_t)headers[i].text;
         functions += cut_all(text, "__device__ __forceinline__ void stamp(", "\n}\n");
-        calls += cut_all(text, "        stamp(", "\n");
+        calls += cut_all(text, "stamp(w, ", "\n");
         CHECK(!strstr(text, "PERK_PROFILE"), "%s", headers[i].name);
     }
     CHECK(functions == 1 && calls == PERK_STAMPS, "%d, %d", functions, calls);

@@ -1,9 +1,6 @@
 /* perk bench load: how fast a model folder's weights reach the device, next to what the disk and the bus give. */
 #include "bench.h"
 
-#include "src/gpu.h"
-#include "src/model.h"
-
 #include <errno.h>
 #include <fcntl.h>
 #include <unistd.h>
@@ -55,17 +52,20 @@ static perk_status measure_disk(const perk_checkpoint *checkpoint, double *bytes
     return status;
 }
 
-static perk_status measure(const perk_bench_load_options *options, load_result *result, perk_error *err) {
+static perk_status measure(const perk_bench_command *c, load_result *result, perk_error *err) {
     perk_model *model = NULL;
     perk_executor *gpu = NULL;
     perk_config config = {.max_num_batched_tokens = 1, .max_seq_length = 256};
-    const perk_gpu_options gpu_options = {.threads = options->threads, .log = perk_cli_log(options->verbose)};
-    perk_status status = perk_model_open(&model, options->model, false, 0, err);
+    const perk_gpu_options gpu_options = {.threads = c->bench.threads,
+                                          .cache_folder = c->bench.cache_folder,
+                                          .no_cache = c->bench.no_cache != 0,
+                                          .log = perk_cli_log(c->bench.verbose)};
+    perk_status status = perk_model_open(&model, c->bench.model, false, 0, err);
     if (status == PERK_OK) status = perk_config_resolve(&config, model->max_positions, err);
     if (status == PERK_OK) status = measure_disk(model->checkpoint, &result->disk, err);
     if (status == PERK_OK) {
         result->bytes = perk_checkpoint_bytes(model->checkpoint);
-        if (!options->warm) drop_all(model->checkpoint);
+        if (!c->page_cache) drop_all(model->checkpoint);
         status = perk_gpu_create(&gpu, model->graph, model->checkpoint, &config, &gpu_options, &result->report, err);
     }
     if (status == PERK_OK) {
@@ -77,22 +77,25 @@ static perk_status measure(const perk_bench_load_options *options, load_result *
     return status;
 }
 
-int perk_bench_load(const perk_bench_load_options *options) {
+int perk_bench_measure_load(const perk_bench_command *c) {
     perk_error err = {0};
     load_result result = {0};
-    if (measure(options, &result, &err) != PERK_OK) return perk_cli_fail(&err);
+    if (measure(c, &result, &err) != PERK_OK) return perk_cli_fail(&err);
     double slower = PERK_MIN(result.disk, result.bus);
-    if (!options->json) {
-        printf("%s  %.3f GB  %s  %s\n", options->model, (double)result.bytes * 1e-9, result.report.device,
-               options->warm ? "page cache" : "from disk");
+    if (!c->json) {
+        printf("%s  %.3f GB  %s  %s\n", c->bench.model, (double)result.bytes * 1e-9, result.report.device,
+               c->page_cache ? "page cache" : "from disk");
         printf("  disk %.2f GB/s, bus %.2f GB/s, load %.2f GB/s: %.0f %% of the slower\n", result.disk * 1e-9,
                result.bus * 1e-9, result.load * 1e-9, 100 * result.load / slower);
         return PERK_EXIT_OK;
     }
-    json_t *json =
-        json_pack("{s:s, s:s, s:b, s:I, s:f, s:f, s:f, s:f, s:o}", "what", "load", "model", options->model,
-                  "page_cache", options->warm, "bytes", (json_int_t)result.bytes, "disk_bytes_per_s", result.disk,
-                  "bus_bytes_per_s", result.bus, "load_bytes_per_s", result.load, "percent_of_slower",
-                  100 * result.load / slower, "start", perk_cli_report_json(&result.report));
+    json_t *json = perk_bench_result("load", c->bench.model, result.report.device);
+    json_object_set_new(json, "page_cache", json_boolean(c->page_cache));
+    json_object_set_new(json, "bytes", json_integer((json_int_t)result.bytes));
+    json_object_set_new(json, "disk_bytes_per_s", json_real(result.disk));
+    json_object_set_new(json, "bus_bytes_per_s", json_real(result.bus));
+    json_object_set_new(json, "load_bytes_per_s", json_real(result.load));
+    json_object_set_new(json, "percent_of_slower", json_real(100 * result.load / slower));
+    json_object_set_new(json, "start", perk_cli_report_json(&result.report));
     return perk_cli_print_json(json) ? PERK_EXIT_OK : PERK_EXIT_FAILURE;
 }

@@ -1,16 +1,11 @@
 #include "bench_model.h"
 
-enum { WARM_UP = 8, MAX_TOKENS = 64 };
+enum { WARM_UP = 8, MAX_ROWS = 65536 };
 
-void perk_bench_add_options(perk_cli_options *list, perk_bench_options *o) {
+void perk_bench_add_model_options(perk_cli_options *list, perk_bench_options *o) {
     const perk_cli_option items[] = {
         PERK_CLI_OPTION_TEXT("model", &o->model, "DIR|config.json", "what to measure"),
         PERK_CLI_OPTION_FLAG("random-weights", &o->random_weights, "draw the weights; the config alone is needed"),
-        PERK_CLI_OPTION_INT("batch", &o->batch, "N", "requests in a step", 1, MAX_TOKENS),
-        PERK_CLI_OPTION_INT("context", &o->context, "N", "tokens that every request has before", 1, 1 << 20),
-        PERK_CLI_OPTION_INT("steps", &o->steps, "N", "steps to time", 1, 100000),
-        PERK_CLI_OPTION_INT("max-batched-tokens", &o->tokens, "N",
-                            "tokens that the program is built for (at least the batch)", 1, MAX_TOKENS),
         PERK_CLI_OPTION_INT("page-size", &o->page_size, "N", "positions in a KV page", 16, 4096),
         PERK_CLI_OPTION_FLAG("portable", &o->portable, "sm_80 instructions only"),
         PERK_CLI_OPTION_SEED("seed", &o->seed, "of the random weights"),
@@ -24,25 +19,61 @@ void perk_bench_add_options(perk_cli_options *list, perk_bench_options *o) {
     perk_cli_add(list, items, (int)PERK_COUNT(items));
 }
 
+void perk_bench_add_options(perk_cli_options *list, perk_bench_options *o) {
+    const perk_cli_option items[] = {
+        PERK_CLI_OPTION_INT("batch", &o->batch, "N", "requests in a step", 1, MAX_ROWS),
+        PERK_CLI_OPTION_INT("context", &o->context, "N", "tokens that every request has before", 1, 1 << 20),
+        PERK_CLI_OPTION_INT("steps", &o->steps, "N", "steps to time", 1, 100000),
+        PERK_CLI_OPTION_INT("max-batched-tokens", &o->tokens, "N",
+                            "tokens that the program is built for (at least the batch)", 1, MAX_ROWS),
+    };
+    perk_bench_add_model_options(list, o);
+    perk_cli_add(list, items, (int)PERK_COUNT(items));
+}
+
 /* ---- open and close ---- */
 
-perk_status perk_bench_open(perk_bench *b, const perk_bench_options *o, perk_error *err) {
+perk_status perk_bench_open_model(perk_bench *b, const perk_bench_options *o, perk_error *err) {
     double begin = perk_now();
-    *b = (perk_bench){.options = o,
-                      .config = {.max_num_batched_tokens = PERK_MAX(o->tokens, o->batch),
-                                 .max_num_batched_requests = o->batch,
-                                 .page_size = o->page_size,
-                                 .max_seq_length = o->context + o->steps + 2 * WARM_UP}};
+    *b = (perk_bench){.options = o};
     perk_status status = perk_model_open(&b->model, o->model, o->random_weights != 0, o->seed, err);
-    if (status == PERK_OK) status = perk_config_resolve(&b->config, b->model->max_positions, err);
+    b->report.open_ms = (perk_now() - begin) * 1e3;
+    return status;
+}
+
+static void free_shape(perk_bench *b) {
+    perk_bench_close_gpu(b);
+    perk_batch_free(b->batch);
+    free(b->pages);
+    free(b->ids);
+    free(b->wall_ms);
+    free(b->device_ms);
+    b->batch = NULL;
+    b->pages = b->ids = NULL;
+    b->wall_ms = b->device_ms = NULL;
+}
+
+perk_status perk_bench_set_shape(perk_bench *b, const perk_bench_options *o, perk_error *err) {
+    free_shape(b);
+    b->options = o;
+    b->config = (perk_config){.max_num_batched_tokens = PERK_MAX(o->tokens, o->batch),
+                              .max_num_batched_requests = o->batch,
+                              .page_size = o->page_size,
+                              .max_seq_length = o->context + o->steps + 2 * WARM_UP};
+    perk_status status = perk_config_resolve(&b->config, b->model->max_positions, err);
     if (status == PERK_OK) status = perk_batch_create(&b->batch, &b->config, err);
     if (status != PERK_OK) return status;
-    b->report.open_ms = (perk_now() - begin) * 1e3;
     b->pages = perk_calloc((size_t)b->batch->pages_per_request, sizeof *b->pages);
+    b->ids = perk_calloc((size_t)b->config.max_num_batched_tokens, sizeof *b->ids);
     b->wall_ms = perk_calloc((size_t)o->steps, sizeof *b->wall_ms);
     b->device_ms = perk_calloc((size_t)o->steps, sizeof *b->device_ms);
-    if (!b->pages || !b->wall_ms || !b->device_ms) return perk_fail_memory(err, "measurements");
+    if (!b->pages || !b->ids || !b->wall_ms || !b->device_ms) return perk_fail_memory(err, "measurements");
     return PERK_OK;
+}
+
+perk_status perk_bench_open(perk_bench *b, const perk_bench_options *o, perk_error *err) {
+    perk_status status = perk_bench_open_model(b, o, err);
+    return status == PERK_OK ? perk_bench_set_shape(b, o, err) : status;
 }
 
 perk_status perk_bench_open_gpu(perk_bench *b, bool profile, perk_error *err) {
@@ -69,12 +100,9 @@ void perk_bench_close_gpu(perk_bench *b) {
 }
 
 void perk_bench_close(perk_bench *b) {
-    perk_bench_close_gpu(b);
-    perk_batch_free(b->batch);
+    free_shape(b);
     perk_model_free(b->model);
-    free(b->pages);
-    free(b->wall_ms);
-    free(b->device_ms);
+    free(b->reference);
 }
 
 /* ---- steps ---- */
@@ -90,14 +118,12 @@ perk_status perk_bench_add(perk_bench *b, int32_t request, int32_t position, int
     return perk_batch_add(b->batch, &b->config, ids, count, position, b->pages, want_logits, err);
 }
 
-/* A step of `count` tokens of one request's context. */
-static perk_status step_context(perk_bench *b, int32_t request, int32_t position, int32_t count, int want_logits,
-                                perk_error *err) {
+perk_status perk_bench_step_context(perk_bench *b, int32_t request, int32_t position, int32_t count, int want_logits,
+                                    perk_error *err) {
     perk_step_result result;
-    int32_t ids[MAX_TOKENS];
-    for (int32_t i = 0; i < count; i++) ids[i] = perk_bench_token(b, request, position + i);
+    for (int32_t i = 0; i < count; i++) b->ids[i] = perk_bench_token(b, request, position + i);
     perk_batch_clear(b->batch);
-    perk_status status = perk_bench_add(b, request, position, count, ids, want_logits, err);
+    perk_status status = perk_bench_add(b, request, position, count, b->ids, want_logits, err);
     return status == PERK_OK ? b->gpu->type->step(b->gpu, b->batch, false, &result, err) : status;
 }
 
@@ -105,7 +131,7 @@ perk_status perk_bench_prefill(perk_bench *b, perk_error *err) {
     for (int32_t request = 0; request < b->options->batch; request++)
         for (int32_t position = 0; position < b->options->context;) {
             int32_t count = PERK_MIN(b->config.max_num_batched_tokens, b->options->context - position);
-            perk_status status = step_context(b, request, position, count, 0, err);
+            perk_status status = perk_bench_step_context(b, request, position, count, 0, err);
             if (status != PERK_OK) return status;
             position += count;
         }
@@ -113,7 +139,7 @@ perk_status perk_bench_prefill(perk_bench *b, perk_error *err) {
 }
 
 perk_status perk_bench_prompt_step(perk_bench *b, int32_t count, perk_error *err) {
-    return step_context(b, 0, b->options->context - count, count, 1, err);
+    return perk_bench_step_context(b, 0, b->options->context - count, count, 1, err);
 }
 
 /* Adds one token of every request, runs the step, and leaves the tokens that it chose in `next`. */

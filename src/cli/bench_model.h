@@ -17,7 +17,9 @@ typedef struct perk_bench_options {
 #define PERK_BENCH_DEFAULTS                                                                                            \
     { .batch = 1, .context = 512, .steps = 64, .page_size = 64, .tokens = 1 }
 
+/* All options, of a command that measures one batch at one context; and those that every measurement has. */
 void perk_bench_add_options(perk_cli_options *list, perk_bench_options *options);
+void perk_bench_add_model_options(perk_cli_options *list, perk_bench_options *options);
 
 typedef struct perk_bench {
     const perk_bench_options *options; /* borrowed */
@@ -25,14 +27,21 @@ typedef struct perk_bench {
     perk_model *model;
     perk_executor *gpu;
     perk_batch *batch;
+    float *reference; /* [vocabulary] what perk_bench_check compares with; NULL until needed */
+    int32_t reference_tokens;
     perk_start_report report;    /* of the executor made last */
     int32_t *pages;              /* [pages a request]: of the request being added */
+    int32_t *ids;                /* [tokens a step]: of a step being made */
     double *wall_ms, *device_ms; /* [steps] of the last perk_bench_decode, in their order */
 } perk_bench;
 
 /* The model and a batch; perk_bench_close frees everything, also after a failure. */
 perk_status perk_bench_open(perk_bench *bench, const perk_bench_options *options, perk_error *err);
 void perk_bench_close(perk_bench *bench);
+/* The two parts of perk_bench_open. The second may be called again, for other numbers and the same model: it takes the
+ * executor and the batch away that were there. */
+perk_status perk_bench_open_model(perk_bench *bench, const perk_bench_options *options, perk_error *err);
+perk_status perk_bench_set_shape(perk_bench *bench, const perk_bench_options *options, perk_error *err);
 
 /* The executor, in place of the one before. */
 perk_status perk_bench_open_gpu(perk_bench *bench, bool profile, perk_error *err);
@@ -44,12 +53,28 @@ int32_t perk_bench_token(const perk_bench *bench, int32_t request, int32_t posit
 perk_status perk_bench_add(perk_bench *bench, int32_t request, int32_t position, int32_t count, const int32_t *ids,
                            int want_logits, perk_error *err);
 
+/* A step of `count` tokens of one request's context. */
+perk_status perk_bench_step_context(perk_bench *bench, int32_t request, int32_t position, int32_t count,
+                                    int want_logits, perk_error *err);
 /* Fills the cache of every request with `context` tokens. */
 perk_status perk_bench_prefill(perk_bench *bench, perk_error *err);
 /* One step of the last `count` tokens of the first request's context, which makes what is there once more. */
 perk_status perk_bench_prompt_step(perk_bench *bench, int32_t count, perk_error *err);
 /* `steps` steps of one token of each request, after a few that are not timed. */
 perk_status perk_bench_decode(perk_bench *bench, perk_error *err);
+
+/* ---- is it right? (bench_check.c) ---- */
+
+/* Lets every request of the batch read the same prompt, `chunk` tokens a step. The logits of its last token, a row a
+ * request, are valid until the next step. */
+perk_status perk_bench_read_prompt(perk_bench *bench, int32_t tokens, int32_t chunk, const float **logits,
+                                   perk_error *err);
+/* The program that is timed must compute what the reference computes, within the noise of bf16 in a deep network: every
+ * row of perk_bench_read_prompt's logits against the reference executor's. *error: the worst row's relative L2 error.
+ */
+perk_status perk_bench_check(perk_bench *bench, int32_t tokens, int32_t chunk, double *error, perk_error *err);
+
+/* ---- numbers ---- */
 
 /* The value below which `part` of the values lie; sorts them. */
 double perk_bench_quantile(double *values, int32_t count, double part);

@@ -177,14 +177,15 @@ static perk_status attention_reference(perk_reference *reference, const perk_op 
     return PERK_OK;
 }
 
-/* ---- lowering: append, partial, merge; device code in kernels_src/attention.cuh ---- */
+/* ---- lowering: partial, merge, append; device code in kernels_src/attention.cuh ---- */
 
 /* Shape and plan tensors of one attention op, for its three stages. */
 typedef struct attention_lowering {
     const perk_attention_params *p;
-    int parts;  /* workers that share a KV head */
-    int slices; /* of the step's tokens, in merge */
-    int qkv, q, partials, kv, out, rope;
+    int parts;         /* workers that share a KV head */
+    int slices;        /* of the step's tokens, in merge */
+    int append_slices; /* of the step's tokens, in append */
+    int qkv, partials, kv, out, rope;
     perk_stage *stage;
 } attention_lowering;
 
@@ -219,7 +220,8 @@ perk_status perk_attention_plan_shape(perk_lowering *l, const perk_op *op, perk_
     plan->attention_parts = PERK_MAX(1, plan->device.worker_count / p->num_kv_heads);
     plan->tokens_per_query_tile = per_tile;
     plan->max_query_tiles = PERK_MIN(tokens, tokens / per_tile + plan->config.max_num_batched_requests);
-    plan->max_attention_items = PERK_MAX(plan->max_query_tiles, plan->attention_parts * PERK_CONSUMER_WARPS);
+    plan->max_attention_items = PERK_MAX(plan->max_query_tiles * perk_plan_items_per_query_tile(&plan->config),
+                                         plan->attention_parts * PERK_CONSUMER_WARPS);
     plan->kv_layer_bytes = (uint64_t)plan->config.max_num_pages * (uint64_t)p->num_kv_heads *
                            (uint64_t)plan->config.page_size * (uint64_t)p->head_dim * 2 * 2;
     return PERK_OK;
@@ -260,36 +262,28 @@ static int lower_partials(perk_lowering *l, const attention_lowering *a) {
                               l->plan->max_attention_items * partial_floats(a->p), PERK_F32);
 }
 
-static void add_append(perk_lowering *l, void *user, int worker, int first, int count) {
-    const attention_lowering *a = user;
+/* The columns of qkv that hold a KV head's key and value. */
+static perk_region key_and_value(const perk_lowering *l, const attention_lowering *a, int head) {
     const perk_attention_params *p = a->p;
-    int dim = p->head_dim, group = p->num_heads / p->num_kv_heads;
-    perk_lower_task(l, worker, first, 1, count);
-    for (int role = 2; role <= 4; role++) /* norms and the rope table */
+    return perk_lower_columns(l, a->qkv, (p->num_heads + head) * p->head_dim, p->head_dim,
+                              p->num_kv_heads * p->head_dim, 2);
+}
+
+/* Norms and the rope table, of the task that was added last. */
+static void read_turn_operands(perk_lowering *l, const attention_lowering *a) {
+    for (int role = 2; role <= 4; role++)
         if (a->stage->operands[role] >= 0) perk_lower_read(l, perk_lower_whole(l, a->stage->operands[role]));
-    for (int writes = 0; writes < 2; writes++)
-        for (int unit = first; unit < first + count; unit++) {
-            int head = unit / a->parts, part = unit % a->parts;
-            perk_region queries =
-                perk_lower_columns(l, writes ? a->q : a->qkv, head * group * dim, group * dim, dim, 1);
-            perk_region pair =
-                writes ? perk_lower_columns(l, a->kv, head, 1, 1, 1)
-                       : perk_lower_columns(l, a->qkv, (p->num_heads + head) * dim, dim, p->num_kv_heads * dim, 2);
-            set_token_slice(l, &queries, part, a->parts);
-            set_token_slice(l, &pair, part, a->parts);
-            if (is_empty(&queries)) continue;
-            (writes ? perk_lower_write : perk_lower_read)(l, queries);
-            (writes ? perk_lower_write : perk_lower_read)(l, pair);
-        }
 }
 
 static void add_partial(perk_lowering *l, void *user, int worker, int first, int count) {
     const attention_lowering *a = user;
     int dim = a->p->head_dim, group = a->p->num_heads / a->p->num_kv_heads, floats = partial_floats(a->p);
     perk_lower_task(l, worker, first, 1, count);
+    read_turn_operands(l, a);
     for (int unit = first; unit < first + count; unit++) {
         int head = unit / a->parts;
-        perk_lower_read(l, perk_lower_columns(l, a->q, head * group * dim, group * dim, dim, 1));
+        perk_lower_read(l, perk_lower_columns(l, a->qkv, head * group * dim, group * dim, dim, 1));
+        perk_lower_read(l, key_and_value(l, a, head));
         perk_lower_read(l, perk_lower_columns(l, a->kv, head, 1, 1, 1));
     }
     for (int unit = first; unit < first + count; unit++) { /* items part, part + parts, ... of the head */
@@ -319,6 +313,19 @@ static void add_merge(perk_lowering *l, void *user, int worker, int first, int c
     }
 }
 
+static void add_append(perk_lowering *l, void *user, int worker, int first, int count) {
+    const attention_lowering *a = user;
+    perk_lower_task(l, worker, first, 1, count);
+    read_turn_operands(l, a);
+    for (int writes = 0; writes < 2; writes++)
+        for (int unit = first; unit < first + count; unit++) {
+            int head = unit / a->append_slices;
+            perk_region region = writes ? perk_lower_columns(l, a->kv, head, 1, 1, 1) : key_and_value(l, a, head);
+            set_token_slice(l, &region, unit % a->append_slices, a->append_slices);
+            if (!is_empty(&region)) (writes ? perk_lower_write : perk_lower_read)(l, region);
+        }
+}
+
 /* Opens one of the three stages; `call` is the device function with its template arguments and extra arguments. */
 static bool begin_stage(perk_lowering *l, const perk_op *op, attention_lowering *a, const char *suffix,
                         const char *call) {
@@ -329,38 +336,41 @@ static bool begin_stage(perk_lowering *l, const perk_op *op, attention_lowering 
     return a->stage != NULL;
 }
 
-static void lower_append(perk_lowering *l, const perk_op *op, attention_lowering *a) {
-    const perk_attention_params *p = a->p;
-    char call[160];
-    snprintf(call, sizeof call, "template append<%s, %s>(worker, task, %.9ef)", p->q_norm ? "true" : "false",
-             p->k_norm ? "true" : "false", (double)p->norm_eps);
-    if (!begin_stage(l, op, a, ".append", call)) return;
-    a->stage->work = PERK_WORK_APPEND;
-    a->stage->operands[0] = a->qkv;
-    a->stage->operands[1] = a->q;
-    a->stage->operands[2] = perk_lower_tensor(l, p->q_norm, PERK_LAYOUT_ROWS);
-    a->stage->operands[3] = perk_lower_tensor(l, p->k_norm, PERK_LAYOUT_ROWS);
+/* What turns keys, and queries (`q_norm` NULL: none), for the stages that do so; roles as in kernels_src/attention.cuh.
+ */
+static void set_turn_operands(perk_lowering *l, const attention_lowering *a, const perk_tensor *q_norm) {
+    a->stage->operands[2] = perk_lower_tensor(l, q_norm, PERK_LAYOUT_ROWS);
+    a->stage->operands[3] = perk_lower_tensor(l, a->p->k_norm, PERK_LAYOUT_ROWS);
     a->stage->operands[4] = a->rope;
-    perk_lower_runs(l, p->num_kv_heads * a->parts, add_append, a);
-    perk_lower_end(l);
 }
 
 static void lower_partial(perk_lowering *l, const perk_op *op, attention_lowering *a) {
     const double log2e = 1.4426950408889634; /* the device code works in base 2 */
-    char call[160];
-    snprintf(call, sizeof call, "partial(worker, task, %.9ef, %uu)", (double)a->p->scale * log2e,
-             a->p->window ? (unsigned)a->p->window : UINT32_MAX);
+    const perk_attention_params *p = a->p;
+    char call[192];
+    snprintf(call, sizeof call, "template partial<%s, %s>(worker, task, %.9ef, %uu, %.9ef)",
+             p->q_norm ? "true" : "false", p->k_norm ? "true" : "false", (double)p->scale * log2e,
+             p->window ? (unsigned)p->window : UINT32_MAX, (double)p->norm_eps);
     if (!begin_stage(l, op, a, ".partial", call)) return;
     a->stage->work = PERK_WORK_PARTIAL;
-    a->stage->operands[0] = a->q;
+    a->stage->operands[0] = a->qkv;
     a->stage->operands[1] = a->partials;
-    perk_lower_runs(l, a->p->num_kv_heads * a->parts, add_partial, a);
+    set_turn_operands(l, a, p->q_norm);
+    perk_lower_runs(l, p->num_kv_heads * a->parts, add_partial, a);
     perk_lower_end(l);
+}
+
+/* Warps that share a row in merge: all of a worker where it has one row, one where it has as many rows as warps. */
+static int merge_row_warps(const perk_lowering *l, const attention_lowering *a) {
+    int rows = (int)perk_ceil_div((uint64_t)l->plan->config.max_num_batched_tokens, (uint64_t)a->slices);
+    int warps = PERK_CONSUMER_WARPS;
+    while (warps > 1 && rows > PERK_CONSUMER_WARPS / warps) warps /= 2;
+    return warps;
 }
 
 static void lower_merge(perk_lowering *l, const perk_op *op, attention_lowering *a) {
     char call[160];
-    snprintf(call, sizeof call, "template merge<%d>(worker, task)", a->slices);
+    snprintf(call, sizeof call, "template merge<%d, %d>(worker, task)", a->slices, merge_row_warps(l, a));
     if (!begin_stage(l, op, a, "", call)) return;
     a->stage->work = PERK_WORK_MERGE;
     a->stage->operands[0] = a->partials;
@@ -369,21 +379,37 @@ static void lower_merge(perk_lowering *l, const perk_op *op, attention_lowering 
     perk_lower_end(l);
 }
 
+static void lower_append(perk_lowering *l, const perk_op *op, attention_lowering *a) {
+    char call[160];
+    snprintf(call, sizeof call, "template append<%d, %s>(worker, task, %.9ef)", a->append_slices,
+             a->p->k_norm ? "true" : "false", (double)a->p->norm_eps);
+    if (!begin_stage(l, op, a, ".append", call)) return;
+    a->stage->work = PERK_WORK_APPEND;
+    a->stage->operands[0] = a->qkv;
+    set_turn_operands(l, a, NULL);
+    perk_lower_runs(l, a->p->num_kv_heads * a->append_slices, add_append, a);
+    perk_lower_end(l);
+}
+
+int perk_attention_reduction_bytes(const perk_op *op) {
+    return PERK_CONSUMER_WARPS * (op->attention.head_dim + 2) * (int)sizeof(float);
+}
+
 static perk_status attention_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
     const perk_plan *plan = l->plan;
     int tokens = plan->config.max_num_batched_tokens;
     attention_lowering a = {.p = &op->attention, .parts = plan->attention_parts};
     a.slices = PERK_MIN(tokens, PERK_MAX(1, plan->device.worker_count / a.p->num_heads));
+    a.append_slices = PERK_MIN(tokens, a.parts);
     (void)err;
     a.qkv = perk_lower_tensor(l, op->inputs[PERK_IN_X], PERK_LAYOUT_ROWS);
-    a.q = lower_named(l, op, ".q", PERK_SPACE_ACTIVATIONS, tokens, (int)PERK_ROW_STRIDE(op->output->cols), PERK_BF16);
     a.partials = lower_partials(l, &a);
     a.kv = lower_named(l, op, ".kv", PERK_SPACE_KV, tokens, a.p->num_kv_heads, PERK_BF16);
     a.out = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
     a.rope = lower_rope(l, op);
-    if (l->error.status == PERK_OK) lower_append(l, op, &a);
     if (l->error.status == PERK_OK) lower_partial(l, op, &a);
     if (l->error.status == PERK_OK) lower_merge(l, op, &a);
+    if (l->error.status == PERK_OK) lower_append(l, op, &a);
     return l->error.status;
 }
 

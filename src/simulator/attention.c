@@ -1,4 +1,4 @@
-/* As kernels_src/attention.cuh: append, partial, merge. */
+/* As kernels_src/attention.cuh: partial, merge, append. */
 #include "simulator/machine.h"
 
 #include <math.h>
@@ -14,11 +14,12 @@ static void token_slice(const perk_sim_task *t, int part, int parts, int *first,
     *end = PERK_MIN(*first + slice, tokens);
 }
 
-/* ---- append ---- */
+/* ---- norm and rotation ---- */
 
-/* Norm and rotation of one head's vector. */
-static bool turn(perk_sim_task *t, float *x, int gain_role, bool has_norm, int position) {
+/* Of one head's vector; `gain_role`: the operand with the norm's weight. */
+static bool turn(perk_sim_task *t, float *x, int gain_role, int position) {
     int dim = t->op->attention.head_dim, half = dim / 2;
+    bool has_norm = t->stage->operands[gain_role] >= 0;
     float scale = 1;
     const uint16_t *gain = has_norm ? perk_sim_read(t, gain_role, PERK_BF16, 0, 0, dim) : NULL;
     const float *rope = perk_sim_read(t, 4, PERK_F32, position, 0, dim);
@@ -31,40 +32,37 @@ static bool turn(perk_sim_task *t, float *x, int gain_role, bool has_norm, int p
     for (int i = 0; i < half; i++) {
         float a = x[i] * scale * (gain ? perk_bf16_to_f32(gain[i]) : 1);
         float b = x[i + half] * scale * (gain ? perk_bf16_to_f32(gain[i + half]) : 1);
-        x[i] = a * rope[2 * i] - b * rope[2 * i + 1];
-        x[i + half] = b * rope[2 * i] + a * rope[2 * i + 1];
+        x[i] = perk_round_bf16(a * rope[2 * i] - b * rope[2 * i + 1]);
+        x[i + half] = perk_round_bf16(b * rope[2 * i] + a * rope[2 * i + 1]);
     }
     return true;
 }
 
-/* One vector of one token: vectors 0 ... group-1 are the query heads, then the key, then the value. */
-static void append_vector(perk_sim_task *t, int head, int token, int vector) {
-    const perk_attention_params *p = &t->op->attention;
-    int group = group_of(p), dim = p->head_dim;
-    bool is_query = vector<group, is_value = vector> group;
-    int source = is_query ? head * group + vector : p->num_heads + (is_value ? p->num_kv_heads : 0) + head;
-    int position = t->words[t->sim->layout.positions + token], request = t->words[t->sim->layout.token_request + token];
-    float *x = perk_sim_scratch(t, (size_t)dim);
-    const uint16_t *in = x ? perk_sim_read(t, 0, PERK_BF16, token, (int64_t)source * dim, dim) : NULL;
-    if (!in) return;
-    for (int i = 0; i < dim; i++) x[i] = perk_bf16_to_f32(in[i]);
-    int gain_role = is_query ? 2 : 3;
-    if (!is_value && !turn(t, x, gain_role, t->stage->operands[gain_role] >= 0, position)) return;
-    uint16_t *out =
-        is_query ? perk_sim_write(t, 1, PERK_BF16, token, (int64_t)source * dim, dim)
-                 : perk_sim_write_kv(t, is_value ? PERK_SIM_VALUES : PERK_SIM_KEYS, head, request, position, token);
-    for (int i = 0; out && i < dim; i++) out[i] = perk_f32_to_bf16(x[i]);
+enum { Q_NORM = 2, K_NORM = 3 }; /* operands */
+
+/* Head `head` of qkv (query heads, key heads, value heads) of a token, as the step's linear left it. */
+static const uint16_t *read_vector(perk_sim_task *t, int token, int head) {
+    int dim = t->op->attention.head_dim;
+    return perk_sim_read(t, 0, PERK_BF16, token, (int64_t)head * dim, dim);
 }
 
-void perk_sim_append(perk_sim_task *t) {
-    int parts = t->sim->plan->attention_parts, vectors = group_of(&t->op->attention) + 2;
-    for (int i = 0; i < t->task->count; i++) {
-        int unit = perk_sim_unit(t, i), first, end;
-        token_slice(t, unit % parts, parts, &first, &end);
-        for (int token = first; token < end; token++)
-            for (int vector = 0; vector < vectors && !t->status; vector++)
-                append_vector(t, unit / parts, token, vector);
-    }
+/* The same, turned. */
+static bool load_turned(perk_sim_task *t, int token, int head, int gain_role, float *x) {
+    const uint16_t *in = read_vector(t, token, head);
+    for (int i = 0; in && i < t->op->attention.head_dim; i++) x[i] = perk_bf16_to_f32(in[i]);
+    return in && turn(t, x, gain_role, t->words[t->sim->layout.positions + token]);
+}
+
+/* `x` is scratch for a vector. */
+static bool load_key(perk_sim_task *t, int token, int head, float *x, uint16_t *key) {
+    int dim = t->op->attention.head_dim;
+    if (!load_turned(t, token, t->op->attention.num_heads + head, K_NORM, x)) return false;
+    for (int i = 0; i < dim; i++) key[i] = perk_f32_to_bf16(x[i]);
+    return true;
+}
+
+static const uint16_t *read_value(perk_sim_task *t, int token, int head) {
+    return read_vector(t, token, t->op->attention.num_heads + t->op->attention.num_kv_heads + head);
 }
 
 /* ---- partial ---- */
@@ -79,20 +77,33 @@ static perk_query_tile load_tile(const perk_sim_task *t, int index) {
 typedef struct piece {
     perk_sim_task *t;
     perk_query_tile tile;
-    int head, rows;   /* rows: tokens times query heads of the group; the others repeat the last */
-    float *q;         /* [rows][dim] */
-    float *maximum;   /* [PERK_QUERY_ROWS], as a partial lies in memory */
-    float *sum, *out; /* [PERK_QUERY_ROWS], [PERK_QUERY_ROWS][dim] */
-    float scale;      /* for base 2 */
+    int head, rows;                      /* rows: tokens times query heads of the group; the others repeat the last */
+    float *q;                            /* [rows][dim] */
+    float *maximum;                      /* [PERK_QUERY_ROWS], as a partial lies in memory */
+    float *sum, *out;                    /* [PERK_QUERY_ROWS], [PERK_QUERY_ROWS][dim] */
+    float scale;                         /* for base 2 */
+    float *vector;                       /* [dim], scratch */
+    uint16_t *fresh_keys, *fresh_values; /* [PERK_KV_UNIT][dim] */
 } piece;
 
 static bool load_queries(const piece *p) {
     const perk_attention_params *params = &p->t->op->attention;
-    int group = group_of(params), dim = params->head_dim, width = group * dim;
-    for (int i = 0; i < p->tile.token_count; i++) {
-        const uint16_t *q = perk_sim_read(p->t, 0, PERK_BF16, p->tile.first_token + i, (int64_t)p->head * width, width);
-        if (!q) return false;
-        for (int c = 0; c < width; c++) p->q[i * width + c] = perk_bf16_to_f32(q[c]);
+    int group = group_of(params);
+    for (int row = 0; row < p->rows; row++)
+        if (!load_turned(p->t, p->tile.first_token + row / group, p->head * group + row % group, Q_NORM,
+                         p->q + row * params->head_dim))
+            return false;
+    return true;
+}
+
+/* The keys and values of this step's tokens that lie at positions [begin, begin + count). */
+static bool load_fresh(const piece *p, int begin, int count) {
+    int dim = p->t->op->attention.head_dim;
+    for (int i = 0; i < count; i++) {
+        int token = p->tile.fresh_token + begin + i - p->tile.fresh_position;
+        const uint16_t *value = read_value(p->t, token, p->head);
+        if (!value || !load_key(p->t, token, p->head, p->vector, p->fresh_keys + i * dim)) return false;
+        memcpy(p->fresh_values + i * dim, value, (size_t)dim * sizeof *value);
     }
     return true;
 }
@@ -145,13 +156,29 @@ static void store_piece(const piece *p, int item) {
     if (out) memcpy(out, p->maximum, (size_t)floats * sizeof *out);
 }
 
+/* All rows against positions that are all in the cache, or all fresh. */
+static bool attend_positions(const piece *p, int begin, int count) {
+    perk_sim_task *t = p->t;
+    const uint16_t *keys = p->fresh_keys, *values = p->fresh_values;
+    if (begin < p->tile.fresh_position) {
+        keys = perk_sim_read_kv(t, PERK_SIM_KEYS, p->head, p->tile.request, begin, count);
+        values = keys ? perk_sim_read_kv(t, PERK_SIM_VALUES, p->head, p->tile.request, begin, count) : NULL;
+        if (!values) return false;
+    } else if (!load_fresh(p, begin, count)) {
+        return false;
+    }
+    for (int row = 0; row < p->rows; row++) attend_unit(p, row, keys, values, begin, count);
+    return true;
+}
+
 static void attend_item(perk_sim_task *t, int head, int item) {
     const perk_attention_params *params = &t->op->attention;
     perk_attention_item info;
     memcpy(&info, t->words + t->sim->layout.attention_items + (size_t)item * (sizeof info / 4), sizeof info);
     piece p = {.t = t, .tile = load_tile(t, info.query_tile), .head = head};
     size_t floats = (size_t)partial_floats(params), queries = (size_t)PERK_QUERY_ROWS * (size_t)params->head_dim;
-    p.maximum = perk_sim_scratch(t, floats + queries);
+    size_t dim = (size_t)params->head_dim;
+    p.maximum = perk_sim_scratch(t, floats + queries + dim + PERK_KV_UNIT * dim);
     p.rows = p.tile.token_count * group_of(params);
     if (!p.maximum) return;
     memset(p.maximum, 0, floats * sizeof *p.maximum);
@@ -159,15 +186,13 @@ static void attend_item(perk_sim_task *t, int head, int item) {
     p.sum = p.maximum + PERK_QUERY_ROWS;
     p.out = p.sum + PERK_QUERY_ROWS;
     p.q = p.maximum + floats;
+    p.vector = p.q + queries;
+    p.fresh_keys = (uint16_t *)(void *)(p.vector + dim);
+    p.fresh_values = p.fresh_keys + PERK_KV_UNIT * dim;
     p.scale = (float)((double)params->scale * 1.4426950408889634);
     if (!load_queries(&p)) return;
-    for (int begin = info.kv_begin; begin < info.kv_end; begin += PERK_KV_UNIT) {
-        int count = PERK_MIN((int)PERK_KV_UNIT, info.kv_end - begin);
-        const uint16_t *keys = perk_sim_read_kv(t, PERK_SIM_KEYS, head, p.tile.request, begin, count);
-        const uint16_t *values = keys ? perk_sim_read_kv(t, PERK_SIM_VALUES, head, p.tile.request, begin, count) : NULL;
-        if (!values) return;
-        for (int row = 0; row < p.rows; row++) attend_unit(&p, row, keys, values, begin, count);
-    }
+    for (int begin = info.kv_begin; begin < info.kv_end; begin += PERK_KV_UNIT)
+        if (!attend_positions(&p, begin, PERK_MIN((int)PERK_KV_UNIT, info.kv_end - begin))) return;
     store_piece(&p, item);
 }
 
@@ -229,5 +254,27 @@ void perk_sim_merge(perk_sim_task *t) {
         int unit = perk_sim_unit(t, i), first, end;
         token_slice(t, unit / heads, slices, &first, &end);
         for (int token = first; token < end && !t->status; token++) merge_row(t, token, unit % heads);
+    }
+}
+
+/* ---- append ---- */
+
+static void append_token(perk_sim_task *t, int head, int token) {
+    int position = t->words[t->sim->layout.positions + token], request = t->words[t->sim->layout.token_request + token];
+    size_t dim = (size_t)t->op->attention.head_dim;
+    float *vector = perk_sim_scratch(t, dim);
+    uint16_t *key = vector ? perk_sim_write_kv(t, PERK_SIM_KEYS, head, request, position, token) : NULL;
+    if (!key || !load_key(t, token, head, vector, key)) return;
+    const uint16_t *value = read_value(t, token, head);
+    uint16_t *out = value ? perk_sim_write_kv(t, PERK_SIM_VALUES, head, request, position, token) : NULL;
+    if (out) memcpy(out, value, dim * sizeof *out);
+}
+
+void perk_sim_append(perk_sim_task *t) {
+    int slices = PERK_MIN(t->sim->config.max_num_batched_tokens, t->sim->plan->attention_parts);
+    for (int i = 0; i < t->task->count; i++) {
+        int unit = perk_sim_unit(t, i), first, end;
+        token_slice(t, unit % slices, slices, &first, &end);
+        for (int token = first; token < end && !t->status; token++) append_token(t, unit / slices, token);
     }
 }

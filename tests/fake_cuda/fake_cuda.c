@@ -472,7 +472,7 @@ CUresult cuLaunchKernel(CUfunction kernel, unsigned grid_x, unsigned grid_y, uns
 /* What the kernel does when a wait exceeds its limit: it leaves the report, and the launch ends like any other. */
 static void report_hang(perk_hang_report *hang) {
     *hang = (perk_hang_report){
-        .worker = 3, .task = 2, .role = PERK_ROLE_COUNTER, .counter = 1, .seen = 4, .wanted = 5, .complete = 1};
+        .worker = 3, .position = 2, .role = PERK_ROLE_COUNTER, .counter = 1, .seen = 4, .wanted = 5, .complete = 1};
 }
 
 /* Only a profiled program has room for them. */

@@ -21,8 +21,8 @@ PERK_NVRTC_FUNCTIONS(EXPORT_CALL)
 
 /* ---- the file ---- */
 
-enum { KERNELS = 3, SECTIONS = 5 + KERNELS, SYMBOLS = 1 + KERNELS, CODE_BYTES = 64, NAME_BYTES = 256 };
-static const char *const kernels[KERNELS] = {PERK_KERNEL_NAME, "perk_pack_tiles", "perk_read_ceiling"};
+enum { KERNELS = 4, SECTIONS = 5 + KERNELS, SYMBOLS = 1 + KERNELS, CODE_BYTES = 64, NAME_BYTES = 256 };
+static const char *const kernels[KERNELS] = {PERK_KERNEL_NAME, "perk_pack_tiles", "perk_read_ceiling", "perk_sync"};
 
 typedef struct nv_record {
     uint8_t format, attribute;

@@ -1,5 +1,6 @@
 /* The time stamps of a profiled program: the fake driver runs nothing, but it walks the task lists as the workers
- * would, and says when that would have been. The times are made up; order and waiting are those of the lists. */
+ * would, signals, and says when that would have been. The times are made up; order and waiting are those of the lists.
+ */
 #include "fake_stamps.h"
 
 #include <stdbool.h>
@@ -48,7 +49,8 @@ static uint64_t length_of(const perk_task_record *task) {
 }
 
 void fake_stamps_fill(const perk_kernel_args *args, unsigned workers, size_t per_worker) {
-    counter *counters = calloc(highest_counter(args->tasks, workers * per_worker) + 1u, sizeof *counters);
+    uint32_t highest = highest_counter(args->tasks, workers * per_worker);
+    counter *counters = calloc(highest + 1u, sizeof *counters);
     progress *at = calloc(workers, sizeof *at);
     uint64_t begin = 1000000000u * (args->step + 1ull);
     bool moved = counters && at;
@@ -71,6 +73,7 @@ void fake_stamps_fill(const perk_kernel_args *args, unsigned workers, size_t per
             moved = true;
         }
     }
+    for (uint32_t c = 0; c <= highest && counters; c++) args->counters[c] += counters[c].value;
     free(counters);
     free(at);
 }

@@ -1,4 +1,4 @@
-/* What a profiled program would have left in args->stamps. */
+/* What a profiled program would have left in args->stamps, and in args->counters. */
 #ifndef FAKE_STAMPS_H
 #define FAKE_STAMPS_H
 

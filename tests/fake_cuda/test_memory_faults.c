@@ -467,6 +467,11 @@ static void sweep_commands(void) {
     sweep_command("perk tokenize", perk_cli_tokenize, LINE("--model", TINY, "Once upon a time"));
     sweep_command("perk logits", perk_cli_logits,
                   LINE("--model", TINY, "--ids", ids.text, "--backend", "reference", "--perplexity"));
+    sweep_command("perk bench sync", perk_cli_bench, LINE("sync", "--runs", "1", "--no-cache", "--json"));
+    sweep_command("perk bench decode", perk_cli_bench,
+                  LINE("decode", "--model", TINY, "--no-check", "--no-cache", "--context=4", "--steps=1"));
+    sweep_command("perk bench prefill", perk_cli_bench,
+                  LINE("prefill", "--model", TINY, "--no-check", "--prompt-tokens=4", "--runs=1", "--no-cache"));
     sweep_command("perk cache list", perk_cli_cache, LINE("list", "--cache-dir", scratch));
 }
 
