@@ -8,6 +8,7 @@ synccheck; what the waits' limit and the time stamps of perk profile add to a st
 everything passed, 1 something failed. Needs nothing but Python.
 """
 import argparse
+import concurrent.futures
 import os
 import pathlib
 import re
@@ -36,7 +37,7 @@ class Trust:
 
     # ---- sanitizers ----
 
-    def sanitize(self, part, tool, *command):
+    def sanitize(self, tool, *command):
         """The command must succeed, with no finding. Its programs come from the cache, as far as it has them."""
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if not pathlib.Path(sanitizer).exists():
@@ -47,16 +48,18 @@ class Trust:
         summary = re.findall(r"=+ (?:ERROR|RACECHECK) SUMMARY: (.*)", done.stdout + done.stderr)
         require(done.returncode == 0, f"exit code {done.returncode}: {last_lines(done.stdout + done.stderr, 6)}")
         require(summary and all(re.match(r"0 (errors|hazards)", text) for text in summary), f"found: {summary}")
-        part.detail = f"{command[0]}: {summary[-1]}"
+        return f"{command[0]}: {summary[-1]}"
 
-    def sanitize_ops(self, part, tool):
-        """memcheck over the whole grid; the others take far longer, and get the self-test's shapes."""
-        everything = ["test-op", "--all", "--backend", "gpu"]
-        self.sanitize(part, tool, *(everything if tool == "memcheck" else ["doctor", "--selftest"]))
-
-    def sanitize_model(self, part, tool):
-        self.sanitize(part, tool, "run", "--model", TINY, "--prompt", "Once upon a time", "--max-tokens", "8",
-                      "--backend", "gpu")
+    def start_sanitizers(self, pool):
+        """{name of the row: what will be its detail}. They run side by side: most of their time is the CPU's. memcheck
+        sees the whole grid of ops; the others take far longer, and get the self-test's shapes."""
+        model = ("run", "--model", TINY, "--prompt", "Once upon a time", "--max-tokens", "8", "--backend", "gpu")
+        found = {}
+        for tool in ("memcheck", "racecheck", "synccheck"):
+            ops = ("test-op", "--all", "--backend", "gpu") if tool == "memcheck" else ("doctor", "--selftest")
+            found[f"{tool}, every op"] = pool.submit(self.sanitize, tool, *ops)
+            found[f"{tool}, a model"] = pool.submit(self.sanitize, tool, *model)
+        return found
 
     # ---- costs ----
 
@@ -93,14 +96,15 @@ def main():
     rows = Rows(args.rows)
     with tempfile.TemporaryDirectory(prefix="perk-trust-") as cache:
         trust = Trust(Perk(args.perk, "gpu"), cache)
-        parts = [("self-test", Trust.selftest, ())]
-        for tool in ("memcheck", "racecheck", "synccheck"):
-            parts.append((f"{tool}, every op", Trust.sanitize_ops, (tool,)))
-            parts.append((f"{tool}, a model", Trust.sanitize_model, (tool,)))
-        parts += [("cost of the waits' limit", Trust.wait_limit, ()), ("cost of time stamps", Trust.stamps, ())]
-        for name, check, arguments in parts:
+        with rows.part("self-test") as part:
+            trust.selftest(part)
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            for name, detail in trust.start_sanitizers(pool).items():
+                with rows.part(name) as part:
+                    part.detail = detail.result()
+        for name, check in (("cost of the waits' limit", trust.wait_limit), ("cost of time stamps", trust.stamps)):
             with rows.part(name) as part:
-                check(trust, part, *arguments)
+                check(part)
     return 1 if rows.failed() else 0
 
 
