@@ -50,6 +50,7 @@ struct Linear {
     // ---- the right operand: lane 4g+q reads columns 8q ... 8q+7 of block kb of row 8 column_tile + g ----
 
     struct StagedInput {
+        static constexpr uint32_t kGroupsAhead = 0;
         uint32_t base, rows;
         __device__ __forceinline__ StagedInput(const Worker &w, uint32_t row_total)
             : base(w.staging() + w.warp * kWarpBlocks * row_total * 64 + w.lane % 4 * 16), rows(row_total) {}
@@ -59,6 +60,8 @@ struct Linear {
         }
     };
     struct DirectInput {
+        // From L2, which takes longer than a chunk takes to arrive.
+        static constexpr uint32_t kGroupsAhead = PERK_ARCH == 900 && kColumnTiles == 1 ? 2 : 0;
         const uint8_t *base;
         uint32_t rows;
         __device__ __forceinline__ DirectInput(const Worker &w, const uint8_t *x, uint32_t row_total)
@@ -142,48 +145,76 @@ struct Linear {
 
     // ---- the products ----
 
-    // Adds this warp's share of the tile to `sums`.
+    // A warp's blocks of a tile are worked on in groups, as many blocks at a time as registers allow.
+    static constexpr uint32_t kShare = PERK_CHUNK_BLOCKS / PERK_CONSUMER_WARPS; // blocks of a chunk that are a warp's
+    static constexpr uint32_t kGroupBlocks = kColumnTiles <= 2 ? kShare : 1;
+    static constexpr uint32_t kChunkGroups = kShare / kGroupBlocks, kGroups = kChunks * kChunkGroups;
+
+    // The right operands of one group.
+    struct Operands {
+        Vec16 x[kGroupBlocks][kColumnTiles];
+    };
+    template <class Input>
+    static __device__ __forceinline__ void load_operands(const Worker &w, const Input &input, uint32_t rows,
+                                                         uint32_t group, Operands &operands) {
+#pragma unroll
+        for (uint32_t s = 0; s < kGroupBlocks; s++) {
+            const uint32_t kb = min((group * kGroupBlocks + s) * PERK_CONSUMER_WARPS + w.warp, kBlocks - 1);
+#pragma unroll
+            for (uint32_t n = 0; n < kColumnTiles; n++)
+                operands.x[s][n] = n * 8 < rows ? input.load(w, kb, n) : Vec16{};
+        }
+    }
+
+    // Adds the products of one group to `sums`; `chunk` is the one that it lies in.
+    static __device__ __forceinline__ void multiply_group(const Worker &w, const Operands &operands, uint32_t rows,
+                                                          uint32_t group, uint32_t chunk,
+                                                          float (&sums)[kColumnTiles][4]) {
+        const uint32_t in_chunk = group % kChunkGroups * kGroupBlocks;
+        if (in_chunk == 0) wait_full(w, chunk);
+        Vec16 a[kGroupBlocks], b[kGroupBlocks];
+#pragma unroll
+        for (uint32_t s = 0; s < kGroupBlocks; s++) {
+            const uint32_t block = (in_chunk + s) * PERK_CONSUMER_WARPS + w.warp;
+            const uint32_t address = w.ring_slot(chunk) + block * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
+            a[s] = load_shared16(address);
+            b[s] = load_shared16(address + 512);
+        }
+        if (in_chunk + kGroupBlocks == kShare) // the products need the slot no more
+            release_chunk(w, chunk, b[kGroupBlocks - 1].w);
+#pragma unroll
+        for (uint32_t s = 0; s < kGroupBlocks; s++) {
+            if ((group * kGroupBlocks + s) * PERK_CONSUMER_WARPS + w.warp >= kBlocks) continue;
+#pragma unroll
+            for (uint32_t n = 0; n < kColumnTiles; n++)
+                if (n * 8 < rows) {
+                    const Vec16 x = operands.x[s][n];
+                    mma(sums[n], a[s].x, a[s].y, a[s].z, a[s].w, x.x, x.y);
+                    mma(sums[n], b[s].x, b[s].y, b[s].z, b[s].w, x.z, x.w);
+                }
+        }
+    }
+
+    // Adds this warp's share of the tile to `sums`. Returns the next chunk.
     template <class Input>
     static __device__ __forceinline__ uint32_t multiply_tile(const Worker &w, const Input &input, uint32_t rows,
                                                              uint32_t chunk, float (&sums)[kColumnTiles][4]) {
-        constexpr uint32_t kShare = PERK_CHUNK_BLOCKS / PERK_CONSUMER_WARPS; // blocks of a chunk that are a warp's
-        constexpr uint32_t kAhead = kColumnTiles <= 2 ? kShare : 1; // as many are read ahead as registers allow
+        constexpr uint32_t kAhead = Input::kGroupsAhead; // operands of as many groups are in flight
+        Operands operands[kAhead + 1];
+#pragma unroll
+        for (uint32_t i = 0; i < kAhead; i++)
+            if (i < kGroups) load_operands(w, input, rows, i, operands[i]);
 #pragma unroll 1
-        for (uint32_t c = 0; c < kChunks; c++, chunk++) {
+        for (uint32_t first = 0; first < kGroups; first += kAhead + 1)
 #pragma unroll
-            for (uint32_t first = 0; first < kShare; first += kAhead) {
-                Vec16 x[kAhead][kColumnTiles];
-#pragma unroll
-                for (uint32_t s = 0; s < kAhead; s++) {
-                    const uint32_t kb = c * PERK_CHUNK_BLOCKS + (first + s) * PERK_CONSUMER_WARPS + w.warp;
-#pragma unroll
-                    for (uint32_t n = 0; n < kColumnTiles; n++)
-                        if (kb < kBlocks && n * 8 < rows) x[s][n] = input.load(w, kb, n);
-                }
-                if (first == 0) wait_full(w, chunk);
-                Vec16 a[kAhead], b[kAhead];
-#pragma unroll
-                for (uint32_t s = 0; s < kAhead; s++) {
-                    const uint32_t block = (first + s) * PERK_CONSUMER_WARPS + w.warp;
-                    const uint32_t address = w.ring_slot(chunk) + block * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
-                    a[s] = load_shared16(address);
-                    b[s] = load_shared16(address + 512);
-                }
-                if (first + kAhead == kShare) release_chunk(w, chunk, b[kAhead - 1].w); // the products need it no more
-#pragma unroll
-                for (uint32_t s = 0; s < kAhead; s++) {
-                    const uint32_t block = (first + s) * PERK_CONSUMER_WARPS + w.warp;
-                    if (c * PERK_CHUNK_BLOCKS + block >= kBlocks) continue;
-#pragma unroll
-                    for (uint32_t n = 0; n < kColumnTiles; n++)
-                        if (n * 8 < rows) {
-                            mma(sums[n], a[s].x, a[s].y, a[s].z, a[s].w, x[s][n].x, x[s][n].y);
-                            mma(sums[n], b[s].x, b[s].y, b[s].z, b[s].w, x[s][n].z, x[s][n].w);
-                        }
-                }
+            for (uint32_t i = 0; i <= kAhead; i++) {
+                const uint32_t group = first + i;
+                if (group >= kGroups) break;
+                if (group + kAhead < kGroups)
+                    load_operands(w, input, rows, group + kAhead, operands[(i + kAhead) % (kAhead + 1)]);
+                multiply_group(w, operands[i], rows, group, chunk + group / kChunkGroups, sums);
             }
-        }
-        return chunk;
+        return chunk + kChunks;
     }
 
     // ---- finishing a tile: lane 4g+q has outputs g and g+8 of rows 2q and 2q+1 of the column tile ----
