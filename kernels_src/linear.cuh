@@ -201,9 +201,11 @@ struct Linear {
                                                              uint32_t chunk, float (&sums)[kColumnTiles][4]) {
         constexpr uint32_t kAhead = Input::kGroupsAhead; // operands of as many groups are in flight
         Operands operands[kAhead + 1];
+        if constexpr (kAhead > 0) {
 #pragma unroll
-        for (uint32_t i = 0; i < kAhead; i++)
-            if (i < kGroups) load_operands(w, input, rows, i, operands[i]);
+            for (uint32_t i = 0; i < kAhead; i++)
+                if (i < kGroups) load_operands(w, input, rows, i, operands[i]);
+        }
 #pragma unroll 1
         for (uint32_t first = 0; first < kGroups; first += kAhead + 1)
 #pragma unroll
