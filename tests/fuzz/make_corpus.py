@@ -62,9 +62,11 @@ def config_seeds():
     # device: architecture, workers, shared KB, portable; then tokens, requests, logit rows, page, positions, pages
     choices = [bytes([2, 3, 0, 0, 16, 8, 0, 0, 0, 1] + [0] * 6), bytes([0, 7, 99, 0, 33, 3, 5, 2, 40, 0, 9] + [0] * 5)]
     ignored = ("transformers_version", "dtype", "initializer_range", "use_cache", "model_type", "attention_dropout")
-    for folder in sorted((FIXTURES / "qwen3").iterdir()):
-        config = {key: value for key, value in load(folder / "config.json").items() if key not in ignored}
-        seed("config", folder.name, choices[len(folder.name) % 2] + compact(config))
+    for file in sorted(FIXTURES.glob("*/*/config.json")):
+        config = {key: value for key, value in load(file).items() if key not in ignored}
+        family, name = file.parts[-3:-1]
+        if family != "checkpoints":
+            seed("config", name if family == "qwen3" else f"{family}_{name}", choices[len(name) % 2] + compact(config))
 
 
 def generation_seeds():

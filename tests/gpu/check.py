@@ -28,7 +28,7 @@ def parse():
     parser.add_argument("--out", type=pathlib.Path, help="where record.json and gpu_check.log go; default: tests/gpu "
                                                          "and the build folder")
     parser.add_argument("--quick", action="store_true", help="no shape beyond 0.6B; a record goes to --out only")
-    parser.add_argument("--budget", type=float, default=460, help="seconds; what has not run by then fails")
+    parser.add_argument("--budget", type=float, default=480, help="seconds; what has not run by then fails")
     parser.add_argument("--cpu", action="store_true",
                         help="try this script where there is no GPU: the reference executor on the small shapes")
     args = parser.parse_args()

@@ -30,10 +30,10 @@ class Trust:
     def __init__(self, perk, cache):
         self.perk, self.cache = perk, cache
 
-    def selftest(self, part):
+    def selftest(self):
         found = self.perk.json("doctor", "--selftest", PERK_CACHE_DIR=self.cache)
-        part.numbers["gpu_ready"] = found["gpu_ready"]
-        part.detail = "every op computes right"
+        require(found["gpu_ready"], "perk doctor says that the GPU is not ready")
+        return "every op computes right"
 
     # ---- sanitizers ----
 
@@ -50,11 +50,11 @@ class Trust:
         require(summary and all(re.match(r"0 (errors|hazards)", text) for text in summary), f"found: {summary}")
         return f"{command[0]}: {summary[-1]}"
 
-    def start_sanitizers(self, pool):
+    def start_checks(self, pool):
         """{name of the row: what will be its detail}. They run side by side: most of their time is the CPU's. memcheck
         sees the whole grid of ops; the others take far longer, and get the self-test's shapes."""
         model = ("run", "--model", TINY, "--prompt", "Once upon a time", "--max-tokens", "8", "--backend", "gpu")
-        found = {}
+        found = {"self-test": pool.submit(self.selftest)}
         for tool in ("memcheck", "racecheck", "synccheck"):
             ops = ("test-op", "--all", "--backend", "gpu") if tool == "memcheck" else ("doctor", "--selftest")
             found[f"{tool}, every op"] = pool.submit(self.sanitize, tool, *ops)
@@ -96,10 +96,8 @@ def main():
     rows = Rows(args.rows)
     with tempfile.TemporaryDirectory(prefix="perk-trust-") as cache:
         trust = Trust(Perk(args.perk, "gpu"), cache)
-        with rows.part("self-test") as part:
-            trust.selftest(part)
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            for name, detail in trust.start_sanitizers(pool).items():
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for name, detail in trust.start_checks(pool).items():
                 with rows.part(name) as part:
                     part.detail = detail.result()
         for name, check in (("cost of the waits' limit", trust.wait_limit), ("cost of time stamps", trust.stamps)):
