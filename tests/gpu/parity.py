@@ -7,6 +7,7 @@
 
 For each shape a random model (or the folder that the shape names) is run by transformers in fp32 (without TF32), which
 is the yardstick, and in bf16, which measures the noise that the number format brings.
+  same bits  the first variant of some large shapes, run twice.
   logits   teacher-forced over several prompts. Relative L2 error of perk against the yardstick: at most 1.2 times that
            of transformers in bf16; no row's error above twice the worst row's in bf16; and another step size or feature
            set differs from the first by no more than two results within the noise may.
@@ -139,6 +140,17 @@ def run_perk(perk, subject, work):
     return logits, runs
 
 
+def check_repeats(part, perk, subject, work, base):
+    """The base variant once more: every bit must be the same. Only large shapes keep all of the GPU busy enough to show
+    that something is read while it is overwritten."""
+    if isinstance(base, Failure):
+        raise base
+    again = perk_logits(perk, subject, next(iter(subject.shape.variants.values())), work)
+    differing = (again != base).any(dim=1).sum().item() if again.shape == base.shape else "the shapes"
+    part.detail = f"{len(base)} rows of logits, the same bits twice"
+    require(differing == 0, f"{differing} of {len(base)} rows of logits differ from one run to the next")
+
+
 def check_logits(part, yardstick, found, base):
     if isinstance(found, Failure):
         raise found
@@ -190,12 +202,15 @@ def check_shape(rows, perk, subject, work):
     if subject.device != "cpu":
         torch.cuda.empty_cache()
     logits, runs = run_perk(perk, subject, work)
+    base = next(iter(logits.values()))
+    if subject.shape.repeats:
+        with rows.part(f"same bits {subject.name}") as part:
+            check_repeats(part, perk, subject, work, base)
     subject.widen()
     yardstick = Yardstick(subject, rounded)
     del rounded
     full = shapes.read_config(subject.shape)["num_hidden_layers"]
     fewer = "" if subject.layers == full else f", {subject.layers} of {full} layers (little disk)"
-    base = next(iter(logits.values()))
     for variant, found in logits.items():
         with rows.part(f"logits {subject.name}, {variant}{fewer}") as part:
             part.numbers["layers"] = subject.layers

@@ -40,12 +40,13 @@ class Shape:
     lengths: tuple = LENGTHS
     greedy: tuple = (17, 65)  # lengths of the prompts to go on from
     seconds: int = 120        # that one call of perk may take
+    repeats: bool = False     # run the base variant twice: the same bits
 
 
 SHAPES = {
     "tiny": Shape(folder="examples/tiny", variants=STEPS),
     "gqa5-odd": Shape(changes=dict(hidden_size=72, intermediate_size=100, num_attention_heads=5, num_key_value_heads=1),
-                      variants={**BASE, "step 64, page 16": step(64, "--page-size", "16")}),
+                      variants={**BASE, "step 64, page 16": step(64, "--page-size", "16")}, repeats=True),
     "gqa8-head32-untied": Shape(changes=dict(hidden_size=96, num_attention_heads=8, num_key_value_heads=1, head_dim=32,
                                              vocab_size=1021, tie_word_embeddings=False)),
     "gqa3-head96-bias": Shape(changes=dict(hidden_size=200, intermediate_size=264, num_attention_heads=6, head_dim=96,
@@ -64,7 +65,7 @@ SHAPES = {
     "qwen3-0.6b": Shape("qwen3-0.6b", variants={**STEPS, "portable": step(16, "--portable")},
                         greedy=(1, 17, 65, 200)),
     "qwen3-4b-2-layers": Shape("qwen3-4b", dict(num_hidden_layers=2), greedy=(17,)),
-    "qwen3-14b-2-layers": Shape("qwen3-14b", dict(num_hidden_layers=2), greedy=(17,)),
+    "qwen3-14b-2-layers": Shape("qwen3-14b", dict(num_hidden_layers=2), greedy=(17,), repeats=True),
     "qwen3-32b-2-layers": Shape("qwen3-32b", dict(num_hidden_layers=2), greedy=(17,),
                                 variants={**BASE, "step 64": step(64)}),
     "llama-3.2-1b": Shape("llama-3.2-1b", greedy=(17, 200)),
