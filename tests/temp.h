@@ -39,6 +39,20 @@ static inline void temp_write_text(const temp_folder *folder, const char *name, 
     temp_write(folder, name, text, strlen(text));
 }
 
+/* A file's bytes, with a zero after them; the caller frees them. */
+static inline char *temp_read(const temp_folder *folder, const char *name, size_t *size) {
+    char path[1024];
+    struct stat info;
+    FILE *file = fopen(temp_path(folder, name, path, sizeof path), "rb");
+    CHECK(file && fstat(fileno(file), &info) == 0, "%s", path);
+    *size = (size_t)info.st_size;
+    char *data = malloc(*size + 1);
+    CHECK(data && fread(data, 1, *size, file) == *size, "%s", path);
+    data[*size] = '\0';
+    fclose(file);
+    return data;
+}
+
 /* Removes the files (no folders below) and the folder. */
 static inline void temp_remove(const temp_folder *folder) {
     char path[1024];

@@ -20,12 +20,6 @@ static temp_folder temp;
 
 /* ---- the command ---- */
 
-static char *read_text(const char *name, size_t *size) {
-    char path[1024], *text;
-    CHECK_OK(perk_read_file(temp_path(&temp, name, path, sizeof path), 1 << 28, &text, size, &err));
-    return text;
-}
-
 static int run_with(const char *driver, const char *arguments) {
     char command[4096];
     snprintf(command, sizeof command,
@@ -40,7 +34,7 @@ static int run_with(const char *driver, const char *arguments) {
 static void expect_failure(const char *driver, int code, const char *says, const char *arguments) {
     size_t size, out_size;
     int got = run_with(driver, arguments);
-    char *errors = read_text("errors", &size), *out = read_text("out", &out_size);
+    char *errors = temp_read(&temp, "errors", &size), *out = temp_read(&temp, "out", &out_size);
     CHECK(got == code && strstr(errors, says), "%s: %d: %s", arguments, got, errors);
     CHECK(out_size == 0, "%s: %s", arguments, out);
     free(errors);
@@ -50,10 +44,10 @@ static void expect_failure(const char *driver, int code, const char *says, const
 static char *run_text(const char *arguments) {
     size_t size;
     int code = run_with(FAKE_CUDA, arguments);
-    char *errors = read_text("errors", &size);
+    char *errors = temp_read(&temp, "errors", &size);
     CHECK(code == 0 && size == 0, "%s: %d: %s", arguments, code, errors);
     free(errors);
-    return read_text("out", &size);
+    return temp_read(&temp, "out", &size);
 }
 
 /* The objects, one a line, as a list. */

@@ -28,7 +28,7 @@ static void outcome_free(outcome *result) {
 
 /* Runs "perk ARGUMENTS" by the shell, with `input` as stdin. No GPU is used, even where there is one. */
 static outcome run_perk(const char *input, const char *format, ...) {
-    char arguments[2048], command[4096], path[1024];
+    char arguments[2048], command[4096];
     va_list list;
     va_start(list, format);
     vsnprintf(arguments, sizeof arguments, format, list);
@@ -43,8 +43,8 @@ static outcome run_perk(const char *input, const char *format, ...) {
     int code = system(command);
     CHECK(WIFEXITED(code), "perk %s: died", arguments);
     result.code = WEXITSTATUS(code);
-    CHECK_OK(perk_read_file(temp_path(&temp, "out", path, sizeof path), 1 << 26, &result.out, &result.out_size, &err));
-    CHECK_OK(perk_read_file(temp_path(&temp, "errors", path, sizeof path), 1 << 20, &result.errors, &size, &err));
+    result.out = temp_read(&temp, "out", &result.out_size);
+    result.errors = temp_read(&temp, "errors", &size);
     CHECK(result.code != 0 || strstr(result.errors, "perk: warning") == NULL, "perk %s: %s", arguments, result.errors);
     return result;
 }
@@ -233,9 +233,8 @@ static void test_logits(void) {
     outcome result = run_perk(NULL, "logits --model %s --ids ids.json --out x.npy --backend reference", FOLDER);
     CHECK_CODE(result, 0);
     outcome_free(&result);
-    char path[1024], *npy;
     size_t size;
-    CHECK_OK(perk_read_file(temp_path(&temp, "x.npy", path, sizeof path), 1 << 24, &npy, &size, &err));
+    char *npy = temp_read(&temp, "x.npy", &size);
     CHECK(memcmp(npy, "\x93NUMPY\1\0", 8) == 0);
     size_t header = 10 + (unsigned char)npy[8] + 256 * (size_t)(unsigned char)npy[9];
     CHECK(header % 64 == 0 && npy[header - 1] == '\n');
@@ -263,6 +262,7 @@ static void test_logits(void) {
     expect_failure(1, "nofile.json", "logits --model " FOLDER " --ids nofile.json --perplexity");
     temp_write_text(&temp, "ids.json", "[[1, 2], [3, 128]]");
     expect_failure(1, "list 1", "logits --model " FOLDER " --ids ids.json --out broken.npy");
+    char path[1024];
     CHECK(access(temp_path(&temp, "broken.npy", path, sizeof path), F_OK) != 0, "half a result was left behind");
     temp_write_text(&temp, "ids.json", "[[1, \"x\"]]");
     expect_failure(1, "list 0", "logits --model " FOLDER " --ids ids.json --perplexity");
@@ -365,10 +365,9 @@ static void test_plan_and_compile(void) {
 
     json_t *doctor = run_json(NULL, "doctor --json");
     if (json_is_true(json_object_get(json_object_get(doctor, "nvrtc"), "ok"))) {
-        char path[1024], *cubin;
         size_t size;
         json = run_json(NULL, "compile --model config.json --arch sm_90a --out x.cubin --json");
-        CHECK_OK(perk_read_file(temp_path(&temp, "x.cubin", path, sizeof path), 1 << 26, &cubin, &size, &err));
+        char *cubin = temp_read(&temp, "x.cubin", &size);
         CHECK(memcmp(cubin,
                      "\x7f"
                      "ELF",

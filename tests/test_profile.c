@@ -16,12 +16,6 @@ static temp_folder temp;
 
 /* ---- the command ---- */
 
-static char *read_text(const char *name, size_t *size) {
-    char path[1024], *text;
-    CHECK_OK(perk_read_file(temp_path(&temp, name, path, sizeof path), 1 << 28, &text, size, &err));
-    return text;
-}
-
 /* Runs perk with driver and compiler of the fake library; gives the exit code, output in "out" and "errors". */
 static int run_perk(const char *arguments) {
     char command[4096];
@@ -55,7 +49,7 @@ static int count_events(const json_t *events, const char *category, const char *
 static json_t *read_page(const char *name) {
     static const char begin[] = "<script type=\"application/json\" id=\"data\">";
     size_t size;
-    char *page = read_text(name, &size), *data = strstr(page, begin);
+    char *page = temp_read(&temp, name, &size), *data = strstr(page, begin);
     CHECK(data);
     data += sizeof begin - 1;
     json_t *json = parse(data, (size_t)(strstr(data, "</script>") - data));
@@ -77,7 +71,7 @@ static void check_page(int tasks) {
 static void test_plan_html(void) {
     size_t size;
     int code = run_perk("plan --model " TINY " --context 99 --bandwidth 2000 --html plan.html");
-    char *errors = read_text("errors", &size);
+    char *errors = temp_read(&temp, "errors", &size);
     CHECK(code == 0, "exit code %d: %s", code, errors);
     json_t *json = read_page("plan.html");
     const json_t *step = json_array_get(json_object_get(json, "steps"), 0);
@@ -91,10 +85,10 @@ static void test_command(void) {
     size_t size;
     int code = run_perk("profile --no-cache --model " TINY " --batch 2 --max-batched-tokens 8 --context 40 --steps 5 "
                         "--json trace.json --html page.html");
-    char *errors = read_text("errors", &size), *out = read_text("out", &size);
+    char *errors = temp_read(&temp, "errors", &size), *out = temp_read(&temp, "out", &size);
     CHECK(code == 0, "exit code %d: %s", code, errors);
     CHECK(strstr(out, "profiling costs") && strstr(out, "layers.*.gate_up") && strstr(out, "next_token"), "%s", out);
-    char *text = read_text("trace.json", &size);
+    char *text = temp_read(&temp, "trace.json", &size);
     json_t *trace = parse(text, size);
     const json_t *events = json_object_get(trace, "traceEvents");
     int tasks = count_events(events, "task", NULL);
@@ -124,7 +118,7 @@ static void test_failures(void) {
     for (size_t i = 0; i < PERK_COUNT(cases); i++) {
         size_t size;
         int code = run_perk(cases[i].arguments);
-        char *errors = read_text("errors", &size);
+        char *errors = temp_read(&temp, "errors", &size);
         CHECK(code == cases[i].code && strstr(errors, cases[i].says), "%s: %d: %s", cases[i].arguments, code, errors);
         free(errors);
     }
