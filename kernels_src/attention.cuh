@@ -584,7 +584,7 @@ struct Attention {
         constexpr uint32_t kFloats = kHeadDim + 2; // of a warp
         static_assert(PERK_CONSUMER_WARPS * kFloats * 4 <= program::reduction_bytes,
                       "the plan gave too little scratch");
-        float *scratch = reinterpret_cast<float *>(__cvta_shared_to_generic(w.reduction()));
+        float *scratch = reinterpret_cast<float *>(shared_pointer(w.reduction()));
         float *own = scratch + w.warp * kFloats;
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // the last row's have been read
         own[0] = merged.maximum;

@@ -44,7 +44,7 @@ struct Linear {
         return w.reduction() + buffer * kPartialBytes + (column_tile * PERK_CONSUMER_WARPS + warp) * 512 + w.lane * 16;
     }
     static __device__ __forceinline__ float *square_sums(const Worker &w) { // [warps][kMaxRows]
-        return reinterpret_cast<float *>(__cvta_shared_to_generic(w.reduction() + kBuffers * kPartialBytes));
+        return reinterpret_cast<float *>(shared_pointer(w.reduction() + kBuffers * kPartialBytes));
     }
 
     // ---- the right operand: lane 4g+q reads columns 8q ... 8q+7 of block kb of row 8 column_tile + g ----

@@ -12,9 +12,7 @@ enum class Stored : uint32_t { bf16 = 0, f16 = 1, f32 = 2 };
 __device__ __forceinline__ uint32_t load_as_bf16(const uint8_t *source, Stored stored, uint64_t index) {
     if (stored == Stored::bf16) return __ldg(reinterpret_cast<const uint16_t *>(source) + index);
     if (stored == Stored::f32) return to_bf16(__ldg(reinterpret_cast<const float *>(source) + index));
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(__ldg(reinterpret_cast<const uint16_t *>(source) + index)));
-    return to_bf16(value);
+    return to_bf16(from_f16(__ldg(reinterpret_cast<const uint16_t *>(source) + index)));
 }
 
 // Eight neighbouring elements of a row as bf16 pairs; zeros beyond the row's end.

@@ -9,9 +9,25 @@
 
 namespace ptx {
 
+// ---- addresses and coordinates ----
+
 __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
+__device__ __forceinline__ void *shared_pointer(uint32_t address) { return __cvta_shared_to_generic(address); }
+// Of the block's dynamic shared memory.
+__device__ __forceinline__ uint32_t dynamic_shared() {
+    extern __shared__ __align__(1024) uint8_t shared_memory[];
+    return shared_address(shared_memory);
+}
+// The number of the thread in its block, read anew.
+__device__ __forceinline__ uint32_t thread_number() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+// The compiler knows nothing of the value any more.
+__device__ __forceinline__ void forget(uint32_t &value) { asm volatile("" : "+r"(value)); }
 
 // ---- memory ----
 
@@ -214,6 +230,11 @@ __device__ __forceinline__ float from_bf16(uint16_t bits) { return __uint_as_flo
 __device__ __forceinline__ uint16_t to_bf16(float value) { return static_cast<uint16_t>(pack_bf16(value, 0.0f)); }
 __device__ __forceinline__ float round_bf16(float value) { return low_bf16(pack_bf16(value, 0.0f)); }
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+__device__ __forceinline__ float from_f16(uint16_t bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
 __device__ __forceinline__ float exp2_approx(float value) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));

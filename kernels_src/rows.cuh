@@ -36,7 +36,7 @@ __device__ __forceinline__ float warp_sum(float value) {
 // Sum over the block's consumers, in every thread; the order of additions is fixed. Uses the reduction scratch: a
 // barrier must lie between two calls.
 __device__ __forceinline__ float block_sum(const Worker &w, float value) {
-    float *shared = reinterpret_cast<float *>(__cvta_shared_to_generic(w.reduction()));
+    float *shared = reinterpret_cast<float *>(shared_pointer(w.reduction()));
     value = warp_sum(value);
     if (w.lane == 0) shared[w.warp] = value;
     named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
@@ -149,7 +149,7 @@ __device__ void argmax(Worker &w, const TaskView &task) {
         }
         for (int offset = 16; offset > 0; offset /= 2) best.take_from_lane(offset);
         // One candidate a warp meets in shared memory.
-        Best *shared = reinterpret_cast<Best *>(__cvta_shared_to_generic(w.reduction()));
+        Best *shared = reinterpret_cast<Best *>(shared_pointer(w.reduction()));
         if (w.lane == 0) shared[w.warp] = best;
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
         if (w.thread == 0) {

@@ -35,8 +35,8 @@ struct Worker {
     // Forgets what the compiler knows of the thread's coordinates. Without it, addresses of every kind of task are
     // computed ahead of the task loop, kept through all tasks, and spilled by those that need the registers.
     __device__ __forceinline__ void forget_coordinates() {
-        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-        asm volatile("" : "+r"(shared));
+        thread = thread_number();
+        forget(shared);
         warp = thread / 32;
         lane = thread % 32;
     }
@@ -166,7 +166,9 @@ __device__ __forceinline__ void init_ring(const Worker &w) {
 __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
-    const bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
+    bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
+    // Where all lanes copy, one that decides otherwise would wait at a __syncwarp for those that wait for its copies.
+    if (PERK_PORTABLE) is_behind = __any_sync(0xffffffffu, is_behind);
     if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }
 
@@ -321,8 +323,7 @@ __device__ __forceinline__ void copy_batch(const Worker &w) {
 
 template <class RunTask>
 __device__ __forceinline__ void worker_main(const perk_kernel_args &args, RunTask run_task) {
-    extern __shared__ __align__(1024) uint8_t shared_memory[];
-    Worker w{args, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, shared_address(shared_memory), 0};
+    Worker w{args, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, dynamic_shared(), 0};
     copy_batch<program::batch_shared_bytes>(w);
     fetch_record(w, 0);
     await_record();

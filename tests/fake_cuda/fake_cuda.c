@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "driver.h"
+#include "fake_emulate.h"
 #include "fake_stamps.h"
 #include "kernels_src/abi.h"
 
@@ -19,12 +20,22 @@ PERK_DRIVER_FUNCTIONS(EXPORT_CALL)
 
 typedef enum object_kind { DEVICE_MEMORY, PINNED_MEMORY, MODULE, STREAM, EVENT } object_kind;
 
+enum { FUNCTIONS = 8 };
+
+/* A kernel of a module. Its handle is its address. */
+typedef struct kernel_function {
+    char name[64];
+    fake_emulate_entry *entry; /* NULL: computes nothing */
+} kernel_function;
+
 /* Anything that a caller must give back. Its handle is its address; memory has one of its own. */
 typedef struct object {
     struct object *next;
     object_kind kind;
     char *data;
     size_t bytes;
+    void *opened; /* a module's library for the CPU, or NULL */
+    kernel_function functions[FUNCTIONS];
 } object;
 
 enum { MAX_DEPTH = 16, POISON = 0xa5, POISON_LIMIT = 1 << 14 };
@@ -48,14 +59,16 @@ EXPORT void fake_cuda_make_current(CUcontext context) {
 }
 
 EXPORT void fake_cuda_reset(void) {
+    const char *workers = getenv("FAKE_CUDA_SMS"), *seed = getenv("EMULATOR_SEED");
     state = (fake_cuda){.device = {.driver_version = 13000,
                                    .count = 1,
                                    .cc_major = 9,
-                                   .sm_count = 132,
+                                   .sm_count = workers ? atoi(workers) : 132,
                                    .shared_bytes = 227 * 1024,
                                    .cooperative = true,
                                    .fits_sm = true,
-                                   .memory = (size_t)80 << 30}};
+                                   .memory = (size_t)80 << 30},
+                        .seed = seed ? (unsigned)atoi(seed) * 1000000u : 0};
     busy = false;
 }
 
@@ -138,6 +151,7 @@ static object *make(object_kind kind, size_t bytes) {
 
 static void drop(object **link) {
     object *gone = *link;
+    if (gone->opened) fake_emulate_close(gone->opened);
     *link = gone->next;
     --*live_count(gone->kind);
     if (gone->kind == DEVICE_MEMORY) state.memory_used -= gone->bytes;
@@ -408,22 +422,46 @@ CUresult cuMemsetD32(CUdeviceptr at, unsigned value, size_t count) {
     return to ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-/* ---- modules and launches; a function's handle is that of its module ---- */
+/* ---- modules and launches ---- */
+
+static kernel_function *find_function(const char *caller, CUfunction handle) {
+    for (object *o = objects; o; o = o->next)
+        for (int i = 0; o->kind == MODULE && i < FUNCTIONS; i++)
+            if ((void *)handle == (void *)&o->functions[i]) return &o->functions[i];
+    note_misuse(caller, "there is no such function");
+    return NULL;
+}
+
+static CUresult check_function(const char *caller, CUfunction handle) {
+    return find_function(caller, handle) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+}
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     BEGIN(cuModuleLoadData)
     if (!image || memcmp(image, "\177ELF", 4) != 0) return CUDA_ERROR_INVALID_IMAGE;
     if (state.made_by_fake && !fake_nvrtc_is_whole(image)) note_misuse("cuModuleLoadData", "a changed or foreign file");
-    *module = (CUmodule)(void *)make(MODULE, 0);
-    return *module ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+    object *made = make(MODULE, 0);
+    *module = (CUmodule)(void *)made;
+    if (!made) return CUDA_ERROR_OUT_OF_MEMORY;
+    size_t size = 0;
+    const void *library = fake_nvrtc_state()->emulates ? fake_nvrtc_library(image, &size) : NULL;
+    if (library) made->opened = fake_emulate_open(library, size);
+    return CUDA_SUCCESS;
 }
 
 CUresult cuModuleUnload(CUmodule module) { return release("cuModuleUnload", MODULE, module); }
 
-CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+CUresult cuModuleGetFunction(CUfunction *handle, CUmodule module, const char *name) {
     BEGIN(cuModuleGetFunction)
-    *function = (CUfunction)(void *)module;
-    return *name ? check("cuModuleGetFunction", MODULE, module) : CUDA_ERROR_NOT_FOUND;
+    object **link = find(MODULE, module);
+    result = check("cuModuleGetFunction", MODULE, module);
+    if (!link) return result;
+    kernel_function *f = (*link)->functions;
+    while (f->name[0] && strcmp(f->name, name) != 0) f++;
+    snprintf(f->name, sizeof f->name, "%s", name);
+    if ((*link)->opened) f->entry = fake_emulate_find((*link)->opened, name);
+    *handle = (CUfunction)(void *)f;
+    return (*link)->opened && !f->entry ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
 }
 
 CUresult cuModuleGetGlobal(CUdeviceptr *address, size_t *bytes, CUmodule module, const char *name) {
@@ -432,41 +470,49 @@ CUresult cuModuleGetGlobal(CUdeviceptr *address, size_t *bytes, CUmodule module,
     return CUDA_ERROR_NOT_FOUND;
 }
 
-CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) {
+CUresult cuFuncSetAttribute(CUfunction kernel, CUfunction_attribute which, int value) {
     (void)which;
     BEGIN(cuFuncSetAttribute)
-    return value <= state.device.shared_bytes ? check("cuFuncSetAttribute", MODULE, function)
-                                              : CUDA_ERROR_INVALID_VALUE;
+    return value <= state.device.shared_bytes ? check_function("cuFuncSetAttribute", kernel) : CUDA_ERROR_INVALID_VALUE;
 }
 
-CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfunction function) {
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfunction kernel) {
     (void)which;
     BEGIN(cuFuncGetAttribute)
     *value = 0;
-    return check("cuFuncGetAttribute", MODULE, function);
+    return check_function("cuFuncGetAttribute", kernel);
 }
 
-CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction function, int threads, size_t shared) {
+CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction kernel, int threads, size_t shared) {
     (void)threads, (void)shared;
     BEGIN(cuOccupancyMaxActiveBlocksPerMultiprocessor)
     *blocks = state.device.fits_sm;
-    return check("cuOccupancyMaxActiveBlocksPerMultiprocessor", MODULE, function);
+    return check_function("cuOccupancyMaxActiveBlocksPerMultiprocessor", kernel);
 }
 
-static CUresult launch(const char *function, CUfunction kernel, CUstream stream, unsigned grid, unsigned block) {
+typedef struct shape {
+    unsigned grid, block, shared;
+    bool cooperative;
+} shape;
+
+static CUresult launch(const char *caller, CUfunction kernel, CUstream stream, shape s, void **params) {
     state.launches++;
     busy = true;
-    CUresult result = check(function, MODULE, kernel);
-    if (result == CUDA_SUCCESS) result = check(function, STREAM, stream);
-    return grid && block && block <= 1024 ? result : CUDA_ERROR_INVALID_VALUE;
+    const kernel_function *f = find_function(caller, kernel);
+    CUresult result = f ? check(caller, STREAM, stream) : CUDA_ERROR_INVALID_HANDLE;
+    if (!s.grid || !s.block || s.block > 1024) return CUDA_ERROR_INVALID_VALUE;
+    if (result == CUDA_SUCCESS && f->entry)
+        f->entry(s.grid, s.block, s.shared, params, s.cooperative, state.seed + (unsigned)state.launches);
+    return result;
 }
 
 CUresult cuLaunchKernel(CUfunction kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                         unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void **params,
                         void **extra) {
-    (void)shared, (void)params, (void)extra;
+    (void)extra;
     BEGIN(cuLaunchKernel)
-    return launch("cuLaunchKernel", kernel, stream, grid_x * grid_y * grid_z, block_x * block_y * block_z);
+    const shape s = {grid_x * grid_y * grid_z, block_x * block_y * block_z, shared, false};
+    return launch("cuLaunchKernel", kernel, stream, s, params);
 }
 
 /* What the kernel does when a wait exceeds its limit: it leaves the report, and the launch ends like any other. */
@@ -487,12 +533,13 @@ static void leave_stamps(const perk_kernel_args *args, unsigned workers) {
 CUresult cuLaunchCooperativeKernel(CUfunction kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                                    unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                                    CUstream stream, void **params) {
-    (void)shared;
     BEGIN(cuLaunchCooperativeKernel)
+    const shape s = {grid_x * grid_y * grid_z, block_x * block_y * block_z, shared, true};
     if (state.hang) report_hang(((const perk_kernel_args *)params[0])->hang);
-    if (grid_x * grid_y * grid_z > (unsigned)state.device.sm_count) return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
-    leave_stamps((const perk_kernel_args *)params[0], grid_x * grid_y * grid_z);
-    return launch("cuLaunchCooperativeKernel", kernel, stream, grid_x * grid_y * grid_z, block_x * block_y * block_z);
+    if (s.grid > (unsigned)state.device.sm_count) return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+    const kernel_function *f = find_function("cuLaunchCooperativeKernel", kernel);
+    if (f && !f->entry) leave_stamps((const perk_kernel_args *)params[0], s.grid);
+    return launch("cuLaunchCooperativeKernel", kernel, stream, s, params);
 }
 
 /* ---- streams and events ---- */

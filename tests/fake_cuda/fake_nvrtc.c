@@ -1,6 +1,7 @@
 /* An NVRTC for tests, beside the driver in the same library: it takes any source and gives a small ELF file in which
  * perk finds its kernels. The file carries a hash of itself and of all that it was made from, so that the driver can
- * tell whether what it is given is whole, and whose it is. */
+ * tell whether what it is given is whole, and whose it is. Where it emulates, a library of the program for the CPU
+ * follows the file. */
 #include "fake_cuda.h"
 
 #include <elf.h>
@@ -11,6 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "fake_emulate.h"
 #include "jit/emit.h"
 #include "jit/nvrtc.h"
 
@@ -21,8 +23,9 @@ PERK_NVRTC_FUNCTIONS(EXPORT_CALL)
 
 /* ---- the file ---- */
 
-enum { KERNELS = 4, SECTIONS = 5 + KERNELS, SYMBOLS = 1 + KERNELS, CODE_BYTES = 64, NAME_BYTES = 256 };
-static const char *const kernels[KERNELS] = {PERK_KERNEL_NAME, "perk_pack_tiles", "perk_read_ceiling", "perk_sync"};
+enum { KERNELS = 6, SECTIONS = 5 + KERNELS, SYMBOLS = 1 + KERNELS, CODE_BYTES = 64, NAME_BYTES = 512 };
+static const char *const kernels[KERNELS] = {PERK_KERNEL_NAME, "perk_pack_tiles",   "perk_pack_rows",
+                                             "perk_fill_rope", "perk_read_ceiling", "perk_sync"};
 
 typedef struct nv_record {
     uint8_t format, attribute;
@@ -33,7 +36,7 @@ typedef struct nv_record {
 typedef struct image {
     Elf64_Ehdr header;
     uint64_t hash; /* of the file, with 0 in this place */
-    uint64_t made_from;
+    uint64_t made_from, library_size;
     Elf64_Shdr sections[SECTIONS];
     Elf64_Sym symbols[SYMBOLS];
     nv_record records[KERNELS]; /* registers */
@@ -71,7 +74,7 @@ static void add_section(image *file, int index, uint32_t type, uint32_t name, co
         .sh_name = name, .sh_type = type, .sh_offset = (size_t)((const char *)begin - (char *)file), .sh_size = size};
 }
 
-static void fill_image(image *file, int capability, uint64_t made_from) {
+static void fill_image(image *file, int capability, uint64_t made_from, size_t library_size) {
     size_t used = 1;
     memset(file, 0, sizeof *file);
     memcpy(file->header.e_ident, ELFMAG, SELFMAG);
@@ -85,6 +88,7 @@ static void fill_image(image *file, int capability, uint64_t made_from) {
     file->header.e_shnum = SECTIONS;
     file->header.e_shstrndx = 1;
     file->made_from = made_from;
+    file->library_size = library_size;
     add_section(file, 1, SHT_STRTAB, add_name(file, &used, ".shstrtab", ""), file->names, NAME_BYTES);
     add_section(file, 2, SHT_SYMTAB, add_name(file, &used, ".symtab", ""), file->symbols, sizeof file->symbols);
     add_section(file, 3, SHT_STRTAB, add_name(file, &used, ".strtab", ""), file->names, NAME_BYTES);
@@ -100,20 +104,50 @@ static void fill_image(image *file, int capability, uint64_t made_from) {
     file->hash = hash_image(file);
 }
 
+const void *fake_nvrtc_library(const void *bytes, size_t *size) {
+    image file;
+    memcpy(&file, bytes, sizeof file);
+    *size = file.library_size;
+    return file.library_size ? (const char *)bytes + sizeof file : NULL;
+}
+
 /* ---- the calls ---- */
 
 struct _nvrtcProgram {
     uint64_t made_from;
     bool compiled;
-    char log[256];
+    char log[4096];
+    fake_source source; /* with its own copies of all texts, where it emulates */
+    void *library;
     image file;
 };
+
+/* The caller's texts need not outlive nvrtcCreateProgram. */
+static void copy_source(fake_source *to, const char *text, int count, const char *const *headers,
+                        const char *const *names) {
+    const char **list = calloc(2 * (size_t)count + 1, sizeof *list);
+    if (!list) abort();
+    for (int i = 0; i < count; i++) {
+        list[i] = strdup(names[i]);
+        list[count + i] = strdup(headers[i]);
+    }
+    *to = (fake_source){.text = strdup(text), .header_names = list, .headers = list + count, .header_count = count};
+}
+
+static void free_source(fake_source *source) {
+    for (int i = 0; i < 2 * source->header_count; i++) free((void *)(uintptr_t)source->header_names[i]);
+    free((void *)(uintptr_t)source->header_names);
+    free((void *)(uintptr_t)source->text);
+}
 
 static fake_nvrtc state;
 
 EXPORT fake_nvrtc *fake_nvrtc_state(void) { return &state; }
 
-EXPORT void fake_nvrtc_reset(void) { state = (fake_nvrtc){.major = 13}; }
+EXPORT void fake_nvrtc_reset(void) {
+    const char *emulates = getenv("FAKE_CUDA_EMULATES");
+    state = (fake_nvrtc){.major = 13, .emulates = emulates && *emulates};
+}
 
 __attribute__((constructor)) static void load(void) { fake_nvrtc_reset(); }
 
@@ -158,6 +192,7 @@ nvrtcResult nvrtcCreateProgram(nvrtcProgram *out, const char *source, const char
     program->made_from = hash_text(hash_text(0, source), name);
     for (int i = 0; i < header_count; i++)
         program->made_from = hash_text(hash_text(program->made_from, names[i]), headers[i]);
+    if (state.emulates) copy_source(&program->source, source, header_count, headers, names);
     state.programs++;
     *out = program;
     return NVRTC_SUCCESS;
@@ -165,6 +200,8 @@ nvrtcResult nvrtcCreateProgram(nvrtcProgram *out, const char *source, const char
 
 nvrtcResult nvrtcDestroyProgram(nvrtcProgram *program) {
     nvrtcResult result = begin("nvrtcDestroyProgram");
+    free_source(&(*program)->source);
+    free((*program)->library);
     free(*program);
     *program = NULL;
     state.programs--;
@@ -191,8 +228,14 @@ nvrtcResult nvrtcCompileProgram(nvrtcProgram program, int count, const char *con
         program->made_from = hash_text(program->made_from, options[i]);
         if (strncmp(options[i], arch, sizeof arch - 1) == 0) capability = atoi(options[i] + sizeof arch - 1);
     }
-    fill_image(&program->file, capability, program->made_from);
+    size_t library_size = 0;
+    program->source.capability = capability;
+    program->source.edits = state.edits;
     snprintf(program->log, sizeof program->log, "ptxas info: 0 bytes stack frame, 0 bytes spill stores\n");
+    if (state.emulates &&
+        !fake_emulate_compile(&program->source, &program->library, &library_size, program->log, sizeof program->log))
+        return NVRTC_ERROR_COMPILATION;
+    fill_image(&program->file, capability, program->made_from, library_size);
     program->compiled = true;
     count_compile();
     if (state.milliseconds) usleep((unsigned)state.milliseconds * 1000);
@@ -201,13 +244,14 @@ nvrtcResult nvrtcCompileProgram(nvrtcProgram program, int count, const char *con
 
 nvrtcResult nvrtcGetCUBINSize(nvrtcProgram program, size_t *size) {
     BEGIN(nvrtcGetCUBINSize)
-    *size = program->compiled ? sizeof program->file : 0;
+    *size = program->compiled ? sizeof program->file + program->file.library_size : 0;
     return NVRTC_SUCCESS;
 }
 
 nvrtcResult nvrtcGetCUBIN(nvrtcProgram program, char *cubin) {
     BEGIN(nvrtcGetCUBIN)
     memcpy(cubin, &program->file, sizeof program->file);
+    if (program->library) memcpy(cubin + sizeof program->file, program->library, program->file.library_size);
     return NVRTC_SUCCESS;
 }
 

@@ -1,0 +1,158 @@
+// Stands in for kernels_src/ptx.cuh when device code runs on the CPU: the same names, by what they mean. The device's
+// file says what each is for.
+#pragma once
+
+#define PERK_ARCH __CUDA_ARCH__
+
+namespace ptx {
+
+using namespace emulator;
+
+// ---- addresses and coordinates ----
+
+static inline void *shared_pointer(uint32_t address) { return shared_at(*self->block, address, 1); }
+static inline uint32_t dynamic_shared() { return kSharedBase; }
+static inline uint32_t thread_number() { return self->number; }
+static inline void forget(uint32_t &) {}
+
+// ---- memory ----
+
+struct alignas(16) Vec16 {
+    uint32_t x, y, z, w;
+};
+
+static inline Vec16 load_shared16(uint32_t address) { return load_shared<Vec16>(address); }
+static inline uint32_t load_shared4(uint32_t address) { return load_shared<uint32_t>(address); }
+static inline void store_shared4(uint32_t address, uint32_t v) { store_shared(address, v); }
+static inline void store_shared16(uint32_t address, Vec16 v) { store_shared(address, v); }
+
+static inline Vec16 load_coherent16(const void *pointer) { return load_global<Vec16>(pointer); }
+static inline uint2 load_coherent8(const void *pointer) {
+    const uint64_t v = load_global<uint64_t>(pointer);
+    return {uint32_t(v), uint32_t(v >> 32)};
+}
+static inline uint32_t load_coherent4(const void *pointer) { return load_global<uint32_t>(pointer); }
+static inline uint16_t load_coherent2(const void *pointer) { return load_global<uint16_t>(pointer); }
+static inline Vec16 load_cached16(const void *pointer) { return load_global<Vec16>(pointer); }
+static inline Vec16 load_constant16(const void *pointer) { return load_global<Vec16>(pointer); }
+
+// ---- counters in global memory ----
+
+// Only polls load so. A counter that has not changed since the thread's last look is one that was polled in vain.
+static inline uint32_t load_acquire_gpu(const uint32_t *pointer) {
+    const uint32_t seen = *pointer;
+    polled(self->polled_pointer != pointer || self->polled_value != seen);
+    self->polled_pointer = pointer;
+    self->polled_value = seen;
+    return seen;
+}
+static inline void add_release_gpu(uint32_t *pointer, uint32_t amount) {
+    yield_sometimes();
+    *pointer += amount;
+}
+
+// ---- barriers ----
+
+static inline void named_barrier(uint32_t name, uint32_t threads) { barrier(name, threads); }
+template <uint32_t>
+static void take_registers() {}
+template <uint32_t>
+static void give_registers() {}
+static inline void exit_thread() { end_thread(); }
+
+static inline void mbarrier_init(uint32_t address, uint32_t arrivals) {
+    *mbarrier_at(*self->block, address) = {arrivals, arrivals, 0, 0};
+}
+static inline void mbarrier_arrive_after(uint32_t address, uint32_t lane, uint32_t) {
+    if (lane != 0) return;
+    mbarrier_change(*self->block, address, 1, 0, 0);
+    yield_sometimes();
+}
+static inline bool mbarrier_peek(uint32_t address, uint32_t parity) { return mbarrier_has_completed(address, parity); }
+static inline bool mbarrier_test(uint32_t address, uint32_t parity) { return mbarrier_has_completed(address, parity); }
+
+// ---- copies into shared memory ----
+
+static inline void copy_async4(uint32_t shared, const void *global) {
+    self->copies.push_back(begin_copy(shared, global, 4));
+}
+static inline void copy_async_wait() {
+    land(self->copies);
+    self->copies.clear();
+    yield_sometimes();
+}
+#if PERK_PORTABLE
+static inline void copy_async16(uint32_t shared, const void *global) {
+    self->copies.push_back(begin_copy(shared, global, 16));
+}
+static inline void copy_async_arrive(uint32_t address) {
+    fly(std::move(self->copies), address, 1, 0);
+    self->copies.clear();
+}
+#else
+static inline void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) {
+    mbarrier_change(*self->block, address, 1, int32_t(bytes), 0);
+}
+static inline void copy_bulk(uint32_t shared, const void *global, uint32_t bytes, uint32_t address) {
+    if (bytes % 16 != 0) fail("a bulk copy moves multiples of 16 bytes");
+    fly({begin_copy(shared, global, bytes)}, address, 0, bytes);
+}
+#endif
+static inline void fence_mbarrier_init() {}
+
+// ---- numbers ----
+
+static inline float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+static inline float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+static inline float from_bf16(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+static inline uint16_t to_bf16(float value) { // round to nearest even
+    const uint32_t bits = __float_as_uint(value);
+    if (value != value) return 0x7fff;
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+static inline uint32_t pack_bf16(float low, float high) { return to_bf16(low) | uint32_t(to_bf16(high)) << 16; }
+static inline float round_bf16(float value) { return from_bf16(to_bf16(value)); }
+static inline float from_f16(uint16_t bits) {
+    const uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float size = exponent == 0    ? ldexpf(float(fraction), -24)
+                       : exponent == 31 ? (fraction ? NAN : INFINITY)
+                                        : ldexpf(float(fraction + 1024), int(exponent) - 25);
+    return bits >> 15 ? -size : size;
+}
+static inline float infinity() { return INFINITY; }
+static inline float exp2_approx(float value) { return exp2f(value); }
+static inline uint64_t global_timer() { return launch->tick * kTickNs; }
+
+// ---- tensor cores ----
+
+// Lane 4g+q holds: of a the pairs (g, 2q), (g+8, 2q), (g, 2q+8), (g+8, 2q+8), of b those of column g, of c the values
+// (g, 2q), (g, 2q+1), (g+8, 2q), (g+8, 2q+1).
+static inline void combine_mma(const Words *in, Words *out, uint32_t lanes) {
+    if (lanes != 0xffffffffu) fail("a product on the tensor cores needs all lanes");
+    float a[16][16], b[16][8];
+    for (uint32_t lane = 0; lane < kWarpLanes; lane++) {
+        const uint32_t g = lane / 4, k = lane % 4 * 2, *words = in[lane].of;
+        for (uint32_t i = 0; i < 4; i++) {
+            a[g + i % 2 * 8][k + i / 2 * 8] = low_bf16(words[i]);
+            a[g + i % 2 * 8][k + i / 2 * 8 + 1] = high_bf16(words[i]);
+        }
+        for (uint32_t i = 0; i < 2; i++) {
+            b[k + i * 8][g] = low_bf16(words[4 + i]);
+            b[k + i * 8 + 1][g] = high_bf16(words[4 + i]);
+        }
+    }
+    for (uint32_t lane = 0; lane < kWarpLanes; lane++)
+        for (uint32_t i = 0; i < 4; i++) {
+            const uint32_t row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            float sum = __uint_as_float(in[lane].of[6 + i]);
+            for (uint32_t k = 0; k < 16; k++) sum += a[row][k] * b[k][column];
+            out[lane].of[i] = __float_as_uint(sum);
+        }
+}
+static inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    const Words sums = collect(combine_mma, {{a0, a1, a2, a3, b0, b1, __float_as_uint(c[0]), __float_as_uint(c[1]),
+                                              __float_as_uint(c[2]), __float_as_uint(c[3])}});
+    for (uint32_t i = 0; i < 4; i++) c[i] = __uint_as_float(sums.of[i]);
+}
+
+} // namespace ptx

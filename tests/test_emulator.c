@@ -1,0 +1,191 @@
+/* Device code without a GPU: what NVRTC would compile runs on the CPU, on an emulator of the block, its warps, barriers
+ * and copies (tests/emulator/), behind the fake driver. Ops against the reference, native and portable; the shipped
+ * model; and device code that was broken on purpose, which must show. EMULATOR_SEED=N runs everything in another order.
+ */
+#include "fake_cuda/fake_cuda.h"
+#include "perk/engine.h"
+#include "test_cache.h"
+#include "test_ops.h"
+
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <math.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define TINY PERK_SOURCE_DIR "/examples/tiny"
+
+enum { WORKERS = 3 };
+
+static perk_error err;
+static fake_nvrtc *compiler;
+static fake_cuda *driver;
+
+static void open_fake(void) {
+    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
+    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
+    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
+    CHECK(library, "%s", dlerror());
+    fake_cuda *(*driver_state)(void);
+    fake_nvrtc *(*compiler_state)(void);
+    *(void **)&driver_state = dlsym(library, "fake_cuda_state");
+    *(void **)&compiler_state = dlsym(library, "fake_nvrtc_state");
+    CHECK(driver_state && compiler_state);
+    driver = driver_state();
+    compiler = compiler_state();
+    driver->device.sm_count = WORKERS;
+    compiler->emulates = true;
+}
+
+/* ---- ops ---- */
+
+static path_text cache;
+
+static bool run_op(const perk_op_case *c, int portable, perk_op_verdict *v) {
+    const perk_test_options options = {
+        .backend = PERK_BACKEND_GPU, .portable = portable, .seed = 11, .cache_folder = cache.text};
+    char shape[128];
+    perk_op_case_shape(c, shape, sizeof shape);
+    perk_status status = perk_op_case_run(c, &options, v, &err);
+    CHECK(status == PERK_OK, "%s %s: %s", c->op, shape, err.message);
+    CHECK(v->compared && driver->launches > 0, "%s %s ran on %s", c->op, shape, v->report.executor);
+    CHECK(!driver->misuse, "%s: %s", driver->misused_in, driver->misuse);
+    return v->passed;
+}
+
+/* What an emulated tensor core does in a second. */
+static bool is_small(const perk_op_case *c) {
+    double rows = (double)(c->rows + 7) / 8;
+    return rows * (double)c->in * (double)c->out <= 4e6 &&
+           rows * (double)c->heads * (double)c->head_dim * (double)(c->context + c->rows) <= 2e6;
+}
+
+static void test_ops(void) {
+    size_t count;
+    int ran = 0;
+    const perk_op_case *grid = perk_op_grid(&count);
+    for (size_t i = 0; i < count; i++) {
+        perk_op_verdict v;
+        char shape[128];
+        if (!is_small(&grid[i])) continue;
+        for (int portable = 0; portable < 1 + (i % 3 == 0); portable++, ran++)
+            CHECK(run_op(&grid[i], portable, &v), "%s %s, %s: %s[%zu, %zu] is %g, wanted %g; %s", grid[i].op,
+                  perk_op_case_shape(&grid[i], shape, sizeof shape), portable ? "portable" : "native", v.tensor,
+                  v.by.row, v.by.col, v.by.got, v.by.wanted, v.problem);
+    }
+    CHECK(ran >= 24, "%d cases", ran);
+    fprintf(stderr, "%d cases of ops\n", ran);
+}
+
+/* ---- the shipped model ---- */
+
+enum { TOKENS = 20, VOCABULARY = 2048 };
+
+static void compute_logits(perk_backend backend, int rows, float *logits) {
+    const perk_engine_options options = {
+        .backend = backend,
+        .precision = 1,
+        .no_cache = 1,
+        .config = {.max_num_batched_tokens = rows, .max_num_logit_rows = rows, .max_seq_length = 64, .page_size = 16}};
+    perk_engine *engine;
+    int32_t ids[TOKENS];
+    for (int i = 0; i < TOKENS; i++) ids[i] = (i * i * 53 + 7) % VOCABULARY;
+    CHECK_OK(perk_engine_open(&engine, TINY, &options, &err));
+    CHECK(perk_engine_vocab_size(engine) == VOCABULARY);
+    CHECK_OK(perk_engine_logits(engine, ids, TOKENS, logits, &err));
+    perk_engine_free(engine);
+}
+
+/* The limit is that of the tests on a GPU. */
+static void test_model(void) {
+    static float wanted[TOKENS * VOCABULARY], got[TOKENS * VOCABULARY];
+    compute_logits(PERK_BACKEND_REFERENCE, 8, wanted);
+    for (int rows = 1; rows <= 8; rows += 7) {
+        double difference = 0, norm = 0;
+        compute_logits(PERK_BACKEND_GPU, rows, got);
+        for (int i = 0; i < TOKENS * VOCABULARY; i++) {
+            difference += (double)(got[i] - wanted[i]) * (double)(got[i] - wanted[i]);
+            norm += (double)wanted[i] * (double)wanted[i];
+        }
+        CHECK(difference <= norm * 2e-2 * 2e-2, "%d rows: relative error %g", rows, sqrt(difference / norm));
+    }
+}
+
+/* ---- device code that is wrong ---- */
+
+static const struct {
+    const char *what;
+    fake_edit edits[FAKE_EDITS];
+    bool passes; /* stays right: what the others are held against */
+} faults[] = {
+    {"nothing wrong", {{"linear.cuh", "// the products need the slot no more", "//"}}, true},
+    {"a ring slot is given back before it was read",
+     {{"linear.cuh", "if (in_chunk == 0) wait_full(w, chunk);",
+       "if (in_chunk == 0) wait_full(w, chunk);\nif (in_chunk + kGroupBlocks == kShare) release_chunk(w, chunk, 0);"},
+      {"linear.cuh", "release_chunk(w, chunk, b[kGroupBlocks - 1].w);", ";"}},
+     false},
+    {"a chunk is not waited for", {{"linear.cuh", "if (in_chunk == 0) wait_full(w, chunk);", ""}}, false},
+    {"outputs are signalled before all warps have stored them",
+     {{"worker.cuh", "    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);\n    if (w.thread == 0 && !given_up)",
+       "    if (w.thread == 0 && !given_up)"}},
+     false},
+    {"inputs are not waited for",
+     {{"worker.cuh", "if (w.lane < PERK_RECORD_WAITS && per_step != 0) wait_counter(w, counter, target);", ""}},
+     false},
+    {"half of the warp goes another way",
+     {{"rows.cuh", "int offset = 16; offset", "int offset = w_half(); offset"},
+      {"rows.cuh", "// Sum over the 32 lanes",
+       "__device__ inline int w_half() { return threadIdx.x % 2 ? 16 : 8; }\n//"}},
+     false},
+    {"a store outside of shared memory",
+     {{"linear.cuh", "store_shared16(base + (piece", "store_shared16(base + (1u << 20) + (piece"}},
+     false},
+};
+
+/* In a process of its own, since the emulator ends it where it finds something. */
+static bool shows(const char *what, const fake_edit *edits) {
+    static const perk_op_case cases[] = {
+        {.op = "mlp", .rows = 8, .in = 512, .out = 1000},
+        {.op = "decoder", .rows = 3, .in = 72, .out = 500, .heads = 3, .kv_heads = 1, .head_dim = 32, .context = 20}};
+    int result = -1;
+    fflush(NULL);
+    pid_t child = fork();
+    if (child == 0) {
+        perk_op_verdict v;
+        int quiet = open("/dev/null", O_WRONLY | O_CLOEXEC);
+        if (!getenv("EMULATOR_VERBOSE")) dup2(quiet, STDERR_FILENO);
+        cache = path_in(scratch, what);
+        memcpy(compiler->edits, edits, sizeof compiler->edits);
+        driver->launches = 0;
+        for (size_t run = 0; run < 14; run++)
+            if (!run_op(&cases[run % PERK_COUNT(cases)], 0, &v)) _exit(1);
+        _exit(0);
+    }
+    CHECK(child > 0 && waitpid(child, &result, 0) == child);
+    return result != 0;
+}
+
+static void test_faults(void) {
+    int wrong = 0;
+    for (size_t i = 0; i < PERK_COUNT(faults); i++) {
+        bool shown = shows(faults[i].what, faults[i].edits);
+        wrong += shown == faults[i].passes;
+        fprintf(stderr, "%s: %s\n", faults[i].what, shown ? "shows" : "does not show");
+    }
+    CHECK(wrong == 0, "%d faults were judged wrongly", wrong);
+}
+
+int main(void) {
+    if (strstr(EMULATOR_CXX, "NOTFOUND")) {
+        fprintf(stderr, "skipped: no C++ compiler was found\n");
+        return TEST_SKIP;
+    }
+    make_scratch();
+    open_fake();
+    cache = path_in(scratch, "cache");
+    test_faults();
+
+    test_ops();
+    test_model();
+    return 0;
+}
