@@ -4,57 +4,22 @@
 #include <math.h>
 #include <stdio.h>
 
-/* A layer in the making. Names in the checkpoint and in the graph are written into `text`, each over the last. */
+/* A layer in the making. Names in the graph are written into `text`, each over the last. */
 typedef struct layer {
     perk_graph *graph;
     const perk_decoder *model;
+    const perk_weight_map *weights;
     int64_t number;
     char text[96];
 } layer;
 
-static const char *stored(layer *l, const char *name, const char *suffix) {
-    snprintf(l->text, sizeof l->text, "model.layers.%lld.%s.%s", (long long)l->number, name, suffix);
+static const char *called(layer *l, const char *name) {
+    snprintf(l->text, sizeof l->text, "layers.%lld.%s", (long long)l->number, name);
     return l->text;
 }
 
-static const char *called(layer *l, const char *name, const char *suffix) {
-    snprintf(l->text, sizeof l->text, "layers.%lld.%s%s", (long long)l->number, name, suffix);
-    return l->text;
-}
-
-static perk_tensor *norm(layer *l, const char *name, perk_tensor *x, const char *weight_name) {
-    perk_tensor *weight = perk_attach_vector(l->graph, stored(l, weight_name, "weight"), l->model->hidden);
-    return perk_rmsnorm(l->graph, called(l, name, ""), x, weight, (float)l->model->norm_eps);
-}
-
-/* A linear of the checkpoint: [rows, the input's width], and where the model has it a bias. */
-typedef struct projection {
-    const char *name;
-    int64_t rows;
-} projection;
-
-enum { MOST_STACKED = 3 };
-
-/* Projections of the same input, by one matrix: their outputs lie side by side. */
-static perk_tensor *project(layer *l, const char *name, perk_tensor *x, int64_t width, const projection *parts,
-                            int count, bool biased) {
-    perk_tensor *weights[MOST_STACKED], *biases[MOST_STACKED] = {NULL};
-    for (int i = 0; i < count; i++) {
-        weights[i] = perk_attach_matrix(l->graph, stored(l, parts[i].name, "weight"), parts[i].rows, width);
-        if (biased) biases[i] = perk_attach_vector(l->graph, stored(l, parts[i].name, "bias"), parts[i].rows);
-    }
-    perk_tensor *weight = perk_stack(l->graph, called(l, name, "_weight"), weights, count);
-    perk_tensor *bias = perk_stack(l->graph, called(l, name, "_bias"), biases, count);
-    return perk_linear(l->graph, called(l, name, ""), x, weight, bias);
-}
-
-/* A block's last projection, added to what the block began with. */
-static perk_tensor *project_back(layer *l, const char *name, perk_tensor *x, int64_t width, const char *part,
-                                 bool biased, perk_tensor *residual) {
-    int64_t hidden = l->model->hidden;
-    perk_tensor *weight = perk_attach_matrix(l->graph, stored(l, part, "weight"), hidden, width);
-    perk_tensor *bias = biased ? perk_attach_vector(l->graph, stored(l, part, "bias"), hidden) : NULL;
-    return perk_linear_residual(l->graph, called(l, name, ""), x, weight, bias, residual);
+static perk_tensor *weight(const layer *l, const char *target) {
+    return perk_weight_find(l->weights, target, l->number);
 }
 
 static bool slides(const perk_decoder *m, int64_t number) {
@@ -62,17 +27,13 @@ static bool slides(const perk_decoder *m, int64_t number) {
     return !strcmp(json_string_value(json_array_get(m->layer_types, (size_t)number)), "sliding_attention");
 }
 
-static perk_tensor *head_norm(layer *l, const char *name) {
-    const perk_decoder *m = l->model;
-    return m->norms_heads ? perk_attach_vector(l->graph, stored(l, name, "weight"), m->head_dim) : NULL;
-}
-
 static perk_tensor *attention(layer *l, perk_tensor *x) {
     const perk_decoder *m = l->model;
-    int64_t q = m->heads * m->head_dim, kv = m->kv_heads * m->head_dim;
-    const projection parts[] = {{"self_attn.q_proj", q}, {"self_attn.k_proj", kv}, {"self_attn.v_proj", kv}};
-    perk_tensor *normed = norm(l, "input_norm", x, "input_layernorm");
-    perk_tensor *qkv = project(l, "qkv", normed, m->hidden, parts, PERK_COUNT(parts), m->qkv_bias);
+    float eps = (float)m->norm_eps;
+    perk_tensor *normed =
+        perk_rmsnorm(l->graph, called(l, "input_norm"), x, weight(l, "layers.#.input_norm_weight"), eps);
+    perk_tensor *qkv_weight = weight(l, "layers.#.qkv_weight"), *qkv_bias = weight(l, "layers.#.qkv_bias");
+    perk_tensor *qkv = perk_linear(l->graph, called(l, "qkv"), normed, qkv_weight, qkv_bias);
     perk_attention_params params = {
         .num_heads = (int32_t)m->heads,
         .num_kv_heads = (int32_t)m->kv_heads,
@@ -81,36 +42,55 @@ static perk_tensor *attention(layer *l, perk_tensor *x) {
         .window = slides(m, l->number) ? (int32_t)m->window : 0,
         .inv_freq = m->rope.inv_freq,
         .rope_scale = m->rope.scale,
-        .q_norm = head_norm(l, "self_attn.q_norm"),
-        .k_norm = head_norm(l, "self_attn.k_norm"),
-        .norm_eps = (float)m->norm_eps,
+        .q_norm = weight(l, "layers.#.q_norm_weight"),
+        .k_norm = weight(l, "layers.#.k_norm_weight"),
+        .norm_eps = eps,
     };
-    perk_tensor *mixed = perk_attention(l->graph, called(l, "attention", ""), qkv, &params);
-    return project_back(l, "attention_residual", mixed, q, "self_attn.o_proj", m->out_bias, x);
+    perk_tensor *mixed = perk_attention(l->graph, called(l, "attention"), qkv, &params);
+    perk_tensor *out_weight = weight(l, "layers.#.out_weight"), *out_bias = weight(l, "layers.#.out_bias");
+    return perk_linear_residual(l->graph, called(l, "attention_residual"), mixed, out_weight, out_bias, x);
 }
 
 static perk_tensor *mlp(layer *l, perk_tensor *x) {
-    const perk_decoder *m = l->model;
-    const projection parts[] = {{"mlp.gate_proj", m->intermediate}, {"mlp.up_proj", m->intermediate}};
-    perk_tensor *normed = norm(l, "mlp_norm", x, "post_attention_layernorm");
-    perk_tensor *gate_up = project(l, "gate_up", normed, m->hidden, parts, PERK_COUNT(parts), m->mlp_bias);
-    perk_tensor *inner = perk_silu_mul(l->graph, called(l, "silu_mul", ""), gate_up);
-    return project_back(l, "mlp_residual", inner, m->intermediate, "mlp.down_proj", m->mlp_bias, x);
+    perk_tensor *norm_weight = weight(l, "layers.#.mlp_norm_weight");
+    perk_tensor *normed = perk_rmsnorm(l->graph, called(l, "mlp_norm"), x, norm_weight, (float)l->model->norm_eps);
+    perk_tensor *gate_up_weight = weight(l, "layers.#.gate_up_weight"), *bias = weight(l, "layers.#.gate_up_bias");
+    perk_tensor *gate_up = perk_linear(l->graph, called(l, "gate_up"), normed, gate_up_weight, bias);
+    perk_tensor *inner = perk_silu_mul(l->graph, called(l, "silu_mul"), gate_up);
+    perk_tensor *down_weight = weight(l, "layers.#.down_weight"), *down_bias = weight(l, "layers.#.down_bias");
+    return perk_linear_residual(l->graph, called(l, "mlp_residual"), inner, down_weight, down_bias, x);
+}
+
+static perk_weight_map weights_of(perk_graph *graph, const perk_decoder *m) {
+    return (perk_weight_map){
+        .graph = graph,
+        .table = &perk_decoder_weights,
+        .sizes = {[PERK_SIZE_VOCAB] = m->vocab,
+                  [PERK_SIZE_HIDDEN] = m->hidden,
+                  [PERK_SIZE_QUERIES] = m->heads * m->head_dim,
+                  [PERK_SIZE_KEYS] = m->kv_heads * m->head_dim,
+                  [PERK_SIZE_HEAD] = m->head_dim,
+                  [PERK_SIZE_INTERMEDIATE] = m->intermediate},
+        .features = (m->qkv_bias ? PERK_HAS_QKV_BIAS : 0u) | (m->out_bias ? PERK_HAS_OUT_BIAS : 0u) |
+                    (m->mlp_bias ? PERK_HAS_MLP_BIAS : 0u) | (m->norms_heads ? PERK_HAS_HEAD_NORMS : 0u) |
+                    (m->is_tied ? 0u : PERK_HAS_OWN_HEAD),
+    };
 }
 
 static void build_graph(perk_graph *g, const perk_decoder *m) {
-    perk_tensor *table = perk_attach_matrix(g, "model.embed_tokens.weight", m->vocab, m->hidden);
+    const perk_weight_map weights = weights_of(g, m);
+    perk_tensor *table = perk_weight_find(&weights, "embedding_table", 0);
     perk_tensor *x = perk_embed(g, "embedding", table);
     for (int64_t number = 0; number < m->layers; number++) {
-        layer l = {.graph = g, .model = m, .number = number};
+        layer l = {.graph = g, .model = m, .weights = &weights, .number = number};
         x = attention(&l, x);
         x = mlp(&l, x);
     }
     perk_tensor *last = perk_select_rows(g, "last_hidden", x);
-    perk_tensor *weight = perk_attach_vector(g, "model.norm.weight", m->hidden);
-    perk_tensor *normed = perk_rmsnorm(g, "final_norm", last, weight, (float)m->norm_eps);
-    perk_tensor *head = m->is_tied ? table : perk_attach_matrix(g, "lm_head.weight", m->vocab, m->hidden);
-    perk_tensor *logits = perk_logits(g, "logits", normed, head);
+    perk_tensor *norm_weight = perk_weight_find(&weights, "final_norm_weight", 0);
+    perk_tensor *normed = perk_rmsnorm(g, "final_norm", last, norm_weight, (float)m->norm_eps);
+    perk_tensor *head = perk_weight_find(&weights, "head_weight", 0);
+    perk_tensor *logits = perk_logits(g, "logits", normed, head ? head : table);
     perk_argmax(g, "next_token", logits);
 }
 

@@ -7,6 +7,7 @@
 
 #include "graph.h"
 #include "rope.h"
+#include "weights.h"
 
 typedef enum perk_bias_rule {
     PERK_BIAS_NEVER,
@@ -47,6 +48,8 @@ typedef struct perk_decoder {
  * success the caller frees out->rope.inv_freq, and `config` must outlive *out. */
 perk_status perk_decoder_read(perk_decoder *out, const perk_decoder_family *family, const json_t *config,
                               perk_error *err);
+
+extern const perk_weight_table perk_decoder_weights;
 
 /* Adds the whole model to `graph`; failures go into the graph. */
 void perk_decoder_build(perk_graph *graph, const json_t *config, const perk_decoder_family *family);

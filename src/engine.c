@@ -138,6 +138,7 @@ static perk_status open_model(perk_engine *engine, const char *path, const perk_
     perk_status status = perk_model_open(&engine->model, path, options->random_weights != 0, options->seed, err);
     if (status) return status;
     const perk_model *model = engine->model;
+    perk_model_report_unread(model, &options->log);
     engine->config = options->config;
     if ((status = perk_config_resolve(&engine->config, model->max_positions, err))) return status;
     bool length_was_asked_for = options->config.max_seq_length != 0;

@@ -2,6 +2,7 @@
 #include "model.h"
 
 #include "config.h"
+#include "models/decoder.h"
 #include "models/models.h"
 #include "random_weights.h"
 
@@ -9,7 +10,7 @@
 #include <sys/stat.h>
 
 static const perk_model_family families[] = {
-#define PERK_MODEL(architecture, build) {architecture, build},
+#define PERK_MODEL(architecture, build, weights) {architecture, build, &weights},
 #include "models/models.def"
 #undef PERK_MODEL
 };
@@ -46,6 +47,7 @@ static perk_status build_graph(perk_model *model, perk_error *err) {
     if (!status) status = perk_config_i64(config, "max_position_embeddings", 32768, 1, INT32_MAX, &positions, err);
     if (!status) status = perk_graph_create(&model->graph, family->architecture, err);
     if (status) return status;
+    model->family = family;
     snprintf(model->architecture, sizeof model->architecture, "%s", family->architecture);
     model->vocab_size = (int32_t)vocab;
     model->max_positions = (int32_t)positions;
@@ -146,6 +148,28 @@ perk_status perk_model_open(perk_model **out, const char *path, bool random_weig
 
 perk_status perk_model_describe(perk_model **out, const char *path, perk_error *err) {
     return open_model(out, path, WEIGHTS_NONE, 0, err);
+}
+
+static bool is_read(const perk_graph *graph, const char *stored) {
+    const perk_tensor *tensor = perk_graph_find(graph, stored);
+    return tensor && tensor->kind == PERK_TENSOR_WEIGHT;
+}
+
+void perk_model_report_unread(const perk_model *model, const perk_log *log) {
+    enum { NAMED = 3 };
+    perk_buffer names = {0};
+    size_t unread = 0;
+    for (size_t i = 0; i < perk_checkpoint_count(model->checkpoint); i++) {
+        const char *stored = perk_checkpoint_at(model->checkpoint, i)->name;
+        if (is_read(model->graph, stored) || perk_weight_may_be_left(model->family->weights, stored)) continue;
+        if (unread++ < NAMED) perk_buffer_printf(&names, "%s%.90s", names.size ? ", " : "", stored);
+    }
+    if (unread)
+        perk_log_write(log, PERK_LOG_WARNING,
+                       "%s: %zu stored tensors are not read: %s%s; the model may compute something else than it should",
+                       perk_checkpoint_folder(model->checkpoint), unread, names.data ? names.data : "",
+                       unread > NAMED ? ", ..." : "");
+    perk_buffer_free(&names);
 }
 
 void perk_model_free(perk_model *model) {

@@ -5,9 +5,12 @@
 #include "checkpoint.h"
 #include "graph.h"
 
+typedef struct perk_model_family perk_model_family;
+
 typedef struct perk_model {
     perk_checkpoint *checkpoint;
     perk_graph *graph;
+    const perk_model_family *family;
     char architecture[64];
     int32_t vocab_size;
     int32_t max_positions;
@@ -16,11 +19,12 @@ typedef struct perk_model {
 } perk_model;
 
 /* What a family gives: models/<family>.c, one line in models/models.def. */
-typedef struct perk_model_family {
+struct perk_model_family {
     const char *architecture; /* config.json "architectures"[0] */
     /* Adds the whole model to `graph` from its config; failures go into the graph. */
     void (*build)(perk_graph *graph, const json_t *config);
-} perk_model_family;
+    const struct perk_weight_table *weights; /* models/weights.h */
+};
 
 /* Opens a folder (or a lone config.json), picks the family by its architecture string, builds the graph, and checks
  * that every attached weight is in the checkpoint with its shape. With `random_weights` the checkpoint's tensors are
@@ -28,6 +32,9 @@ typedef struct perk_model_family {
 perk_status perk_model_open(perk_model **out, const char *path, bool random_weights, uint64_t seed, perk_error *err);
 /* The graph alone, from the config of a folder or a lone config.json: for plans and compiling ahead of time. */
 perk_status perk_model_describe(perk_model **out, const char *path, perk_error *err);
+/* One warning about stored tensors that the graph does not read, unless the family's table says that they may be left:
+ * a forgotten bias looks like that. */
+void perk_model_report_unread(const perk_model *model, const perk_log *log);
 void perk_model_free(perk_model *model);
 
 #endif

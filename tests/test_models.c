@@ -1,4 +1,5 @@
 /* The builders take or refuse every kind of config.json; models open with their weights or say what is wrong. */
+#include "../models/decoder.h"
 #include "../models/models.h"
 #include "model.h"
 #include "ops/op.h"
@@ -349,6 +350,82 @@ static void test_models(void) {
     open_changed("eos_token_id", json_string("x"), PERK_BAD_FORMAT, "eos_token_id");
 }
 
+/* ---- weights by name ---- */
+
+/* What the log says about a folder with the weights of `fixture` and its config, changed. "" for nothing. */
+typedef struct said {
+    char text[1024];
+    int count;
+} said;
+
+static void hear(void *user, perk_log_level level, const char *message) {
+    said *heard = user;
+    CHECK(level == PERK_LOG_WARNING);
+    snprintf(heard->text, sizeof heard->text, "%s", message);
+    heard->count++;
+}
+
+static said unread_of(const char *fixture, const char *key, json_t *value) {
+    temp_folder folder = temp_make();
+    char path[1024], stored[512];
+    perk_model *model;
+    said heard = {0};
+    snprintf(stored, sizeof stored, FIXTURES "/%s/model.safetensors", fixture);
+    CHECK(symlink(stored, temp_path(&folder, "model.safetensors", path, sizeof path)) == 0);
+    snprintf(stored, sizeof stored, FIXTURES "/%s/config.json", fixture);
+    json_t *config = json_load_file(stored, 0, NULL);
+    json_object_set_new(config, key, value);
+    CHECK(json_dump_file(config, temp_path(&folder, "config.json", path, sizeof path), 0) == 0);
+    json_decref(config);
+    CHECK_OK(perk_model_open(&model, folder.path, false, 0, &err));
+    perk_model_report_unread(model, &(perk_log){hear, &heard});
+    perk_model_free(model);
+    temp_remove(&folder);
+    return heard;
+}
+
+static void test_unread_weights(void) {
+    said heard = unread_of("qwen3/bias", "attention_bias", json_true());
+    CHECK(heard.count == 0, "%s", heard.text);
+    heard = unread_of("qwen3/bias", "attention_bias", json_false());
+    CHECK(heard.count == 1 && strstr(heard.text, "8 stored tensors") && strstr(heard.text, "_proj.bias, ") &&
+              strstr(heard.text, ", ...;"),
+          "%s", heard.text);
+    heard = unread_of("qwen3/gqa1_fp32", "tie_word_embeddings", json_true());
+    CHECK(heard.count == 0, "a tied model's copy of the table is harmless: %s", heard.text);
+    const perk_weight_table *table = &perk_decoder_weights;
+    CHECK(perk_weight_may_be_left(table, "model.layers.31.self_attn.rotary_emb.inv_freq"));
+    CHECK(!perk_weight_may_be_left(table, "model.layers..self_attn.rotary_emb.inv_freq"));
+    CHECK(!perk_weight_may_be_left(table, "model.layers.3.self_attn.rotary_emb.inv_freq2"));
+    CHECK(!perk_weight_may_be_left(table, "model.layers.3.self_attn.q_proj.weight"));
+}
+
+/* What a split needs: parts of one matrix are divided alike, and a bias as its matrix gives outputs. */
+static void test_weight_table(void) {
+    const perk_weight_table *table = &perk_decoder_weights;
+    for (size_t i = 0; i < table->count; i++) {
+        const perk_weight_row *row = &table->rows[i];
+        int parts = 0, same_name = 0;
+        CHECK(strlen(row->stored) < 90 && (row->target || row->may_be_left));
+        for (size_t k = 0; k < table->count; k++) {
+            const perk_weight_row *other = &table->rows[k];
+            same_name += !strcmp(row->stored, other->stored);
+            if (!row->target || !other->target || strcmp(row->target, other->target) != 0) continue;
+            parts++;
+            CHECK(row->split == other->split && !row->rows == !other->rows &&
+                      (!row->rows || row->cols == other->cols) && row->needs == other->needs,
+                  "%s", row->stored);
+        }
+        CHECK(parts <= PERK_STACK_MAX && same_name == 1, "%s", row->stored);
+        CHECK(row->rows || row->split != PERK_SPLIT_ROW, "%s: a vector has no inputs to divide", row->stored);
+    }
+    perk_graph *g = new_graph();
+    perk_weight_map map = {.graph = g, .table = table};
+    CHECK(!perk_weight_find(&map, "layers.#.nothing", 0));
+    CHECK_FAILS(perk_graph_check(g, &err), PERK_INTERNAL, "layers.#.nothing");
+    perk_graph_free(g);
+}
+
 int main(void) {
     test_config_accepted();
     test_llama();
@@ -358,5 +435,7 @@ int main(void) {
     test_sizes_required();
     test_config_odd_values();
     test_models();
+    test_unread_weights();
+    test_weight_table();
     return 0;
 }
