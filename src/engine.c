@@ -16,7 +16,9 @@ struct perk_engine {
     perk_batch *batch;
     perk_config config;
     perk_start_report report;
-    perk_error failure; /* of a step: closes the engine */
+    perk_error failure;   /* of a step: closes the engine */
+    perk_on_step on_step; /* NULL: nobody watches */
+    void *on_step_user;
 };
 
 static double milliseconds_since(double start) { return (perk_now() - start) * 1e3; }
@@ -212,7 +214,19 @@ static perk_status close_after(perk_engine *engine, perk_status status, const pe
 
 static perk_status run_batch(perk_engine *engine, bool want_logits, perk_step_result *result, perk_error *err) {
     *result = (perk_step_result){0};
-    return engine->executor->type->step(engine->executor, engine->batch, want_logits, result, err);
+    perk_status status = engine->executor->type->step(engine->executor, engine->batch, want_logits, result, err);
+    if (status || !engine->on_step) return status;
+    return engine->on_step(engine->on_step_user, engine->executor, engine->model->graph, engine->batch, err);
+}
+
+perk_status perk_engine_watch(perk_engine *engine, perk_on_step on_step, void *user, perk_error *err) {
+    if (engine->report.backend != PERK_BACKEND_REFERENCE)
+        return perk_fail(err, PERK_UNSUPPORTED,
+                         "on the GPU activations share memory within a step and cannot be read after it: use the "
+                         "reference backend");
+    engine->on_step = on_step;
+    engine->on_step_user = user;
+    return PERK_OK;
 }
 
 perk_status perk_engine_submit(perk_engine *engine, const int32_t *prompt, size_t prompt_length,

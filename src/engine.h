@@ -1,8 +1,8 @@
-/* The engine's inner face: logits as they come, for callers that must not hold them all. */
+/* The engine's inner face: logits as they come, for callers that must not hold them all, and a look at every step. */
 #ifndef PERK_SRC_ENGINE_H
 #define PERK_SRC_ENGINE_H
 
-#include "base.h"
+#include "executor.h"
 #include "perk/engine.h"
 
 /* Gets rows [first, first + count) of the logits, [count][vocab], valid during the call; a failure ends the run. */
@@ -11,5 +11,12 @@ typedef perk_status (*perk_on_logits)(void *user, size_t first, size_t count, co
 /* perk_engine_logits, chunk by chunk. */
 perk_status perk_engine_stream_logits(perk_engine *engine, const int32_t *ids, size_t count, perk_on_logits on_logits,
                                       void *user, perk_error *err);
+
+/* Gets the executor right after a step over `batch`: what the step made can be read. A failure is the step's. */
+typedef perk_status (*perk_on_step)(void *user, perk_executor *executor, const perk_graph *graph,
+                                    const perk_batch *batch, perk_error *err);
+
+/* Calls `on_step` after every step from now on. PERK_UNSUPPORTED on the GPU, whose activations share memory. */
+perk_status perk_engine_watch(perk_engine *engine, perk_on_step on_step, void *user, perk_error *err);
 
 #endif

@@ -30,4 +30,9 @@ struct perk_executor {
     const perk_executor_type *type;
 };
 
+/* Rows of an activation in a step over `batch`. */
+static inline int64_t perk_executor_rows(const perk_tensor *tensor, const perk_batch *batch) {
+    return tensor->row_kind == PERK_ROWS_TOKENS ? batch->num_tokens : batch->num_logit_rows;
+}
+
 #endif

@@ -228,6 +228,55 @@ static void test_tokenize(void) {
     temp_remove(&folder);
 }
 
+/* What every op made: an index, and a file each; the logits among them are those of --out. */
+static void test_dump(void) {
+    temp_folder folder = temp_make();
+    char path[1024];
+    temp_write_text(&temp, "ids.json", "[[1, 2, 3, 4, 5], [7, 8]]");
+    outcome result = run_perk(NULL, "logits --model %s --ids ids.json --out x.npy --dump-activations %s --dump-step 1",
+                              FOLDER, folder.path);
+    CHECK_CODE(result, 0);
+    outcome_free(&result);
+    json_t *index = json_load_file(temp_path(&folder, "index.json", path, sizeof path), 0, NULL);
+    const json_t *list = json_object_get(index, "activations"), *line = NULL;
+    CHECK(json_integer_value(json_object_get(index, "step")) == 1);
+    CHECK(json_array_size(json_object_get(index, "tokens")) == 2, "a whole list is one step");
+    bool found = false;
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        line = json_array_get(list, i);
+        const char *name = json_string_value(json_object_get(line, "name"));
+        CHECK(json_is_null(json_object_get(line, "layer")) == (strncmp(name, "layers.", 7) != 0), "%s", name);
+        CHECK(access(temp_path(&folder, json_string_value(json_object_get(line, "file")), path, sizeof path), R_OK) ==
+                  0,
+              "%s", path);
+        if (strcmp(name, "logits") != 0) continue;
+        found = true;
+        size_t size, whole_size;
+        char *logits = temp_read(&folder, json_string_value(json_object_get(line, "file")), &size);
+        char *whole = temp_read(&temp, "x.npy", &whole_size);
+        size_t bytes = 2 * 128 * sizeof(float);
+        CHECK(size > bytes && memcmp(logits + size - bytes, whole + whole_size - bytes, bytes) == 0);
+        free(logits);
+        free(whole);
+    }
+    CHECK(found);
+    json_decref(index);
+    temp_remove(&folder);
+
+    expect_failure(1, "there were 2 steps",
+                   "logits --model " FOLDER " --ids ids.json --dump-activations . --dump-step 2");
+    expect_failure(1, "cannot create", "logits --model " FOLDER " --ids ids.json --dump-activations no/such/folder");
+    folder = temp_make();
+    result = run_perk(NULL, "run --model %s --tokens 1,2,3 --max-tokens 2 --dump-activations %s --dump-step 1", FOLDER,
+                      folder.path);
+    CHECK_CODE(result, 0);
+    outcome_free(&result);
+    index = json_load_file(temp_path(&folder, "index.json", path, sizeof path), 0, NULL);
+    CHECK(json_integer_value(json_array_get(json_object_get(index, "positions"), 0)) == 3, "the prompt is step 0");
+    json_decref(index);
+    temp_remove(&folder);
+}
+
 static void test_logits(void) {
     temp_write_text(&temp, "ids.json", "[[1, 2, 3, 4, 5], [7], []]");
     outcome result = run_perk(NULL, "logits --model %s --ids ids.json --out x.npy --backend reference", FOLDER);
@@ -391,6 +440,7 @@ int main(void) {
     test_run_text();
     test_tokenize();
     test_logits();
+    test_dump();
     test_machine();
     test_ops_alone();
     test_plan_and_compile();

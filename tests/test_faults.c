@@ -5,6 +5,7 @@
  * reach the driver. */
 #include "fake_cuda/fake_cuda.h"
 #include "src/base.h"
+#include "src/engine.h"
 #include "src/gpu.h"
 #include "src/model.h"
 #include "test_cache.h"
@@ -597,6 +598,14 @@ static int cancel(void *user, const char *phase, uint64_t done, uint64_t total) 
     return --*(int *)user == 0;
 }
 
+static void test_no_watching(void) {
+    perk_engine *engine;
+    CHECK_OK(open_engine(&engine, PERK_BACKEND_GPU));
+    CHECK_FAILS(perk_engine_watch(engine, NULL, NULL, &err), PERK_UNSUPPORTED, "reference backend");
+    perk_engine_free(engine);
+    check_released();
+}
+
 static void test_cancelled_load(void) {
     for (int after = 1; after < 6; after++) {
         int left = after;
@@ -740,6 +749,7 @@ int main(void) {
     test_too_little_memory();
     test_program_does_not_fit();
     test_hang_report();
+    test_no_watching();
     test_cancelled_load();
     test_load_with_threads();
     test_two_engines();

@@ -1,4 +1,5 @@
 /* perk logits: what the model says after every one of given ids. */
+#include "activations.h"
 #include "cli.h"
 #include "npy.h"
 
@@ -10,6 +11,7 @@ typedef struct logits_options {
     perk_cli_engine engine;
     const char *ids, *out;
     int perplexity;
+    perk_cli_dump dump;
 } logits_options;
 
 /* One list on its way through: rows go to the file, and to the sum of -log p(next id). */
@@ -30,11 +32,13 @@ static int parse(const perk_cli_command *command, logits_options *logits, int ar
     };
     perk_cli_options options = {0};
     perk_cli_add(&options, items, (int)PERK_COUNT(items));
+    perk_cli_add_dump(&options, &logits->dump);
     perk_cli_add_engine(&options, &logits->engine);
     int code = perk_cli_parse(command, &options, argc, argv, 0, NULL);
     if (code != PERK_EXIT_GO_ON) return code;
     if (!logits->ids) return perk_cli_usage(command, "--ids is missing");
-    if (!logits->out && !logits->perplexity) return perk_cli_usage(command, "give --out, --perplexity or both");
+    if (!logits->out && !logits->perplexity && !logits->dump.folder)
+        return perk_cli_usage(command, "give --out, --perplexity or --dump-activations");
     return PERK_EXIT_GO_ON;
 }
 
@@ -114,7 +118,7 @@ static int print_perplexity(const logits_options *logits, const perk_engine *eng
     return perk_cli_print_json(json) ? PERK_EXIT_OK : PERK_EXIT_FAILURE;
 }
 
-static int score(perk_engine *engine, const logits_options *logits, const perk_cli_ids *lists, size_t count) {
+static int score(perk_engine *engine, logits_options *logits, const perk_cli_ids *lists, size_t count) {
     perk_error err = {0};
     perk_npy npy = {0};
     score_sum scoring = {.vocab = (size_t)perk_engine_vocab_size(engine), .npy = &npy};
@@ -122,11 +126,20 @@ static int score(perk_engine *engine, const logits_options *logits, const perk_c
     for (size_t i = 0; i < count; i++) rows += lists[i].count;
     perk_status status = PERK_OK;
     if (logits->out) status = perk_npy_create(&npy, logits->out, rows, scoring.vocab, &err);
+    if (!status) status = perk_cli_dump_begin(&logits->dump, engine, &err);
     if (!status) status = score_lists(engine, lists, count, &scoring, &err);
+    if (!status) status = perk_cli_dump_end(&logits->dump, &err);
     perk_status closed = perk_npy_close(&npy, !status, status ? NULL : &err);
     if (status || closed) return perk_cli_fail(&err);
     if (logits->perplexity) return print_perplexity(logits, engine, &scoring);
     return PERK_EXIT_OK;
+}
+
+/* 16 tokens a step, but a whole list in one where its activations are wanted. */
+static int32_t tokens_a_step(const logits_options *logits, const perk_cli_ids *lists, size_t count) {
+    size_t tokens = 16;
+    for (size_t i = 0; logits->dump.folder && i < count; i++) tokens = PERK_MAX(tokens, lists[i].count);
+    return (int32_t)PERK_MIN(tokens, (size_t)4096);
 }
 
 int perk_cli_logits(const perk_cli_command *self, int argc, char **argv) {
@@ -134,13 +147,13 @@ int perk_cli_logits(const perk_cli_command *self, int argc, char **argv) {
     int code = parse(self, &logits, argc, argv);
     if (code != PERK_EXIT_GO_ON) return code;
     perk_config *config = &logits.engine.options.config;
-    if (!config->max_num_batched_tokens) config->max_num_batched_tokens = 16;
-    config->max_num_logit_rows = config->max_num_batched_tokens; /* every row is wanted */
-    if (!config->max_num_batched_requests) config->max_num_batched_requests = 1;
     perk_error err = {0};
     perk_cli_ids *lists;
     size_t count;
     if (read_lists(logits.ids, &lists, &count, &err)) return perk_cli_fail(&err);
+    if (!config->max_num_batched_tokens) config->max_num_batched_tokens = tokens_a_step(&logits, lists, count);
+    config->max_num_logit_rows = config->max_num_batched_tokens; /* every row is wanted */
+    if (!config->max_num_batched_requests) config->max_num_batched_requests = 1;
     perk_engine *engine;
     code = perk_cli_open(self, &logits.engine, &engine);
     if (code == PERK_EXIT_GO_ON) code = score(engine, &logits, lists, count);

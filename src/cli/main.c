@@ -8,7 +8,9 @@ static const perk_cli_command commands[] = {
      "Text streams to stdout as it is made. --chat without --prompt reads one turn a line from stdin\n"
      "until its end. With --json stdout gets one JSON object and nothing else:\n"
      "  text, tokens (ids made, the end token included), prompt_tokens (their number), finish\n"
-     "  (\"stop\", \"length\" or \"cancelled\"), times (milliseconds) and start (how the start went).",
+     "  (\"stop\", \"length\" or \"cancelled\"), times (milliseconds) and start (how the start went).\n"
+     "--dump-activations writes DIR/index.json and, for every op of one step on the reference backend,\n"
+     "its output as float32 .npy; step 0 has the whole prompt, up to 256 tokens.",
      "  perk run --model examples/tiny --prompt \"Once upon a time\"\n"
      "  perk run --model Qwen3-8B --chat --system \"You are terse.\"\n"
      "  perk run --model bench/configs/qwen3-8b --random-weights --tokens 1,2,3 --json\n"
@@ -28,10 +30,10 @@ static const perk_cli_command commands[] = {
      "  jq -c .text corpus.jsonl | perk tokenize --model examples/tiny --jsonl",
      perk_cli_tokenize},
     {"logits", "teacher-forced logits or perplexity of given token ids",
-     "--model DIR --ids FILE.json [--out FILE.npy] [--perplexity] [options]",
+     "--model DIR --ids FILE.json [--out FILE.npy] [--perplexity] [--dump-activations DIR] [options]",
      "FILE.json is a list of lists of ids. FILE.npy gets float32 [all ids, vocabulary]: row by row the\n"
      "logits after each id, the lists one after the other. Perplexity is over all ids that have one\n"
-     "before them in their list.",
+     "before them in their list. --dump-activations as in perk run; a step has a whole list.",
      "  perk logits --model examples/tiny --ids ids.json --out logits.npy --backend reference\n"
      "  perk logits --model Qwen3-0.6B --ids ids.json --perplexity --json",
      perk_cli_logits},

@@ -1,4 +1,5 @@
 /* perk run: a prompt, a chat, or token ids; text as it is made. */
+#include "activations.h"
 #include "cli.h"
 
 #include <unistd.h>
@@ -8,6 +9,7 @@ typedef struct run_options {
     perk_sampling sampling;
     const char *prompt, *system, *tokens;
     int chat, ignore_eos;
+    perk_cli_dump dump;
 } run_options;
 
 /* What one answer leaves behind. */
@@ -36,6 +38,7 @@ static int parse(const perk_cli_command *command, run_options *run, int argc, ch
     };
     perk_cli_options options = {0};
     perk_cli_add(&options, items, (int)PERK_COUNT(items));
+    perk_cli_add_dump(&options, &run->dump);
     perk_cli_add_engine(&options, &run->engine);
     int code = perk_cli_parse(command, &options, argc, argv, 0, NULL);
     if (code != PERK_EXIT_GO_ON) return code;
@@ -229,10 +232,18 @@ int perk_cli_run(const perk_cli_command *self, int argc, char **argv) {
     if (code != PERK_EXIT_GO_ON) return code;
     perk_config *config = &run.engine.options.config;
     if (!config->max_num_batched_requests) config->max_num_batched_requests = 1;
+    /* A prompt of usual length enters in one step where its activations are wanted. */
+    if (run.dump.folder && !config->max_num_batched_tokens) config->max_num_batched_tokens = 256;
     perk_engine *engine;
     code = perk_cli_open(self, &run.engine, &engine);
     if (code != PERK_EXIT_GO_ON) return code;
-    code = run.chat && !run.prompt ? run_chat(engine, &run) : run_once(engine, &run);
+    perk_error err = {0};
+    if (perk_cli_dump_begin(&run.dump, engine, &err)) {
+        code = perk_cli_fail(&err);
+    } else {
+        code = run.chat && !run.prompt ? run_chat(engine, &run) : run_once(engine, &run);
+        if (code == PERK_EXIT_OK && perk_cli_dump_end(&run.dump, &err)) code = perk_cli_fail(&err);
+    }
     perk_engine_free(engine);
     return code;
 }
