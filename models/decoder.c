@@ -1,4 +1,4 @@
-/* The graph of the dense decoders. */
+/* The graph of the decoders. */
 #include "decoder.h"
 
 #include <math.h>
@@ -51,14 +51,40 @@ static perk_tensor *attention(layer *l, perk_tensor *x) {
     return perk_linear_residual(l->graph, called(l, "attention_residual"), mixed, out_weight, out_bias, x);
 }
 
-static perk_tensor *mlp(layer *l, perk_tensor *x) {
+static perk_tensor *mlp_norm(layer *l, perk_tensor *x) {
     perk_tensor *norm_weight = weight(l, "layers.#.mlp_norm_weight");
-    perk_tensor *normed = perk_rmsnorm(l->graph, called(l, "mlp_norm"), x, norm_weight, (float)l->model->norm_eps);
+    return perk_rmsnorm(l->graph, called(l, "mlp_norm"), x, norm_weight, (float)l->model->norm_eps);
+}
+
+static perk_tensor *mlp(layer *l, perk_tensor *x) {
+    perk_tensor *normed = mlp_norm(l, x);
     perk_tensor *gate_up_weight = weight(l, "layers.#.gate_up_weight"), *bias = weight(l, "layers.#.gate_up_bias");
     perk_tensor *gate_up = perk_linear(l->graph, called(l, "gate_up"), normed, gate_up_weight, bias);
     perk_tensor *inner = perk_silu_mul(l->graph, called(l, "silu_mul"), gate_up);
     perk_tensor *down_weight = weight(l, "layers.#.down_weight"), *down_bias = weight(l, "layers.#.down_bias");
     return perk_linear_residual(l->graph, called(l, "mlp_residual"), inner, down_weight, down_bias, x);
+}
+
+/* Whether a layer has experts instead of one MLP. */
+static bool is_sparse(const perk_decoder *m, int64_t number) {
+    if (!m->experts || (number + 1) % m->sparse_step != 0) return false;
+    for (size_t i = 0; i < json_array_size(m->dense_layers); i++)
+        if (json_integer_value(json_array_get(m->dense_layers, i)) == number) return false;
+    return true;
+}
+
+static perk_tensor *experts(layer *l, perk_tensor *x) {
+    const perk_decoder *m = l->model;
+    perk_tensor *normed = mlp_norm(l, x);
+    perk_tensor *router = perk_logits(l->graph, called(l, "router"), normed, weight(l, "layers.#.router_weight"));
+    perk_routing routing =
+        perk_moe_route(l->graph, called(l, "route"), router, (int32_t)m->top_experts, m->normalises_experts);
+    perk_tensor *gate_up_weight = weight(l, "layers.#.experts_gate_up_weight");
+    perk_tensor *gate_up = perk_moe_linear(l->graph, called(l, "gate_up"), normed, gate_up_weight, routing.experts);
+    perk_tensor *inner = perk_silu_mul(l->graph, called(l, "silu_mul"), gate_up);
+    perk_tensor *down_weight = weight(l, "layers.#.experts_down_weight");
+    perk_tensor *down = perk_moe_linear(l->graph, called(l, "down"), inner, down_weight, routing.experts);
+    return perk_moe_sum(l->graph, called(l, "mlp_residual"), down, routing.shares, x);
 }
 
 static perk_weight_map weights_of(perk_graph *graph, const perk_decoder *m) {
@@ -70,7 +96,9 @@ static perk_weight_map weights_of(perk_graph *graph, const perk_decoder *m) {
                   [PERK_SIZE_QUERIES] = m->heads * m->head_dim,
                   [PERK_SIZE_KEYS] = m->kv_heads * m->head_dim,
                   [PERK_SIZE_HEAD] = m->head_dim,
-                  [PERK_SIZE_INTERMEDIATE] = m->intermediate},
+                  [PERK_SIZE_INTERMEDIATE] = m->intermediate,
+                  [PERK_SIZE_EXPERTS] = m->experts,
+                  [PERK_SIZE_EXPERT_WIDTH] = m->expert_width},
         .features = (m->qkv_bias ? PERK_HAS_QKV_BIAS : 0u) | (m->out_bias ? PERK_HAS_OUT_BIAS : 0u) |
                     (m->mlp_bias ? PERK_HAS_MLP_BIAS : 0u) | (m->norms_heads ? PERK_HAS_HEAD_NORMS : 0u) |
                     (m->is_tied ? 0u : PERK_HAS_OWN_HEAD),
@@ -84,7 +112,7 @@ static void build_graph(perk_graph *g, const perk_decoder *m) {
     for (int64_t number = 0; number < m->layers; number++) {
         layer l = {.graph = g, .model = m, .weights = &weights, .number = number};
         x = attention(&l, x);
-        x = mlp(&l, x);
+        x = is_sparse(m, number) ? experts(&l, x) : mlp(&l, x);
     }
     perk_tensor *last = perk_select_rows(g, "last_hidden", x);
     perk_tensor *norm_weight = perk_weight_find(&weights, "final_norm_weight", 0);

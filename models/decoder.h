@@ -1,6 +1,6 @@
-/* The dense decoder that many families share: pre-norm transformer layers with grouped-query attention (Ainslie et al.
- * 2023), rotary positions and SwiGLU, under the weight names of Hugging Face checkpoints. Where families differ is
- * data.
+/* The decoder that many families share: pre-norm transformer layers with grouped-query attention (Ainslie et al.
+ * 2023), rotary positions and SwiGLU, in one MLP or in experts, under the weight names of Hugging Face checkpoints.
+ * Where families differ is data.
  */
 #ifndef PERK_MODELS_DECODER_H
 #define PERK_MODELS_DECODER_H
@@ -18,6 +18,7 @@ typedef enum perk_bias_rule {
 typedef enum perk_window_rule {
     PERK_WINDOW_NEVER,
     PERK_WINDOW_ALL_LAYERS,  /* unless "sliding_window" is null */
+    PERK_WINDOW_ALL_IF_USED, /* if "use_sliding_window", and "sliding_window" is not null; layer_types do not count */
     PERK_WINDOW_SOME_LAYERS, /* if "use_sliding_window": those that "layer_types" names, else from "max_window_layers"
                               */
 } perk_window_rule;
@@ -28,6 +29,7 @@ typedef struct perk_decoder_family {
     int64_t head_dim;      /* where the config has no "head_dim"; 0: hidden_size / num_attention_heads */
     bool norms_heads;      /* each query and key head has an RMS norm */
     bool reads_mlp_bias;   /* "mlp_bias" decides; else the MLP has no bias */
+    bool has_experts;      /* in the layers that "decoder_sparse_step" and "mlp_only_layers" say */
     perk_bias_rule biases; /* of attention */
     perk_window_rule windows;
 } perk_decoder_family;
@@ -41,6 +43,11 @@ typedef struct perk_decoder {
     int64_t window;            /* of the layers that slide; 0: none does */
     int64_t first_window;      /* layers from here on slide, where layer_types does not say */
     const json_t *layer_types; /* borrowed from the config; checked; NULL: absent */
+    int64_t experts;           /* of a sparse layer; 0: all layers are dense */
+    int64_t top_experts, expert_width;
+    bool normalises_experts;
+    int64_t sparse_step;        /* layers step - 1, 2 step - 1, ... are sparse, */
+    const json_t *dense_layers; /* but for these: integers, borrowed from the config; NULL: none */
     perk_rope rope;
 } perk_decoder;
 

@@ -1,18 +1,26 @@
-/* config.json of the dense decoders, read as transformers reads it: what a missing key means differs from what null
+/* config.json of the decoders, read as transformers reads it: what a missing key means differs from what null
  * means, and both differ between families. */
 #include "config.h"
 #include "decoder.h"
 
-enum { MAX_LAYERS = 1024, MAX_WIDTH = 1 << 20, MAX_HEADS = 4096, MAX_HEAD_DIM = 4096, MAX_VOCAB = 1 << 26 };
+enum {
+    MAX_LAYERS = 1024,
+    MAX_WIDTH = 1 << 20,
+    MAX_HEADS = 4096,
+    MAX_HEAD_DIM = 4096,
+    MAX_VOCAB = 1 << 26,
+    MAX_EXPERTS = 65536
+};
 
 /* ---- what is refused ---- */
 
-/* Fields of related networks that change what is computed, with the value that changes nothing; so do null and false.
- */
-static const struct {
+typedef struct foreign_field {
     const char *key;
-    double harmless;
-} foreign_fields[] = {
+    double harmless; /* the value that changes nothing; so do null and false */
+} foreign_field;
+
+/* Fields of related networks that change what is computed. */
+static const foreign_field foreign_fields[] = {
     {"pretraining_tp", 1},
     {"rope_interleaved", 0},
     {"attn_logit_softcapping", 0},
@@ -28,18 +36,18 @@ static const struct {
     {"scale_emb", 1},
     {"scale_depth", 0},
     {"dim_model_base", 0},
-    {"num_experts", 0},
-    {"num_local_experts", 0},
 };
+/* Those of networks with experts, where the family has none. */
+static const foreign_field expert_fields[] = {{"num_experts", 0}, {"num_local_experts", 0}};
 
-static perk_status refuse_foreign_fields(const json_t *config, perk_error *err) {
-    for (size_t i = 0; i < PERK_COUNT(foreign_fields); i++) {
-        const char *key = foreign_fields[i].key;
-        const json_t *value = perk_config_get(config, key);
+static perk_status refuse_foreign_fields(const foreign_field *fields, size_t count, const json_t *config,
+                                         perk_error *err) {
+    for (size_t i = 0; i < count; i++) {
+        const json_t *value = perk_config_get(config, fields[i].key);
         if (!value || json_is_false(value)) continue;
-        if (json_is_number(value) && json_number_value(value) == foreign_fields[i].harmless) continue;
-        return perk_fail(err, PERK_UNSUPPORTED, "config.json: \"%s\" is not supported; perk computes as with %g", key,
-                         foreign_fields[i].harmless);
+        if (json_is_number(value) && json_number_value(value) == fields[i].harmless) continue;
+        return perk_fail(err, PERK_UNSUPPORTED, "config.json: \"%s\" is not supported; perk computes as with %g",
+                         fields[i].key, fields[i].harmless);
     }
     return PERK_OK;
 }
@@ -50,7 +58,9 @@ static perk_status refuse_unknown(const perk_decoder_family *family, const json_
     if (!status && strcmp(activation, "silu") != 0)
         status = perk_fail(err, PERK_UNSUPPORTED, "config.json: \"hidden_act\" %.40s is not supported; %s uses silu",
                            activation, family->name);
-    if (!status) status = refuse_foreign_fields(config, err);
+    if (!status) status = refuse_foreign_fields(foreign_fields, PERK_COUNT(foreign_fields), config, err);
+    if (!status && !family->has_experts)
+        status = refuse_foreign_fields(expert_fields, PERK_COUNT(expert_fields), config, err);
     if (status || !perk_config_get(config, "quantization_config")) return status;
     method = json_string_value(perk_config_get(config, "quantization_config.quant_method"));
     return perk_fail(err, PERK_UNSUPPORTED,
@@ -165,8 +175,36 @@ static perk_status read_windows(perk_decoder *m, const perk_decoder_family *fami
                          family->name);
     if (family->windows == PERK_WINDOW_SOME_LAYERS)
         status = perk_config_i64(config, "max_window_layers", 28, 0, INT32_MAX, &m->first_window, err);
-    m->layer_types = perk_config_get(config, "layer_types");
+    if (family->windows != PERK_WINDOW_ALL_IF_USED) m->layer_types = perk_config_get(config, "layer_types");
     if (!status && m->layer_types) status = check_layer_types(m, family, err);
+    return status;
+}
+
+/* ---- experts ---- */
+
+static perk_status read_dense_layers(perk_decoder *m, const json_t *config, perk_error *err) {
+    m->dense_layers = perk_config_get(config, "mlp_only_layers");
+    bool is_list = !m->dense_layers || json_is_array(m->dense_layers);
+    for (size_t i = 0; is_list && i < json_array_size(m->dense_layers); i++)
+        is_list = json_is_integer(json_array_get(m->dense_layers, i));
+    if (is_list) return PERK_OK;
+    return perk_fail(err, PERK_BAD_FORMAT, "config.json: \"mlp_only_layers\" must be a list of layer numbers");
+}
+
+static perk_status read_experts(perk_decoder *m, const perk_decoder_family *family, const json_t *config,
+                                perk_error *err) {
+    if (!family->has_experts) return PERK_OK;
+    const char *key = json_object_get(config, "num_experts") ? "num_experts" : "num_local_experts";
+    perk_status status = perk_config_i64(config, key, 128, 0, MAX_EXPERTS, &m->experts, err);
+    if (!status) status = perk_config_i64(config, "num_experts_per_tok", 8, 1, MAX_EXPERTS, &m->top_experts, err);
+    if (!status) status = perk_config_i64(config, "moe_intermediate_size", 768, 1, MAX_WIDTH, &m->expert_width, err);
+    if (!status) status = perk_config_bool(config, "norm_topk_prob", 0, &m->normalises_experts, err);
+    if (!status) status = perk_config_i64(config, "decoder_sparse_step", 1, 1, INT32_MAX, &m->sparse_step, err);
+    if (!status) status = read_dense_layers(m, config, err);
+    if (!status && m->experts && m->top_experts > m->experts)
+        status = perk_fail(err, PERK_BAD_FORMAT,
+                           "config.json: \"num_experts_per_tok\" (%lld) must be at most \"num_experts\" (%lld)",
+                           (long long)m->top_experts, (long long)m->experts);
     return status;
 }
 
@@ -178,6 +216,7 @@ perk_status perk_decoder_read(perk_decoder *out, const perk_decoder_family *fami
     if (!status) status = read_heads(out, family, config, err);
     if (!status) status = read_biases(out, family, config, err);
     if (!status) status = read_windows(out, family, config, err);
+    if (!status) status = read_experts(out, family, config, err);
     if (!status) status = perk_config_f64(config, "rms_norm_eps", 1e-6, 0, 1, &out->norm_eps, err);
     if (!status) status = perk_config_bool(config, "tie_word_embeddings", 0, &out->is_tied, err);
     if (!status) status = perk_rope_read(&out->rope, config, (int32_t)out->head_dim, err);

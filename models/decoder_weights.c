@@ -29,6 +29,11 @@ static const perk_weight_row rows[] = {
     MATRIX("layers.#.down_weight", LAYER "mlp.down_proj.weight", HIDDEN, INTERMEDIATE, ROW, 0),
     VECTOR("layers.#.down_bias", LAYER "mlp.down_proj.bias", HIDDEN, NONE, PERK_HAS_MLP_BIAS),
 
+    MATRIX("layers.#.router_weight", LAYER "mlp.gate.weight", EXPERTS, HIDDEN, NONE, 0),
+    MATRIX("layers.#.experts_gate_up_weight", LAYER "mlp.experts.*.gate_proj.weight", EXPERT_WIDTH, HIDDEN, COLUMN, 0),
+    MATRIX("layers.#.experts_gate_up_weight", LAYER "mlp.experts.*.up_proj.weight", EXPERT_WIDTH, HIDDEN, COLUMN, 0),
+    MATRIX("layers.#.experts_down_weight", LAYER "mlp.experts.*.down_proj.weight", HIDDEN, EXPERT_WIDTH, ROW, 0),
+
     VECTOR("final_norm_weight", "model.norm.weight", HIDDEN, NONE, 0),
     /* Tied models may store a copy of the table under this name. */
     {"head_weight", "lm_head.weight", PERK_SIZE_VOCAB, PERK_SIZE_HIDDEN, PERK_SPLIT_COLUMN, PERK_HAS_OWN_HEAD, true},

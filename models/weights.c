@@ -19,6 +19,7 @@ static perk_tensor *attach(const perk_weight_map *map, const perk_weight_row *ro
     char name[NAME_BYTES];
     int64_t rows = map->sizes[row->rows], cols = map->sizes[row->cols];
     expand(row->stored, layer, name);
+    if (strchr(name, '*')) return perk_attach_experts(map->graph, name, map->sizes[PERK_SIZE_EXPERTS], rows, cols);
     if (row->rows == PERK_SIZE_NONE) return perk_attach_vector(map->graph, name, cols);
     return perk_attach_matrix(map->graph, name, rows, cols);
 }

@@ -21,6 +21,8 @@ typedef enum perk_weight_size {
     PERK_SIZE_KEYS,         /* KV heads x head_dim */
     PERK_SIZE_HEAD,         /* head_dim */
     PERK_SIZE_INTERMEDIATE, /* of the dense MLP */
+    PERK_SIZE_EXPERTS,      /* how many a layer has */
+    PERK_SIZE_EXPERT_WIDTH, /* of one expert's MLP */
     PERK_SIZE_COUNT,
 } perk_weight_size;
 
@@ -35,7 +37,8 @@ typedef enum perk_weight_feature {
 
 typedef struct perk_weight_row {
     const char *target; /* in the graph; the rows of one target are stacked in their order. NULL: nothing reads it */
-    const char *stored; /* in the checkpoint. In both names # stands for the layer's number */
+    const char *stored; /* in the checkpoint. In both names # stands for the layer's number, in this one * for every
+                           expert's: then they are one weight */
     perk_weight_size rows, cols; /* out x in; a vector has cols alone */
     perk_weight_split split;
     unsigned needs;   /* features without which the model has no such weight */

@@ -134,6 +134,15 @@ static perk_status fit_pool(perk_config *config, bool length_was_asked_for, cons
     return PERK_OK;
 }
 
+/* Said before anything is loaded: who lacks the memory need not wait for it. */
+static void report_memory(const perk_engine *engine, const perk_log *log) {
+    const perk_config *config = &engine->config;
+    uint64_t positions = (uint64_t)config->max_num_pages * (uint64_t)config->page_size;
+    perk_model_memory memory = perk_model_measure(engine->model, positions);
+    perk_log_write(log, PERK_LOG_INFO, "in bf16: %.2f GB of weights and %.2f GB of KV cache for %llu positions",
+                   (double)memory.weights_bytes * 1e-9, (double)memory.kv_bytes * 1e-9, (unsigned long long)positions);
+}
+
 /* All but the executor and the tokenizer, which follow. */
 static perk_status open_model(perk_engine *engine, const char *path, const perk_engine_options *options,
                               perk_error *err) {
@@ -145,6 +154,7 @@ static perk_status open_model(perk_engine *engine, const char *path, const perk_
     if ((status = perk_config_resolve(&engine->config, model->max_positions, err))) return status;
     bool length_was_asked_for = options->config.max_seq_length != 0;
     if ((status = fit_pool(&engine->config, length_was_asked_for, &options->log, err))) return status;
+    report_memory(engine, &options->log);
     if ((status = perk_batch_create(&engine->batch, &engine->config, err))) return status;
     return perk_scheduler_create(&engine->scheduler, &engine->config, model->vocab_size, model->eos_ids,
                                  model->eos_count, err);

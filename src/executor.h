@@ -32,7 +32,7 @@ struct perk_executor {
 
 /* Rows of an activation in a step over `batch`. */
 static inline int64_t perk_executor_rows(const perk_tensor *tensor, const perk_batch *batch) {
-    return tensor->row_kind == PERK_ROWS_TOKENS ? batch->num_tokens : batch->num_logit_rows;
+    return perk_tensor_rows(tensor, batch->num_tokens, batch->num_logit_rows);
 }
 
 #endif

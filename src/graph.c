@@ -6,6 +6,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+enum { MAX_EXPERTS = 65536 };
+
 perk_status perk_graph_create(perk_graph **out, const char *name, perk_error *err) {
     *out = NULL;
     perk_graph *graph = perk_calloc(1, sizeof *graph);
@@ -118,23 +120,33 @@ static perk_tensor *add_tensor(perk_graph *graph, const char *name, perk_tensor 
 }
 
 /* Attaching a weight again gives the tensor that is there: tied weights are one tensor with several readers. */
-static perk_tensor *attach(perk_graph *graph, const char *name, int64_t rows, int64_t cols, bool is_vector) {
+static perk_tensor *attach(perk_graph *graph, const char *name, perk_tensor shape) {
     perk_tensor *known = graph->error.status == PERK_OK && name ? perk_graph_find(graph, name) : NULL;
-    if (known && known->kind == PERK_TENSOR_WEIGHT && known->rows == rows && known->cols == cols &&
-        known->is_vector == is_vector)
+    if (known && known->kind == PERK_TENSOR_WEIGHT && known->rows == shape.rows && known->cols == shape.cols &&
+        known->is_vector == shape.is_vector && known->experts == shape.experts)
         return known;
-    return add_tensor(
-        graph, name,
-        (perk_tensor){
-            .kind = PERK_TENSOR_WEIGHT, .dtype = PERK_BF16, .rows = rows, .cols = cols, .is_vector = is_vector});
+    shape.kind = PERK_TENSOR_WEIGHT;
+    shape.dtype = PERK_BF16;
+    return add_tensor(graph, name, shape);
 }
 
 perk_tensor *perk_attach_matrix(perk_graph *graph, const char *name, int64_t rows, int64_t cols) {
-    return attach(graph, name, rows, cols, false);
+    return attach(graph, name, (perk_tensor){.rows = rows, .cols = cols});
 }
 
 perk_tensor *perk_attach_vector(perk_graph *graph, const char *name, int64_t length) {
-    return attach(graph, name, 1, length, true);
+    return attach(graph, name, (perk_tensor){.rows = 1, .cols = length, .is_vector = true});
+}
+
+perk_tensor *perk_attach_experts(perk_graph *graph, const char *name, int64_t count, int64_t rows, int64_t cols) {
+    const char *mark = name ? strchr(name, '*') : NULL;
+    if (!mark || strchr(mark + 1, '*') || count < 1 || count > MAX_EXPERTS) {
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT,
+                        "experts %s: needs 1 to %d of them and one * for the expert's number, found %lld",
+                        name ? name : "NULL", (int)MAX_EXPERTS, (long long)count);
+        return NULL;
+    }
+    return attach(graph, name, (perk_tensor){.rows = rows, .cols = cols, .experts = count});
 }
 
 perk_tensor *perk_stack(perk_graph *graph, const char *name, perk_tensor *const *parts, int count) {
@@ -152,10 +164,11 @@ perk_tensor *perk_stack(perk_graph *graph, const char *name, perk_tensor *const 
                          .is_vector = parts[0]->is_vector,
                          .rows = parts[0]->is_vector,
                          .cols = parts[0]->is_vector ? 0 : parts[0]->cols,
+                         .experts = parts[0]->experts,
                          .part_count = count};
     for (int i = 0; i < count; i++) {
         bool fits = parts[i]->kind == PERK_TENSOR_WEIGHT && parts[i]->is_vector == shape.is_vector &&
-                    (shape.is_vector || parts[i]->cols == shape.cols);
+                    parts[i]->experts == shape.experts && (shape.is_vector || parts[i]->cols == shape.cols);
         if (!fits) {
             perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "stack %s: the part %s does not fit the first", name,
                             parts[i]->name);
@@ -200,6 +213,16 @@ perk_op *perk_graph_add_op(perk_graph *graph, const perk_op_type *type, perk_ten
     op->type = type;
     op->index = graph->op_count;
     memcpy(op->inputs, inputs, sizeof op->inputs);
+    if (rows == PERK_ROWS_PAIRS) op->output->slots = inputs[0]->slots;
     graph->ops[graph->op_count++] = op;
     return op;
+}
+
+bool perk_graph_add_second(perk_graph *graph, perk_op *op, const char *name, perk_dtype dtype, int64_t cols) {
+    perk_tensor shape = *op->output;
+    shape.dtype = dtype;
+    shape.cols = cols;
+    shape.kept = false;
+    op->second = add_tensor(graph, name, shape);
+    return op->second != NULL;
 }

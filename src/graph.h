@@ -14,7 +14,11 @@ typedef enum perk_tensor_kind {
 } perk_tensor_kind;
 
 /* How many rows an activation has in a step. */
-typedef enum perk_rows { PERK_ROWS_TOKENS, PERK_ROWS_LOGITS } perk_rows;
+typedef enum perk_rows {
+    PERK_ROWS_TOKENS,
+    PERK_ROWS_LOGITS,
+    PERK_ROWS_PAIRS, /* of a token and a slot: `slots` for each token */
+} perk_rows;
 
 typedef struct perk_op perk_op;
 typedef struct perk_op_type perk_op_type;
@@ -28,6 +32,8 @@ struct perk_tensor {
     perk_tensor_kind kind;
     perk_dtype dtype;   /* activations: PERK_BF16 (fp32 in the reference executor's fp32 mode), PERK_F32, PERK_I32 */
     perk_rows row_kind; /* activations */
+    int32_t slots;      /* PERK_ROWS_PAIRS: pairs of one token */
+    int64_t experts;    /* weights of experts: how many matrices of [rows, cols]; else 0 */
     int64_t rows;       /* weights; 1 for vectors */
     int64_t cols;       /* width */
     bool is_vector;
@@ -45,6 +51,8 @@ enum {
     PERK_IN_RESIDUAL = 3, /* linear */
     PERK_IN_Q_NORM = 1,   /* attention */
     PERK_IN_K_NORM = 2,   /* attention */
+    PERK_IN_EXPERTS = 2,  /* moe_linear: their numbers */
+    PERK_IN_SHARES = 2,   /* moe_sum */
 };
 
 struct perk_op {
@@ -52,7 +60,9 @@ struct perk_op {
     int index; /* in graph->ops; ops are in topological order by construction */
     perk_tensor *inputs[PERK_OP_INPUTS_MAX];
     perk_tensor *output;
+    perk_tensor *second;             /* moe_route: the shares beside the experts; else NULL */
     float eps;                       /* rmsnorm */
+    bool normalises;                 /* moe_route */
     perk_attention_params attention; /* attention; inv_freq is owned by the op */
     int kv_layer;                    /* attention: its layer in the KV cache */
 };
@@ -68,11 +78,20 @@ struct perk_graph {
     perk_error error; /* the first failure */
 };
 
-/* Adds an op whose output is a new activation; `inputs` has PERK_OP_INPUTS_MAX entries. Returns NULL on failure. */
+/* Adds an op whose output is a new activation; `inputs` has PERK_OP_INPUTS_MAX entries. With PERK_ROWS_PAIRS it has the
+ * slots of the first input. Returns NULL on failure. */
 perk_op *perk_graph_add_op(perk_graph *graph, const perk_op_type *type, perk_tensor *const *inputs, const char *name,
                            perk_dtype dtype, perk_rows rows, int64_t cols);
+/* A second output, with a row for each of the first's. False on failure. */
+bool perk_graph_add_second(perk_graph *graph, perk_op *op, const char *name, perk_dtype dtype, int64_t cols);
 /* True when every tensor exists and belongs to `graph`; records a failure otherwise. */
 bool perk_graph_owns(perk_graph *graph, const char *op_name, perk_tensor *const *tensors, int count);
+
+/* Rows of an activation in a step of so many tokens and rows of logits. */
+static inline int64_t perk_tensor_rows(const perk_tensor *tensor, int64_t tokens, int64_t logit_rows) {
+    if (tensor->row_kind == PERK_ROWS_LOGITS) return logit_rows;
+    return tensor->row_kind == PERK_ROWS_PAIRS ? tokens * tensor->slots : tokens;
+}
 
 static inline bool perk_tensor_is_weight(const perk_tensor *tensor) {
     return tensor->kind == PERK_TENSOR_WEIGHT || tensor->kind == PERK_TENSOR_STACK;

@@ -4,7 +4,9 @@
 #include "config.h"
 #include "models/decoder.h"
 #include "models/models.h"
+#include "ops/op.h"
 #include "random_weights.h"
+#include "stored_weight.h"
 
 #include <stdio.h>
 #include <sys/stat.h>
@@ -59,11 +61,11 @@ static perk_status check_weights(const perk_model *model, perk_error *err) {
     for (int i = 0; i < model->graph->tensor_count; i++) {
         const perk_tensor *tensor = model->graph->tensors[i];
         const perk_checkpoint_tensor *stored;
-        int64_t matrix[] = {tensor->rows, tensor->cols}, vector[] = {tensor->cols};
         if (tensor->kind != PERK_TENSOR_WEIGHT) continue;
-        perk_status status = perk_checkpoint_require(model->checkpoint, tensor->name, tensor->is_vector ? 1 : 2,
-                                                     tensor->is_vector ? vector : matrix, &stored, err);
-        if (status) return status;
+        for (int64_t expert = 0; expert < perk_weight_count(tensor); expert++) {
+            perk_status status = perk_weight_require(model->checkpoint, tensor, expert, &stored, err);
+            if (status) return status;
+        }
     }
     return PERK_OK;
 }
@@ -150,20 +152,57 @@ perk_status perk_model_describe(perk_model **out, const char *path, perk_error *
     return open_model(out, path, WEIGHTS_NONE, 0, err);
 }
 
-static bool is_read(const perk_graph *graph, const char *stored) {
-    const perk_tensor *tensor = perk_graph_find(graph, stored);
-    return tensor && tensor->kind == PERK_TENSOR_WEIGHT;
+perk_model_memory perk_model_measure(const perk_model *model, uint64_t positions) {
+    perk_model_memory memory = {0};
+    const perk_graph *graph = model->graph;
+    for (int i = 0; i < graph->tensor_count; i++) {
+        const perk_tensor *tensor = graph->tensors[i];
+        if (tensor->kind == PERK_TENSOR_WEIGHT)
+            memory.weights_bytes += (uint64_t)(tensor->rows * tensor->cols * perk_weight_count(tensor)) * 2;
+    }
+    for (int i = 0; i < graph->op_count; i++) {
+        const perk_attention_params *p = &graph->ops[i]->attention;
+        if (graph->ops[i]->type == &perk_op_attention)
+            memory.kv_bytes += positions * (uint64_t)p->num_kv_heads * (uint64_t)p->head_dim * 2 * 2;
+    }
+    return memory;
+}
+
+static int compare_addresses(const void *left, const void *right) {
+    uintptr_t a = (uintptr_t) * (const void *const *)left, b = (uintptr_t) * (const void *const *)right;
+    return (a > b) - (a < b);
+}
+
+/* The stored tensors that the graph's weights are, sorted by address; NULL where memory lacks. The caller frees it. */
+static const perk_checkpoint_tensor **list_read(const perk_model *model, size_t *count) {
+    size_t all = perk_checkpoint_count(model->checkpoint);
+    const perk_checkpoint_tensor **read = perk_calloc(all, sizeof *read);
+    *count = 0;
+    for (int i = 0; read && i < model->graph->tensor_count; i++) {
+        const perk_tensor *tensor = model->graph->tensors[i];
+        if (tensor->kind != PERK_TENSOR_WEIGHT) continue;
+        for (int64_t expert = 0; expert < perk_weight_count(tensor) && *count < all; expert++) {
+            char name[PERK_STORED_NAME];
+            read[*count] = perk_checkpoint_find(model->checkpoint, perk_weight_name(tensor, expert, name));
+            *count += read[*count] != NULL;
+        }
+    }
+    if (read) qsort(read, *count, sizeof *read, compare_addresses);
+    return read;
 }
 
 void perk_model_report_unread(const perk_model *model, const perk_log *log) {
     enum { NAMED = 3 };
     perk_buffer names = {0};
-    size_t unread = 0;
-    for (size_t i = 0; i < perk_checkpoint_count(model->checkpoint); i++) {
-        const char *stored = perk_checkpoint_at(model->checkpoint, i)->name;
-        if (is_read(model->graph, stored) || perk_weight_may_be_left(model->family->weights, stored)) continue;
-        if (unread++ < NAMED) perk_buffer_printf(&names, "%s%.90s", names.size ? ", " : "", stored);
+    size_t unread = 0, read_count;
+    const perk_checkpoint_tensor **read = list_read(model, &read_count);
+    for (size_t i = 0; read && i < perk_checkpoint_count(model->checkpoint); i++) {
+        const perk_checkpoint_tensor *stored = perk_checkpoint_at(model->checkpoint, i);
+        if (bsearch(&stored, read, read_count, sizeof *read, compare_addresses)) continue;
+        if (perk_weight_may_be_left(model->family->weights, stored->name)) continue;
+        if (unread++ < NAMED) perk_buffer_printf(&names, "%s%.90s", names.size ? ", " : "", stored->name);
     }
+    free(read);
     if (unread)
         perk_log_write(log, PERK_LOG_WARNING,
                        "%s: %zu stored tensors are not read: %s%s; the model may compute something else than it should",

@@ -32,6 +32,12 @@ struct perk_model_family {
 perk_status perk_model_open(perk_model **out, const char *path, bool random_weights, uint64_t seed, perk_error *err);
 /* The graph alone, from the config of a folder or a lone config.json: for plans and compiling ahead of time. */
 perk_status perk_model_describe(perk_model **out, const char *path, perk_error *err);
+/* What a model takes on a device: all of its weights in bf16, and a KV cache of `positions` in all layers. */
+typedef struct perk_model_memory {
+    uint64_t weights_bytes, kv_bytes;
+} perk_model_memory;
+perk_model_memory perk_model_measure(const perk_model *model, uint64_t positions);
+
 /* One warning about stored tensors that the graph does not read, unless the family's table says that they may be left:
  * a forgotten bias looks like that. */
 void perk_model_report_unread(const perk_model *model, const perk_log *log);

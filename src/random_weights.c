@@ -2,6 +2,7 @@
 
 #include "float.h"
 #include "ops/op.h"
+#include "stored_weight.h"
 #include "threads.h"
 
 #include <math.h>
@@ -84,7 +85,7 @@ static bool is_bias(const perk_graph *graph, const perk_tensor *vector) {
 }
 
 static drawing describe(const perk_graph *graph, const perk_tensor *weight) {
-    drawing described = {.name = weight->name, .count = (size_t)weight->rows * (size_t)weight->cols};
+    drawing described = {.count = (size_t)weight->rows * (size_t)weight->cols};
     if (!weight->is_vector) {
         described.deviation = 1 / sqrtf((float)weight->cols);
     } else {
@@ -95,7 +96,7 @@ static drawing describe(const perk_graph *graph, const perk_tensor *weight) {
 }
 
 static perk_checkpoint_tensor tensor_of(const perk_tensor *weight, const drawing *drawn) {
-    perk_checkpoint_tensor tensor = {.name = weight->name,
+    perk_checkpoint_tensor tensor = {.name = drawn->name,
                                      .stored = "BF16",
                                      .usable = true,
                                      .dtype = PERK_BF16,
@@ -107,38 +108,66 @@ static perk_checkpoint_tensor tensor_of(const perk_tensor *weight, const drawing
     return tensor;
 }
 
-/* Lists the graph's weights; `drawings` and `tensors` have room for all tensors of the graph. Gives the total bytes. */
-static size_t list_weights(const perk_graph *graph, const perk_given_weight *given, size_t given_count,
-                           drawing *drawings, perk_checkpoint_tensor *tensors, size_t *count) {
+/* The weights of a graph, experts one by one: `count` in each array. */
+typedef struct drawing_list {
+    drawing *drawings;
+    perk_checkpoint_tensor *tensors;
+    char (*names)[PERK_STORED_NAME];
+    size_t count, bytes;
+} drawing_list;
+
+static const float *values_of(const perk_tensor *weight, const perk_given_weight *given, size_t given_count) {
+    const float *values = NULL;
+    for (size_t i = 0; i < given_count; i++)
+        if (given[i].tensor == weight) values = given[i].values;
+    return values;
+}
+
+static perk_status make_room(drawing_list *list, const perk_graph *graph, perk_error *err) {
+    size_t count = 0;
+    for (int i = 0; i < graph->tensor_count; i++)
+        if (graph->tensors[i]->kind == PERK_TENSOR_WEIGHT) count += (size_t)perk_weight_count(graph->tensors[i]);
+    list->drawings = perk_calloc(count, sizeof *list->drawings);
+    list->tensors = perk_calloc(count, sizeof *list->tensors);
+    list->names = perk_calloc(count, sizeof *list->names);
+    return list->drawings && list->tensors && list->names ? PERK_OK : perk_fail_memory(err, "the list of weights");
+}
+
+static void list_weights(drawing_list *list, const perk_graph *graph, const perk_given_weight *given,
+                         size_t given_count) {
     uint64_t blocks = 0;
-    size_t bytes = 0;
     for (int i = 0; i < graph->tensor_count; i++) {
-        if (graph->tensors[i]->kind != PERK_TENSOR_WEIGHT) continue;
-        drawing *next = &drawings[*count];
-        *next = describe(graph, graph->tensors[i]);
-        next->first_block = blocks;
-        for (size_t k = 0; k < given_count; k++)
-            if (given[k].tensor == graph->tensors[i]) next->given = given[k].values;
-        tensors[(*count)++] = tensor_of(graph->tensors[i], next);
-        blocks += perk_ceil_div(next->count, BLOCK);
-        bytes += perk_round_up(next->count * sizeof *next->out, ALIGNMENT);
+        const perk_tensor *weight = graph->tensors[i];
+        if (weight->kind != PERK_TENSOR_WEIGHT) continue;
+        const drawing described = describe(graph, weight);
+        const float *values = values_of(weight, given, given_count);
+        for (int64_t expert = 0; expert < perk_weight_count(weight); expert++) {
+            drawing *next = &list->drawings[list->count];
+            char *name = list->names[list->count];
+            *next = described;
+            next->first_block = blocks;
+            next->given = values ? values + (size_t)expert * next->count : NULL;
+            next->name = perk_weight_name(weight, expert, name);
+            list->tensors[list->count++] = tensor_of(weight, next);
+            blocks += perk_ceil_div(next->count, BLOCK);
+            list->bytes += perk_round_up(next->count * sizeof *next->out, ALIGNMENT);
+        }
     }
-    return bytes;
 }
 
 /* Draws all of them into `memory`. */
-static perk_status draw(drawing *drawings, perk_checkpoint_tensor *tensors, size_t count, unsigned char *memory,
-                        uint64_t seed, perk_error *err) {
+static perk_status draw(const drawing_list *list, unsigned char *memory, uint64_t seed, perk_error *err) {
     perk_threads *threads;
+    drawing *drawings = list->drawings;
     perk_status status = perk_threads_create(&threads, 0, err);
     if (status) return status;
     uint64_t blocks = 0;
-    for (size_t i = 0; i < count; i++) {
-        tensors[i].data = drawings[i].out = (uint16_t *)(void *)memory;
+    for (size_t i = 0; i < list->count; i++) {
+        list->tensors[i].data = drawings[i].out = (uint16_t *)(void *)memory;
         memory += perk_round_up(drawings[i].count * sizeof *drawings[i].out, ALIGNMENT);
         blocks = drawings[i].first_block + perk_ceil_div(drawings[i].count, BLOCK);
     }
-    drawing_job job = {drawings, count, seed};
+    drawing_job job = {drawings, list->count, seed};
     perk_threads_run(threads, (size_t)blocks, 1, draw_blocks, &job);
     perk_threads_free(threads);
     return PERK_OK;
@@ -156,21 +185,21 @@ static perk_status map_memory(size_t bytes, void **out, perk_error *err) {
 static perk_status open_drawn(perk_checkpoint **out, const char *config_path, const perk_graph *graph, uint64_t seed,
                               const perk_given_weight *given, size_t given_count, perk_error *err) {
     *out = NULL;
-    size_t count = 0, bytes = 0;
+    drawing_list list = {0};
     void *memory = NULL;
-    drawing *drawings = perk_calloc((size_t)graph->tensor_count, sizeof *drawings);
-    perk_checkpoint_tensor *tensors = perk_calloc((size_t)graph->tensor_count, sizeof *tensors);
-    perk_status status = drawings && tensors ? PERK_OK : perk_fail_memory(err, "the list of weights");
+    perk_status status = make_room(&list, graph, err);
     if (status) goto out;
-    bytes = list_weights(graph, given, given_count, drawings, tensors, &count);
-    status = map_memory(bytes, &memory, err);
+    list_weights(&list, graph, given, given_count);
+    status = map_memory(list.bytes, &memory, err);
     if (status) goto out;
-    status = draw(drawings, tensors, count, memory, seed, err);
-    if (!status) status = perk_checkpoint_open_memory(out, config_path, tensors, count, memory, bytes, err);
-    if (status) munmap(memory, PERK_MAX(bytes, (size_t)1));
+    status = draw(&list, memory, seed, err);
+    if (!status)
+        status = perk_checkpoint_open_memory(out, config_path, list.tensors, list.count, memory, list.bytes, err);
+    if (status) munmap(memory, PERK_MAX(list.bytes, (size_t)1));
 out:
-    free(tensors);
-    free(drawings);
+    free(list.names);
+    free(list.tensors);
+    free(list.drawings);
     return status;
 }
 

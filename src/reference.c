@@ -4,17 +4,11 @@
 #include "ops/op.h"
 #include "reference_math.h"
 #include "reference_state.h"
+#include "stored_weight.h"
 
 static perk_reference *from_executor(perk_executor *self) { return (perk_reference *)self; }
 
 /* ---- weights ---- */
-
-static perk_status require(const perk_checkpoint *checkpoint, const perk_tensor *tensor,
-                           const perk_checkpoint_tensor **found, perk_error *err) {
-    int64_t matrix[] = {tensor->rows, tensor->cols}, vector[] = {tensor->cols};
-    return perk_checkpoint_require(checkpoint, tensor->name, tensor->is_vector ? 1 : 2,
-                                   tensor->is_vector ? vector : matrix, found, err);
-}
 
 /* `n` stored elements as floats. */
 static void widen(float *out, perk_dtype dtype, const void *data, size_t n) {
@@ -65,6 +59,20 @@ static perk_status load_matrix(perk_reference *reference, perk_reference_weight 
     return PERK_OK;
 }
 
+static perk_status load_weight(perk_reference *reference, const perk_checkpoint *checkpoint, const perk_tensor *tensor,
+                               perk_error *err) {
+    perk_reference_weight *weight = &reference->weights[tensor->index];
+    if (tensor->experts) weight->experts = perk_calloc((size_t)tensor->experts, sizeof *weight->experts);
+    if (tensor->experts && !weight->experts) return perk_fail_memory(err, tensor->name);
+    for (int64_t i = 0; i < perk_weight_count(tensor); i++) {
+        const perk_checkpoint_tensor *stored;
+        perk_status status = perk_weight_require(checkpoint, tensor, i, &stored, err);
+        if (!status) status = load_matrix(reference, tensor->experts ? &weight->experts[i] : weight, stored, err);
+        if (status) return status;
+    }
+    return PERK_OK;
+}
+
 /* Vectors, single or stacked, become floats end to end. */
 static perk_status load_vector(perk_reference *reference, const perk_checkpoint *checkpoint, const perk_tensor *tensor,
                                perk_error *err) {
@@ -76,7 +84,7 @@ static perk_status load_vector(perk_reference *reference, const perk_checkpoint 
     for (int i = 0; i < count; i++) {
         const perk_tensor *part = tensor->kind == PERK_TENSOR_STACK ? tensor->parts[i] : tensor;
         const perk_checkpoint_tensor *stored;
-        perk_status status = require(checkpoint, part, &stored, err);
+        perk_status status = perk_weight_require(checkpoint, part, 0, &stored, err);
         if (status) return status;
         values = vector_to_float(reference, stored, values) + part->cols;
     }
@@ -87,15 +95,12 @@ static perk_status load_weights(perk_reference *reference, const perk_checkpoint
     const perk_graph *graph = reference->graph;
     for (int i = 0; i < graph->tensor_count; i++) {
         const perk_tensor *tensor = graph->tensors[i];
-        const perk_checkpoint_tensor *stored;
         perk_status status = PERK_OK;
         if (!perk_tensor_is_weight(tensor)) continue;
-        if (tensor->is_vector) {
+        if (tensor->is_vector)
             status = load_vector(reference, checkpoint, tensor, err);
-        } else if (tensor->kind == PERK_TENSOR_WEIGHT) {
-            status = require(checkpoint, tensor, &stored, err);
-            if (!status) status = load_matrix(reference, &reference->weights[i], stored, err);
-        }
+        else if (tensor->kind == PERK_TENSOR_WEIGHT)
+            status = load_weight(reference, checkpoint, tensor, err);
         if (status) return status;
     }
     return PERK_OK;
@@ -107,8 +112,12 @@ static bool rounds_by_default(const perk_graph *graph, const perk_checkpoint *ch
     for (int i = 0; i < graph->tensor_count; i++) {
         const perk_tensor *tensor = graph->tensors[i];
         if (tensor->kind != PERK_TENSOR_WEIGHT) continue;
-        const perk_checkpoint_tensor *stored = perk_checkpoint_find(checkpoint, tensor->name);
-        if (!stored || !stored->usable || stored->dtype != PERK_F32) return true;
+        for (int64_t expert = 0; expert < perk_weight_count(tensor); expert++) {
+            char name[PERK_STORED_NAME];
+            const perk_checkpoint_tensor *stored =
+                perk_checkpoint_find(checkpoint, perk_weight_name(tensor, expert, name));
+            if (!stored || !stored->usable || stored->dtype != PERK_F32) return true;
+        }
         all_f32 = true;
     }
     return !all_f32;
@@ -118,7 +127,8 @@ const float *perk_reference_vector(const perk_reference *reference, const perk_t
     return vector ? reference->weights[vector->index].data : NULL;
 }
 
-void perk_reference_load_row(const perk_reference *reference, const perk_tensor *matrix, int64_t row, float *out) {
+void perk_reference_load_row(const perk_reference *reference, const perk_tensor *matrix, int64_t expert, int64_t row,
+                             float *out) {
     for (int i = 0; matrix->kind == PERK_TENSOR_STACK; i++) {
         if (row < matrix->parts[i]->rows)
             matrix = matrix->parts[i];
@@ -126,6 +136,7 @@ void perk_reference_load_row(const perk_reference *reference, const perk_tensor 
             row -= matrix->parts[i]->rows;
     }
     const perk_reference_weight *weight = &reference->weights[matrix->index];
+    if (weight->experts) weight = &weight->experts[expert];
     size_t cols = (size_t)matrix->cols, offset = (size_t)row * cols * perk_dtype_size(weight->dtype);
     widen(out, weight->dtype, (const char *)weight->data + offset, cols);
 }
@@ -141,8 +152,8 @@ static perk_status allocate_values(perk_reference *reference, perk_error *err) {
             reference->scratch_floats = PERK_MAX(reference->scratch_floats, PERK_MATH_ROWS * (size_t)tensor->cols);
             continue;
         }
-        size_t rows = (size_t)(tensor->row_kind == PERK_ROWS_TOKENS ? reference->config.max_num_batched_tokens
-                                                                    : reference->config.max_num_logit_rows);
+        size_t rows = (size_t)perk_tensor_rows(tensor, reference->config.max_num_batched_tokens,
+                                               reference->config.max_num_logit_rows);
         reference->values[i] = perk_calloc(rows * (size_t)tensor->cols, sizeof(float));
         if (!reference->values[i]) return perk_fail_memory(err, tensor->name);
     }
@@ -180,11 +191,17 @@ static perk_status allocate_scratch(perk_reference *reference, perk_error *err) 
     return reference->scratch ? PERK_OK : perk_fail_memory(err, "scratch of the reference executor");
 }
 
+static void free_weight(perk_reference_weight *weight, const perk_tensor *tensor) {
+    for (int64_t i = 0; weight->experts && i < tensor->experts; i++) free(weight->experts[i].owned);
+    free(weight->experts);
+    free(weight->owned);
+}
+
 static void reference_free(perk_executor *self) {
     if (!self) return;
     perk_reference *reference = from_executor(self);
     for (int i = 0; i < reference->graph->tensor_count; i++) {
-        if (reference->weights) free(reference->weights[i].owned);
+        if (reference->weights) free_weight(&reference->weights[i], reference->graph->tensors[i]);
         if (reference->values) free(reference->values[i]);
     }
     for (int i = 0; reference->kv && i < reference->graph->kv_layer_count; i++) {

@@ -20,8 +20,9 @@ typedef struct perk_reference_kv {
 /* A weight as it is multiplied with. Stacks have none of their own: their parts do. */
 typedef struct perk_reference_weight {
     perk_dtype dtype;
-    const void *data; /* row-major; the checkpoint's, or `owned` */
-    void *owned;      /* converted to the executor's precision; vectors always are, to float */
+    const void *data;                      /* row-major; the checkpoint's, or `owned` */
+    void *owned;                           /* converted to the executor's precision; vectors always are, to float */
+    struct perk_reference_weight *experts; /* of a weight of experts: one each; else NULL */
 } perk_reference_weight;
 
 typedef struct perk_reference {
@@ -45,7 +46,7 @@ static inline float perk_reference_round(const perk_reference *reference, float 
 
 /* Rows of an activation in this step. */
 static inline size_t perk_reference_rows(const perk_reference *reference, const perk_tensor *tensor) {
-    return (size_t)(tensor->row_kind == PERK_ROWS_TOKENS ? reference->token_rows : reference->logit_rows);
+    return (size_t)perk_tensor_rows(tensor, reference->token_rows, reference->logit_rows);
 }
 
 static inline float *perk_reference_values(const perk_reference *reference, const perk_tensor *tensor) {
@@ -55,7 +56,8 @@ static inline float *perk_reference_values(const perk_reference *reference, cons
 /* A vector of weights (or a stack of vectors) as floats; NULL for NULL. */
 const float *perk_reference_vector(const perk_reference *reference, const perk_tensor *vector);
 
-/* Row `row` of a matrix of weights (or of a stack) into out[cols]. */
-void perk_reference_load_row(const perk_reference *reference, const perk_tensor *matrix, int64_t row, float *out);
+/* Row `row` of a matrix of weights (or of a stack) into out[cols]; of one expert's, where the weight is of experts. */
+void perk_reference_load_row(const perk_reference *reference, const perk_tensor *matrix, int64_t expert, int64_t row,
+                             float *out);
 
 #endif

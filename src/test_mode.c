@@ -9,6 +9,7 @@
 #include "random_weights.h"
 #include "reference.h"
 #include "simulator/simulator.h"
+#include "stored_weight.h"
 
 #include <stdio.h>
 #include <xxhash.h>
@@ -162,9 +163,8 @@ size_t perk_test_rows(const perk_test *test, const perk_tensor *tensor) {
     if (!test || !tensor) return 0;
     switch (tensor->kind) {
     case PERK_TENSOR_INPUT: return (size_t)test->positions;
-    case PERK_TENSOR_ACTIVATION:
-        return (size_t)(tensor->row_kind == PERK_ROWS_TOKENS ? test->tokens : test->logit_rows);
-    default: return (size_t)tensor->rows;
+    case PERK_TENSOR_ACTIVATION: return (size_t)perk_tensor_rows(tensor, test->tokens, test->logit_rows);
+    default: return (size_t)(tensor->rows * perk_weight_count(tensor));
     }
 }
 
@@ -502,8 +502,10 @@ static bool is_read(const perk_graph *graph, const perk_tensor *tensor) {
 }
 
 static void keep_results(perk_graph *graph) {
-    for (int i = 0; i < graph->op_count; i++)
-        if (!is_read(graph, graph->ops[i]->output)) graph->ops[i]->output->kept = true;
+    for (int i = 0; i < graph->tensor_count; i++) {
+        perk_tensor *tensor = graph->tensors[i];
+        if (tensor->kind == PERK_TENSOR_ACTIVATION && !is_read(graph, tensor)) tensor->kept = true;
+    }
 }
 
 static perk_status allocate(perk_test *test, perk_error *err) {
@@ -568,8 +570,12 @@ static perk_status check_readable(const perk_test *test, const perk_tensor *tens
 }
 
 static void read_weight(const perk_test *test, const perk_tensor *tensor, float *values, size_t count) {
-    const uint16_t *stored = perk_checkpoint_find(test->weights, tensor->name)->data;
-    for (size_t i = 0; i < count; i++) values[i] = perk_bf16_to_f32(stored[i]);
+    size_t each = count / (size_t)perk_weight_count(tensor);
+    for (int64_t expert = 0; expert < perk_weight_count(tensor); expert++) {
+        char name[PERK_STORED_NAME];
+        const uint16_t *stored = perk_checkpoint_find(test->weights, perk_weight_name(tensor, expert, name))->data;
+        for (size_t i = 0; i < each; i++) *values++ = perk_bf16_to_f32(stored[i]);
+    }
 }
 
 perk_status perk_test_read(perk_test *test, const perk_tensor *tensor, float *values, size_t count, perk_error *err) {

@@ -172,16 +172,53 @@ static void build_decoder(op_graph *g, const perk_op_case *c) {
     add_choice(g, perk_rmsnorm(graph, "last", rows, gain, 1e-6f), table, &model);
 }
 
+static perk_routing add_router(op_graph *g, const perk_op_case *c, perk_tensor *x) {
+    perk_tensor *weight = perk_attach_matrix(g->graph, "router.weight", c->experts, c->in);
+    return perk_moe_route(g->graph, "route", perk_logits(g->graph, "router", x, weight), c->top_k, 1);
+}
+
+static void build_moe_route(op_graph *g, const perk_op_case *c) {
+    perk_routing routing = add_router(g, c, perk_input(g->graph, "x", c->in));
+    add_output(g, routing.experts, &exact);
+    add_output(g, routing.shares, &unrounded);
+}
+
+static perk_tensor *add_experts(op_graph *g, const perk_op_case *c, perk_tensor *x, perk_tensor *experts) {
+    perk_tensor *gate = perk_attach_experts(g->graph, "experts.*.gate", c->experts, c->out, c->in);
+    perk_tensor *parts[] = {gate, perk_attach_experts(g->graph, "experts.*.up", c->experts, c->out, c->in)};
+    return perk_moe_linear(g->graph, "both", x, perk_stack(g->graph, "gate_up", parts, 2), experts);
+}
+
+static void build_moe_linear(op_graph *g, const perk_op_case *c) {
+    perk_tensor *x = perk_input(g->graph, "x", c->in);
+    add_output(g, add_experts(g, c, x, add_router(g, c, x).experts), &rounded_once);
+}
+
+/* A layer's experts, from the router to the sum. */
+static void build_moe_sum(op_graph *g, const perk_op_case *c) {
+    perk_tensor *x = perk_input(g->graph, "x", c->in);
+    perk_routing routing = add_router(g, c, x);
+    perk_tensor *inner = perk_silu_mul(g->graph, "inner", add_experts(g, c, x, routing.experts));
+    perk_tensor *weight = perk_attach_experts(g->graph, "experts.*.down", c->experts, c->in, c->out);
+    perk_tensor *down = perk_moe_linear(g->graph, "down", inner, weight, routing.experts);
+    add_output(g, down, &rounded_once);
+    add_output(g, perk_moe_sum(g->graph, "y", down, routing.shares, x), &rounded_once);
+}
+
 /* ---- the grid ---- */
 
 #define OPS(X)                                                                                                         \
     X(embed) X(rmsnorm) X(linear) X(silu_mul) X(attention) X(select_rows) X(argmax) X(mlp) X(vocabulary) X(decoder)
+#define REFERENCE_OPS(X) X(moe_route) X(moe_linear) X(moe_sum)
 
 #define OP_NAME(name) #name,
 const char *const perk_op_case_names[] = {OPS(OP_NAME) NULL};
 #undef OP_NAME
-#define OP_BUILD(name) build_##name,
-static void (*const builders[])(op_graph *g, const perk_op_case *c) = {OPS(OP_BUILD)};
+#define OP_BUILD(name) {#name, build_##name},
+static const struct {
+    const char *op;
+    void (*build)(op_graph *g, const perk_op_case *c);
+} builders[] = {OPS(OP_BUILD) REFERENCE_OPS(OP_BUILD)};
 #undef OP_BUILD
 
 /* clang-format off */
@@ -245,6 +282,14 @@ static const perk_op_case grid[] = {
     {.op = "decoder", .rows = 3, .in = 72, .out = 500, .heads = 3, .kv_heads = 1, .head_dim = 32, .context = 20,
      .requests = 2},
 };
+
+static const perk_op_case reference_grid[] = {
+    {.op = "moe_route", .rows = 8, .live = 7, .in = 256, .experts = 128, .top_k = 8, .quick = true},
+    {.op = "moe_linear", .rows = 8, .live = 7, .in = 256, .out = 96, .experts = 16, .top_k = 4, .quick = true},
+    {.op = "moe_sum", .rows = 8, .live = 7, .in = 256, .out = 96, .experts = 16, .top_k = 4, .quick = true},
+    {.op = "moe_sum", .rows = 3, .in = 72, .out = 101, .experts = 5, .top_k = 5},
+    {.op = "moe_sum", .rows = 1, .in = 2048, .out = 768, .experts = 128, .top_k = 8},      /* 30B-A3B */
+};
 /* clang-format on */
 
 const perk_op_case *perk_op_grid(size_t *count) {
@@ -252,10 +297,20 @@ const perk_op_case *perk_op_grid(size_t *count) {
     return grid;
 }
 
-const perk_op_case *perk_op_case_of(const char *op) {
-    for (size_t i = 0; i < PERK_COUNT(grid); i++)
-        if (!strcmp(grid[i].op, op)) return &grid[i];
+const perk_op_case *perk_op_reference_grid(size_t *count) {
+    *count = PERK_COUNT(reference_grid);
+    return reference_grid;
+}
+
+static const perk_op_case *first_of(const perk_op_case *cases, size_t count, const char *op) {
+    for (size_t i = 0; i < count; i++)
+        if (!strcmp(cases[i].op, op)) return &cases[i];
     return NULL;
+}
+
+const perk_op_case *perk_op_case_of(const char *op) {
+    const perk_op_case *found = first_of(grid, PERK_COUNT(grid), op);
+    return found ? found : first_of(reference_grid, PERK_COUNT(reference_grid), op);
 }
 
 const char *perk_op_case_shape(const perk_op_case *c, char *text, size_t size) {
@@ -268,6 +323,7 @@ const char *perk_op_case_shape(const perk_op_case *c, char *text, size_t size) {
     else if (c->in || c->out)
         perk_buffer_printf(&b, " x %d", c->in ? c->in : c->out);
     if (c->heads) perk_buffer_printf(&b, ", %d/%d heads of %d", c->heads, c->kv_heads, c->head_dim);
+    if (c->experts) perk_buffer_printf(&b, ", %d of %d experts", c->top_k, c->experts);
     if (c->requests > 1) perk_buffer_printf(&b, ", %d requests", c->requests);
     if (c->context) perk_buffer_printf(&b, ", context %d", c->context);
     if (c->window) perk_buffer_printf(&b, ", window %d", c->window);
@@ -300,8 +356,8 @@ static perk_status open_case(perk_test **out, const perk_op_case *c, const perk_
     perk_test_request requests[PERK_OP_CASE_REQUESTS_MAX];
     size_t op = 0;
     *out = NULL;
-    while (perk_op_case_names[op] && strcmp(perk_op_case_names[op], c->op) != 0) op++;
-    if (!perk_op_case_names[op]) return perk_fail(err, PERK_NOT_FOUND, "there is no op \"%s\"", c->op);
+    while (op < PERK_COUNT(builders) && strcmp(builders[op].op, c->op) != 0) op++;
+    if (op == PERK_COUNT(builders)) return perk_fail(err, PERK_NOT_FOUND, "there is no op \"%s\"", c->op);
     perk_status status = split_rows(c, requests, err);
     if (status) return status;
     perk_test_options o = *options;
@@ -309,10 +365,12 @@ static perk_status open_case(perk_test **out, const perk_op_case *c, const perk_
     o.requests = requests;
     o.request_count = c->requests ? c->requests : 1;
     o.max_positions = 0;
+    if (first_of(reference_grid, PERK_COUNT(reference_grid), c->op) && o.backend == PERK_BACKEND_AUTO)
+        o.backend = PERK_BACKEND_REFERENCE;
     status = perk_test_create(out, &o, err);
     if (status) return status;
     *g = (op_graph){.graph = perk_test_graph(*out)};
-    builders[op](g, c);
+    builders[op].build(g, c);
     status = perk_graph_check(g->graph, err);
     if (!status) return PERK_OK;
     perk_test_free(*out);

@@ -14,6 +14,7 @@ typedef struct perk_op_case {
     int32_t rows, live; /* that the program is built for; that the step has (0: all) */
     int32_t in, out;    /* widths; of the vocabulary, too */
     int32_t heads, kv_heads, head_dim, context, window;
+    int32_t experts, top_k;
     int32_t requests; /* share the rows; request i has about context * (i + 1) / requests positions before; 0: 1 */
     bool bias, residual, norms;
     bool quick; /* part of the self-test */
@@ -24,7 +25,10 @@ extern const char *const perk_op_case_names[];
 
 /* The grid: every op over rows, odd widths and the widths of models. */
 const perk_op_case *perk_op_grid(size_t *count);
-/* The first of the grid for this op; NULL: there is no such op. */
+/* Cases of ops that have no device code yet: not in the grid and not among the names, they run in the reference
+ * executor alone, and the GPU is refused. */
+const perk_op_case *perk_op_reference_grid(size_t *count);
+/* The first of either grid for this op; NULL: there is no such op. */
 const perk_op_case *perk_op_case_of(const char *op);
 
 /* "8 x 4096 -> 1024 bias"; returns `text`. */

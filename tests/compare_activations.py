@@ -78,7 +78,7 @@ class Watch:
             self.after(mlp.up_proj, prefix + "gate_up/up")
             self.before(mlp.down_proj, prefix + "silu_mul")
         else:
-            self.after(mlp.gate, prefix + "router", prefix + "route.weights", prefix + "route.experts")
+            self.after(mlp.gate, prefix + "router", prefix + "route.shares", prefix + "route.experts")
         self.after(layer, prefix + "mlp_residual")
 
     def model(self, model):

@@ -179,6 +179,61 @@ static void test_qwen2(void) {
     build_refused(perk_qwen2_build, "\"mlp_bias\":true", PERK_UNSUPPORTED, "mlp_bias");
 }
 
+/* Which layers have experts; the others have one MLP. */
+static void check_sparse(const perk_graph *g, bool first, bool second, bool third) {
+    const bool wanted[] = {first, second, third};
+    for (int layer = 0; layer < 3; layer++) {
+        char router[64], gate[64];
+        snprintf(router, sizeof router, "model.layers.%d.mlp.gate.weight", layer);
+        snprintf(gate, sizeof gate, "model.layers.%d.mlp.gate_proj.weight", layer);
+        CHECK((perk_graph_find(g, router) != NULL) == wanted[layer], "layer %d", layer);
+        CHECK((perk_graph_find(g, gate) != NULL) == !wanted[layer], "layer %d", layer);
+    }
+}
+
+#define MOE "\"num_experts\":6,\"num_experts_per_tok\":2,\"moe_intermediate_size\":40"
+
+static void test_qwen3_moe(void) {
+    perk_graph *g;
+    CHECK_OK(build_as(perk_qwen3_moe_build, MOE, &g));
+    check_sparse(g, true, true, true);
+    check_windows(g, 0, 0, 0);
+    CHECK(attention_of(g, 0)->head_dim == 16 && has(g, "self_attn.q_norm.weight"));
+    const perk_tensor *gate = perk_graph_find(g, "model.layers.2.mlp.experts.*.gate_proj.weight");
+    const perk_tensor *down = perk_graph_find(g, "model.layers.2.mlp.experts.*.down_proj.weight");
+    const perk_tensor *routed = perk_graph_find(g, "layers.2.route.experts");
+    CHECK(gate && gate->experts == 6 && gate->rows == 40 && gate->cols == 64);
+    CHECK(down && down->experts == 6 && down->rows == 64 && down->cols == 40);
+    CHECK(routed && routed->cols == 2 && !routed->producer->normalises);
+    perk_graph_free(g);
+
+    /* what is missing, what older files call otherwise, what switches experts off */
+    CHECK_OK(build_as(perk_qwen3_moe_build, "\"norm_topk_prob\":true,\"decoder_sparse_step\":2", &g));
+    check_sparse(g, false, true, false);
+    gate = perk_graph_find(g, "model.layers.1.mlp.experts.*.gate_proj.weight");
+    routed = perk_graph_find(g, "layers.1.route.experts");
+    CHECK(gate->experts == 128 && gate->rows == 768 && routed->cols == 8 && routed->producer->normalises);
+    perk_graph_free(g);
+    CHECK_OK(build_as(perk_qwen3_moe_build,
+                      "\"num_local_experts\":16,\"mlp_only_layers\":[0,1,99],\"use_sliding_window\":true,"
+                      "\"sliding_window\":5,\"max_window_layers\":2,\"layer_types\":[\"full_attention\"]",
+                      &g));
+    check_sparse(g, false, false, true);
+    check_windows(g, 5, 5, 5);
+    perk_graph_free(g);
+    CHECK_OK(build_as(perk_qwen3_moe_build, "\"num_experts\":0,\"mlp_only_layers\":null", &g));
+    check_sparse(g, false, false, false);
+    perk_graph_free(g);
+
+    build_refused(perk_qwen3_moe_build, MOE ",\"mlp_only_layers\":[\"0\"]", PERK_BAD_FORMAT, "mlp_only_layers");
+    build_refused(perk_qwen3_moe_build, MOE ",\"mlp_only_layers\":0", PERK_BAD_FORMAT, "mlp_only_layers");
+    build_refused(perk_qwen3_moe_build, MOE ",\"decoder_sparse_step\":0", PERK_BAD_FORMAT, "decoder_sparse_step");
+    build_refused(perk_qwen3_moe_build, "\"num_experts\":7", PERK_BAD_FORMAT, "num_experts_per_tok");
+    build_refused(perk_qwen3_moe_build, MOE ",\"mlp_bias\":true", PERK_UNSUPPORTED, "mlp_bias");
+    build_refused(perk_qwen3_build, "\"num_experts\":8", PERK_UNSUPPORTED, "num_experts");
+    build_refused(perk_llama_build, "\"num_local_experts\":8", PERK_UNSUPPORTED, "num_local_experts");
+}
+
 static void test_config_refused(void) {
     static const struct {
         const char *extra;
@@ -295,6 +350,7 @@ static void test_config_odd_values(void) {
     test_odd_values_of(perk_qwen3_build, FIXTURES "/qwen3/window_types/config.json");
     test_odd_values_of(perk_qwen2_build, FIXTURES "/qwen2/window/config.json");
     test_odd_values_of(perk_llama_build, FIXTURES "/llama/bias/config.json");
+    test_odd_values_of(perk_qwen3_moe_build, FIXTURES "/qwen3_moe/some_layers/config.json");
     test_odd_values_of(perk_mistral_build, FIXTURES "/mistral/full/config.json");
 }
 
@@ -385,6 +441,8 @@ static said unread_of(const char *fixture, const char *key, json_t *value) {
 }
 
 static void test_unread_weights(void) {
+    said experts = unread_of("qwen3_moe/some_layers", "num_local_experts", json_integer(5));
+    CHECK(experts.count == 0, "%s", experts.text);
     said heard = unread_of("qwen3/bias", "attention_bias", json_true());
     CHECK(heard.count == 0, "%s", heard.text);
     heard = unread_of("qwen3/bias", "attention_bias", json_false());
@@ -431,6 +489,7 @@ int main(void) {
     test_llama();
     test_mistral();
     test_qwen2();
+    test_qwen3_moe();
     test_config_refused();
     test_sizes_required();
     test_config_odd_values();

@@ -3,6 +3,7 @@
 #include "executor.h"
 #include "float.h"
 #include "model.h"
+#include "ops/op.h"
 #include "random_weights.h"
 #include "reference.h"
 #include "reference_math.h"
@@ -248,14 +249,37 @@ static void test_together(const fixture *f, perk_reference_precision precision) 
     stop(&r);
 }
 
-/* bf16 arithmetic stays near fp32, and every activation is a bf16 number. */
+static int compare_doubles(const void *left, const void *right) {
+    double a = *(const double *)left, b = *(const double *)right;
+    return (a > b) - (a < b);
+}
+
+/* The median of the rows' relative L2 errors. */
+static double median_row(const float *found, const float *expected, int rows, int vocab) {
+    double errors[MAX_LENGTH];
+    for (int row = 0; row < rows; row++)
+        errors[row] = compare(found + row * vocab, expected + row * vocab, 1, vocab).l2;
+    qsort(errors, (size_t)rows, sizeof *errors, compare_doubles);
+    return errors[rows / 2];
+}
+
+static bool has_experts(const perk_graph *graph) {
+    for (int i = 0; i < graph->op_count; i++)
+        if (graph->ops[i]->type == &perk_op_moe_route) return true;
+    return false;
+}
+
+/* bf16 arithmetic stays near fp32, and every activation is a bf16 number. A token whose router all but ties goes to
+ * another expert than in fp32 then, and its row is another: with experts, most rows must be near. */
 static void test_bf16(const fixture *f, const char *name) {
     setup s = {.page_size = 16, .threads = 1, .precision = PERK_PRECISION_BF16};
     const prompt *p = &f->prompts[0];
     float *logits = run_alone(f, p, s, NULL);
     difference d = compare(logits, p->expected, p->count, f->model->vocab_size);
-    printf("%-22s bf16: worst %.1e, l2 %.1e\n", name, d.worst, d.l2);
-    CHECK(d.l2 > 1e-4 && d.l2 < 0.05, "%s: l2 %g", name, d.l2);
+    double median = median_row(logits, p->expected, p->count, f->model->vocab_size);
+    printf("%-22s bf16: worst %.1e, l2 %.1e, median row %.1e\n", name, d.worst, d.l2, median);
+    CHECK(median > 1e-4 && median < 0.03, "%s: median row %g", name, median);
+    CHECK(d.l2 > 1e-4 && (d.l2 < 0.05 || has_experts(f->model->graph)), "%s: l2 %g", name, d.l2);
     free(logits);
 
     runner r = start(f, s);
@@ -265,7 +289,7 @@ static void test_bf16(const fixture *f, const char *name) {
     for (int i = 0; i < f->model->graph->op_count; i++) {
         const perk_tensor *output = f->model->graph->ops[i]->output;
         if (output->dtype != PERK_BF16) continue;
-        size_t rows = output->row_kind == PERK_ROWS_TOKENS ? (size_t)p->count : 1, n = rows * (size_t)output->cols;
+        size_t rows = (size_t)perk_tensor_rows(output, p->count, 1), n = rows * (size_t)output->cols;
         float *values = calloc(n, sizeof *values);
         CHECK_OK(r.executor->type->read(r.executor, output, values, (int64_t)rows, &err));
         for (size_t k = 0; k < n; k++) CHECK(values[k] == perk_round_bf16(values[k]), "%s", output->name);
@@ -483,5 +507,6 @@ int main(void) {
     CHECK(test_family("qwen2") == 3);
     CHECK(test_family("llama") == 3);
     CHECK(test_family("mistral") == 2);
+    CHECK(test_family("qwen3_moe") == 3);
     return 0;
 }

@@ -391,6 +391,18 @@ static void test_units(void) {
 
 /* ---- ops as cases ---- */
 
+static void run_quick(const perk_op_case *cases, size_t count, const perk_test_options *o) {
+    for (size_t i = 0; i < count; i++) {
+        perk_op_verdict verdict;
+        char shape[128];
+        if (!cases[i].quick) continue;
+        memset(&err, 0, sizeof err);
+        CHECK_OK(perk_op_case_run(&cases[i], o, &verdict, &err));
+        CHECK(verdict.passed && !verdict.compared && verdict.by.worst == 0, "%s: %s %g %s", cases[i].op,
+              perk_op_case_shape(&cases[i], shape, sizeof shape), verdict.by.worst, verdict.problem);
+    }
+}
+
 static void test_grid(void) {
     static const char *const registered[] = {
 #define PERK_OP(name) #name,
@@ -407,15 +419,11 @@ static void test_grid(void) {
     for (int i = 0; perk_op_case_names[i]; i++) CHECK(perk_op_case_of(perk_op_case_names[i]));
     CHECK(perk_op_case_of("nonsense") == NULL);
     perk_test_options o = on_reference(0);
-    for (size_t i = 0; i < count; i++) {
-        perk_op_verdict verdict;
-        char shape[128];
-        if (!grid[i].quick) continue;
-        memset(&err, 0, sizeof err);
-        CHECK_OK(perk_op_case_run(&grid[i], &o, &verdict, &err));
-        CHECK(verdict.passed && !verdict.compared && verdict.by.worst == 0, "%s: %s %g %s", grid[i].op,
-              perk_op_case_shape(&grid[i], shape, sizeof shape), verdict.by.worst, verdict.problem);
-    }
+    run_quick(grid, count, &o);
+    grid = perk_op_reference_grid(&count);
+    o.backend = PERK_BACKEND_AUTO; /* these know that there is but one */
+    run_quick(grid, count, &o);
+    o.backend = PERK_BACKEND_REFERENCE;
     perk_op_verdict verdict;
     perk_op_case bad = *perk_op_case_of("linear");
     bad.live = bad.rows + 1;

@@ -31,7 +31,12 @@ PERK_API void perk_graph_fail(perk_graph *graph, perk_status status, const char 
 /* A weight, by its name in the checkpoint: a matrix [rows, cols] (row-major, out x in), or a vector [length]. */
 PERK_API perk_tensor *perk_attach_matrix(perk_graph *graph, const char *name, int64_t rows, int64_t cols);
 PERK_API perk_tensor *perk_attach_vector(perk_graph *graph, const char *name, int64_t length);
+/* The matrices [rows, cols] of `count` experts as one weight. In `name`, which is a pattern, one * stands for the
+ * expert's number, from 0: "model.layers.3.mlp.experts.*.up_proj.weight". */
+PERK_API perk_tensor *perk_attach_experts(perk_graph *graph, const char *name, int64_t count, int64_t rows,
+                                          int64_t cols);
 /* Weights stacked by rows under a new name ([sum of rows, cols]; vectors are stacked end to end); 1 to 4 parts.
+ * Those of experts, equally many in each part, are stacked expert by expert: [count, sum of rows, cols].
  * NULL parts are an error unless all are NULL, which gives NULL (an absent bias). */
 PERK_API perk_tensor *perk_stack(perk_graph *graph, const char *name, perk_tensor *const *parts, int count);
 /* An activation whose values the caller provides, for testing layers alone: [tokens, width]. */
@@ -79,6 +84,29 @@ typedef struct perk_attention_params {
  * of the KV cache. */
 PERK_API perk_tensor *perk_attention(perk_graph *graph, const char *name, perk_tensor *qkv,
                                      const perk_attention_params *params);
+
+/* ---- mixture of experts (Shazeer et al. 2017): each token goes through the few experts that its router picks. Between
+ * perk_moe_linear and perk_moe_sum an activation has a row for each pair of token t and slot s, which is row
+ * t * top_k + s; perk_silu_mul takes such activations, too. No device code yet: plans are refused. ---- */
+
+typedef struct perk_routing {
+    perk_tensor *experts; /* int32 [tokens, top_k]: the likeliest first, the lower number among equals */
+    perk_tensor *shares;  /* fp32 [tokens, top_k] */
+} perk_routing;
+
+/* shares = the top_k largest of softmax(logits[t]), divided by their sum if `normalises`; logits [tokens, experts], of
+ * perk_logits or bf16. The outputs are called "name.experts" and "name.shares"; both are NULL on failure. */
+PERK_API perk_routing perk_moe_route(perk_graph *graph, const char *name, perk_tensor *logits, int32_t top_k,
+                                     int32_t normalises);
+
+/* out[t, s] = x[t] W^T with the weight W of experts[t, s], or x[t, s] W^T where x has rows of pairs;
+ * weight [count, out width, in width] of perk_attach_experts; -> pairs [tokens x top_k, out width]. */
+PERK_API perk_tensor *perk_moe_linear(perk_graph *graph, const char *name, perk_tensor *x, perk_tensor *weight,
+                                      perk_tensor *experts);
+
+/* out[t] = residual[t] + sum over s of shares[t, s] x[t, s];  x pairs [tokens x top_k, width]. */
+PERK_API perk_tensor *perk_moe_sum(perk_graph *graph, const char *name, perk_tensor *x, perk_tensor *shares,
+                                   perk_tensor *residual);
 
 /* The rows of x whose logits the step asks for: [tokens, width] -> [logit rows, width]. */
 PERK_API perk_tensor *perk_select_rows(perk_graph *graph, const char *name, perk_tensor *x);

@@ -70,9 +70,10 @@ PERK_API perk_graph *perk_test_graph(perk_test *test);
 /* ---- before the run ---- */
 
 /* Gives the values of an input or of an attached weight (a part, not a stack). `count` must be theirs: a vector has
- * [length], a matrix [rows][cols], an input [positions][width]: for each request in turn its history, then its tokens.
- * Setting again replaces. Unset inputs are normal with deviation 1; unset weights are drawn as for random weights:
- * matrices keep the size of activations, norm weights lie around 1, biases around 0. */
+ * [length], a matrix [rows][cols], one of experts [count][rows][cols], an input [positions][width]: for each request in
+ * turn its history, then its tokens. Setting again replaces. Unset inputs are normal with deviation 1; unset weights
+ * are drawn as for random weights: matrices keep the size of activations, norm weights lie around 1, biases around 0.
+ */
 PERK_API perk_status perk_test_set(perk_test *test, perk_tensor *tensor, const float *values, size_t count,
                                    perk_error *err);
 /* Gives the token ids for embed, [positions]. Unset ones are drawn from the smallest table's rows. */

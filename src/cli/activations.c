@@ -3,6 +3,7 @@
 
 #include "src/engine.h"
 #include "src/ops/op.h"
+#include "src/plan_facts.h"
 
 #include <errno.h>
 #include <sys/stat.h>
@@ -19,8 +20,8 @@ void perk_cli_add_dump(perk_cli_options *options, perk_cli_dump *dump) {
 
 /* The layer's number in "layers.7.qkv", else null. */
 static json_t *layer_of(const char *name) {
-    int layer;
-    return sscanf(name, "layers.%d.", &layer) == 1 ? json_integer(layer) : json_null();
+    perk_layer_name parts = perk_layer_name_split(name);
+    return parts.layer < 0 ? json_null() : json_integer(parts.layer);
 }
 
 static perk_status write_values(perk_executor *executor, const perk_tensor *tensor, int64_t rows, const char *path,

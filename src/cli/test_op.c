@@ -102,6 +102,8 @@ static void add_options(perk_cli_options *options, test_op_options *t) {
         PERK_CLI_OPTION_FLAG("norms", &t->norms, "attention, decoder: norms of queries and keys"),
         PERK_CLI_OPTION_INT("context", &c->context, "N", "positions before the step's, at most", 0, 1 << 20),
         PERK_CLI_OPTION_INT("window", &c->window, "N", "that attention sees; 0: all positions", 0, 1 << 20),
+        PERK_CLI_OPTION_INT("experts", &c->experts, "N", "moe_*: of the layer", 1, 65536),
+        PERK_CLI_OPTION_INT("top-k", &c->top_k, "N", "moe_*: experts of a token", 1, 65536),
         PERK_CLI_OPTION_INT("requests", &c->requests, "N", "that share the rows", 1, PERK_OP_CASE_REQUESTS_MAX),
         PERK_CLI_OPTION_SEED("seed", &t->options.seed, "of inputs and weights; else of the clock"),
         PERK_CLI_OPTION_CHOICE("backend", &t->backend, "auto|gpu|reference", "auto: the GPU where there is one"),
@@ -127,6 +129,7 @@ static perk_op_case chosen_case(const perk_op_case *standard, const test_op_opti
                    {&c.out, given->out},           {&c.heads, given->heads},
                    {&c.kv_heads, given->kv_heads}, {&c.head_dim, given->head_dim},
                    {&c.context, given->context},   {&c.window, given->window},
+                   {&c.experts, given->experts},   {&c.top_k, given->top_k},
                    {&c.requests, given->requests}};
     for (size_t i = 0; i < PERK_COUNT(numbers); i++)
         if (numbers[i].from >= 0) *numbers[i].to = numbers[i].from;
@@ -172,6 +175,8 @@ int perk_cli_test_op(const perk_cli_command *self, int argc, char **argv) {
                                    .head_dim = -1,
                                    .context = -1,
                                    .window = -1,
+                                   .experts = -1,
+                                   .top_k = -1,
                                    .requests = -1}};
     perk_cli_options options = {0};
     perk_cli_arguments arguments;

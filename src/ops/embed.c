@@ -5,7 +5,7 @@
 
 perk_tensor *perk_embed(perk_graph *graph, const char *name, perk_tensor *table) {
     if (!perk_graph_owns(graph, name, &table, 1)) return NULL;
-    if (!perk_tensor_is_weight(table) || table->is_vector) {
+    if (!perk_tensor_is_weight(table) || table->is_vector || table->experts) {
         perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "embed %s: the table %s is not a matrix of weights", name,
                         table->name);
         return NULL;
@@ -25,7 +25,7 @@ static perk_status embed_reference(perk_reference *reference, const perk_op *op,
             return perk_fail(err, PERK_INVALID_ARGUMENT, "token id %d is not in the vocabulary of %lld", id,
                              (long long)table->rows);
         float *row = out + (size_t)t * cols;
-        perk_reference_load_row(reference, table, id, row);
+        perk_reference_load_row(reference, table, 0, id, row);
         for (size_t i = 0; i < cols; i++) row[i] = perk_reference_round(reference, row[i]);
     }
     return PERK_OK;

@@ -10,7 +10,8 @@ static perk_tensor *add_linear(perk_graph *graph, const char *name, perk_tensor 
     if (!perk_graph_owns(graph, name, (perk_tensor *[]){x, weight}, 2)) return NULL;
     if (bias && !perk_graph_owns(graph, name, &bias, 1)) return NULL;
     if (residual && !perk_graph_owns(graph, name, &residual, 1)) return NULL;
-    if (perk_tensor_is_weight(x) || !perk_tensor_is_weight(weight) || weight->is_vector || weight->cols != x->cols) {
+    if (perk_tensor_is_weight(x) || !perk_tensor_is_weight(weight) || weight->is_vector || weight->experts ||
+        weight->cols != x->cols) {
         perk_graph_fail(graph, PERK_INVALID_ARGUMENT,
                         "linear %s: the weight %s [%lld, %lld] does not take rows of %lld", name, weight->name,
                         (long long)weight->rows, (long long)weight->cols, (long long)x->cols);
@@ -21,8 +22,9 @@ static perk_tensor *add_linear(perk_graph *graph, const char *name, perk_tensor 
                         bias->name, (long long)weight->rows);
         return NULL;
     }
-    if (residual && (perk_tensor_is_weight(residual) || residual->cols != weight->rows ||
-                     residual->row_kind != x->row_kind || residual->dtype != PERK_BF16)) {
+    if (residual &&
+        (perk_tensor_is_weight(residual) || residual->cols != weight->rows || residual->row_kind != x->row_kind ||
+         residual->slots != x->slots || residual->dtype != PERK_BF16)) {
         perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "linear %s: the residual %s must be an activation of width %lld",
                         name, residual->name, (long long)weight->rows);
         return NULL;
@@ -84,7 +86,7 @@ static void linear_rows(void *context, size_t begin, size_t end, int thread) {
     for (size_t row = begin; row < end;) {
         size_t rows = PERK_MIN(end - row, (size_t)PERK_MATH_ROWS);
         for (size_t i = 0; i < rows; i++)
-            perk_reference_load_row(job->reference, weight, (int64_t)(row + i), w + i * cols);
+            perk_reference_load_row(job->reference, weight, 0, (int64_t)(row + i), w + i * cols);
         perk_math_dots(out + row, (size_t)weight->rows, w, rows, x, job->tokens, cols);
         finish_columns(job, row, rows);
         row += rows;

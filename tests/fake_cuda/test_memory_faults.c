@@ -21,6 +21,7 @@
 
 #define TINY PERK_SOURCE_DIR "/examples/tiny"
 #define FIXTURES PERK_SOURCE_DIR "/tests/fixtures/checkpoints"
+#define EXPERTS PERK_SOURCE_DIR "/tests/fixtures/qwen3_moe/some_layers"
 
 static perk_error err;
 
@@ -435,6 +436,10 @@ static void sweep_engines(void) {
     sweep("several files", use_engine);
     choose(FIXTURES "/single", PERK_BACKEND_REFERENCE, true);
     sweep("random weights", use_engine);
+    choose(EXPERTS, PERK_BACKEND_REFERENCE, false);
+    sweep("experts", use_engine);
+    choose(EXPERTS, PERK_BACKEND_REFERENCE, true);
+    sweep("experts, random weights", use_engine);
     choose(TINY, PERK_BACKEND_GPU, false);
     CHECK_OK(use_engine()); /* fills the cache */
     sweep("GPU", use_engine);
@@ -476,6 +481,9 @@ static void sweep_commands(void) {
     sweep_command("perk tokenize", perk_cli_tokenize, LINE("--model", TINY, "Once upon a time"));
     sweep_command("perk logits", perk_cli_logits,
                   LINE("--model", TINY, "--ids", ids.text, "--backend", "reference", "--perplexity"));
+    sweep_command("perk logits, dump", perk_cli_logits,
+                  LINE("--model", FIXTURES "/single", "--ids", ids.text, "--backend=reference", "--dump-activations",
+                       path_in(scratch, "dump").text));
     sweep_command("perk bench sync", perk_cli_bench, LINE("sync", "--runs", "1", "--no-cache", "--json"));
     sweep_command("perk bench decode", perk_cli_bench,
                   LINE("decode", "--model", TINY, "--no-check", "--no-cache", "--context=4", "--steps=1"));

@@ -39,13 +39,26 @@ def draw(model, seed):
         elif weight.dim() == 1:
             weight.normal_(1, 0.1, generator=generator)
         else:
-            weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)
+            weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
+
+
+def as_stored(model):
+    """Names and weights as Hugging Face stores them: transformers holds all experts of a layer in one tensor."""
+    for name, weight in model.named_parameters():
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            yield name, weight
+            continue
+        prefix, part = name.rsplit(".", 1)
+        for expert, matrix in enumerate(weight):
+            halves = matrix.chunk(2) if part == "gate_up_proj" else (matrix,)
+            for half, stored in zip(halves, ("gate_proj", "up_proj") if len(halves) == 2 else ("down_proj",)):
+                yield f"{prefix}.{expert}.{stored}.weight", half
 
 
 def save(model, folder):
     """Writes the weights as Hugging Face shards them, several files at a time."""
     shards, size = [{}], 0
-    for name, weight in model.named_parameters():
+    for name, weight in as_stored(model):
         if size + weight.nbytes > SHARD_BYTES and shards[-1]:
             shards.append({})
             size = 0

@@ -17,6 +17,10 @@ SMALL = {
     "qwen2": dict(COMMON, architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=False,
                   sliding_window=None),
     "llama": dict(COMMON, architectures=["LlamaForCausalLM"], model_type="llama", attention_bias=False, mlp_bias=False),
+    "qwen3-moe": dict(COMMON, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", head_dim=64,
+                      attention_bias=False, use_sliding_window=False, sliding_window=None, num_experts=16,
+                      num_experts_per_tok=4, moe_intermediate_size=96, norm_topk_prob=True, decoder_sparse_step=1,
+                      mlp_only_layers=[]),
     "mistral": dict(COMMON, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None),
 }
 LLAMA3 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -62,6 +66,10 @@ SHAPES = {
     "qwen2-gqa7-window": Shape("qwen2", dict(hidden_size=224, num_attention_heads=7, num_key_value_heads=1,
                                              rope_theta=1000000.0, use_sliding_window=True, sliding_window=24,
                                              max_window_layers=2)),
+    # Experts have no device code yet: with --device cpu --backend reference alone.
+    "moe-top4": Shape("qwen3-moe"),
+    "moe-some-layers": Shape("qwen3-moe", dict(num_experts=8, num_experts_per_tok=2, norm_topk_prob=False,
+                                               decoder_sparse_step=2, num_hidden_layers=4, mlp_only_layers=[1])),
     "qwen3-0.6b": Shape("qwen3-0.6b", variants={**STEPS, "portable": step(16, "--portable")},
                         greedy=(1, 17, 65, 200)),
     "qwen3-4b-2-layers": Shape("qwen3-4b", dict(num_hidden_layers=2), greedy=(17,)),

@@ -1,0 +1,78 @@
+/* moe_route: the experts of each token, and their shares: the largest of a softmax over the router's logits. */
+#include "lower.h"
+#include "ops/op.h"
+#include "reference_state.h"
+
+#include <math.h>
+#include <stdio.h>
+
+static bool check_route(perk_graph *graph, const char *name, const perk_tensor *logits, int32_t top_k) {
+    if (perk_tensor_is_weight(logits) || logits->row_kind != PERK_ROWS_TOKENS || logits->dtype == PERK_I32) {
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "moe_route %s: needs logits with a row for each token", name);
+        return false;
+    }
+    if (top_k < 1 || top_k > logits->cols) {
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "moe_route %s: cannot pick %d of %lld experts", name, top_k,
+                        (long long)logits->cols);
+        return false;
+    }
+    return true;
+}
+
+perk_routing perk_moe_route(perk_graph *graph, const char *name, perk_tensor *logits, int32_t top_k,
+                            int32_t normalises) {
+    char experts[128], shares[128];
+    if (!perk_graph_owns(graph, name, &logits, 1) || !check_route(graph, name, logits, top_k))
+        return (perk_routing){NULL, NULL};
+    snprintf(experts, sizeof experts, "%s.experts", name ? name : "");
+    snprintf(shares, sizeof shares, "%s.shares", name ? name : "");
+    perk_tensor *inputs[PERK_OP_INPUTS_MAX] = {[PERK_IN_X] = logits};
+    perk_op *op = perk_graph_add_op(graph, &perk_op_moe_route, inputs, experts, PERK_I32, PERK_ROWS_TOKENS, top_k);
+    if (!op || !perk_graph_add_second(graph, op, shares, PERK_F32, top_k)) return (perk_routing){NULL, NULL};
+    op->normalises = normalises != 0;
+    return (perk_routing){op->output, op->second};
+}
+
+/* The expert that follows `last` (-1: none) in the order of falling logits, rising numbers among equals. `otherwise`
+ * where there is none: logits that are no numbers have no order. */
+static int32_t next_expert(const float *logits, int32_t count, int32_t last, int32_t otherwise) {
+    int32_t best = -1;
+    for (int32_t i = 0; i < count; i++) {
+        bool follows = last < 0 || logits[i] < logits[last] || (logits[i] == logits[last] && i > last);
+        if (follows && (best < 0 ? logits[i] == logits[i] : logits[i] > logits[best])) best = i;
+    }
+    return best < 0 ? otherwise : best;
+}
+
+static void route_row(const perk_op *op, const float *logits, int32_t *experts, float *shares) {
+    int32_t count = (int32_t)op->inputs[PERK_IN_X]->cols, slots = (int32_t)op->output->cols, last = -1;
+    float all = 0, picked = 0;
+    for (int32_t s = 0; s < slots; s++) experts[s] = last = next_expert(logits, count, last, s);
+    for (int32_t i = 0; i < count; i++) all += expf(logits[i] - logits[experts[0]]);
+    for (int32_t s = 0; s < slots; s++) {
+        shares[s] = expf(logits[experts[s]] - logits[experts[0]]) / all;
+        picked += shares[s];
+    }
+    for (int32_t s = 0; op->normalises && s < slots; s++) shares[s] /= picked;
+}
+
+static perk_status moe_route_reference(perk_reference *reference, const perk_op *op, perk_error *err) {
+    const perk_tensor *logits = op->inputs[PERK_IN_X];
+    int32_t *experts = (int32_t *)perk_reference_values(reference, op->output);
+    float *shares = perk_reference_values(reference, op->second);
+    size_t slots = (size_t)op->output->cols;
+    (void)err;
+    for (size_t t = 0; t < perk_reference_rows(reference, logits); t++)
+        route_row(op, perk_reference_values(reference, logits) + t * (size_t)logits->cols, experts + t * slots,
+                  shares + t * slots);
+    return PERK_OK;
+}
+
+static perk_status moe_route_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
+    (void)l;
+    return perk_fail(err, PERK_UNSUPPORTED,
+                     "%s: moe_route has no device code: mixtures of experts run on the reference backend alone",
+                     op->output->name);
+}
+
+const perk_op_type perk_op_moe_route = {"moe_route", moe_route_reference, moe_route_lower};
