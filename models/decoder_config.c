@@ -9,7 +9,7 @@ enum {
     MAX_HEADS = 4096,
     MAX_HEAD_DIM = 4096,
     MAX_VOCAB = 1 << 26,
-    MAX_EXPERTS = 65536
+    MAX_EXPERTS = 4096
 };
 
 /* ---- what is refused ---- */

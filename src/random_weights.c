@@ -133,8 +133,11 @@ static perk_status make_room(drawing_list *list, const perk_graph *graph, perk_e
     return list->drawings && list->tensors && list->names ? PERK_OK : perk_fail_memory(err, "the list of weights");
 }
 
-static void list_weights(drawing_list *list, const perk_graph *graph, const perk_given_weight *given,
-                         size_t given_count) {
+/* More than any machine has: sums of sizes below do not overflow. */
+static bool is_too_much(const drawing_list *list) { return list->bytes > (size_t)1 << 62; }
+
+static perk_status list_weights(drawing_list *list, const perk_graph *graph, const perk_given_weight *given,
+                                size_t given_count, perk_error *err) {
     uint64_t blocks = 0;
     for (int i = 0; i < graph->tensor_count; i++) {
         const perk_tensor *weight = graph->tensors[i];
@@ -151,8 +154,10 @@ static void list_weights(drawing_list *list, const perk_graph *graph, const perk
             list->tensors[list->count++] = tensor_of(weight, next);
             blocks += perk_ceil_div(next->count, BLOCK);
             list->bytes += perk_round_up(next->count * sizeof *next->out, ALIGNMENT);
+            if (is_too_much(list)) return perk_fail_memory(err, "random weights");
         }
     }
+    return PERK_OK;
 }
 
 /* Draws all of them into `memory`. */
@@ -189,8 +194,8 @@ static perk_status open_drawn(perk_checkpoint **out, const char *config_path, co
     void *memory = NULL;
     perk_status status = make_room(&list, graph, err);
     if (status) goto out;
-    list_weights(&list, graph, given, given_count);
-    status = map_memory(list.bytes, &memory, err);
+    status = list_weights(&list, graph, given, given_count, err);
+    if (!status) status = map_memory(list.bytes, &memory, err);
     if (status) goto out;
     status = draw(&list, memory, seed, err);
     if (!status)

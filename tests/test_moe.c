@@ -5,6 +5,9 @@
 #include "model.h"
 #include "perk/test.h"
 #include "plan.h"
+#include "random_weights.h"
+#include "reference_state.h"
+#include "stored_weight.h"
 #include "test.h"
 
 #include <math.h>
@@ -248,6 +251,51 @@ static void test_plan_refused(void) {
     perk_graph_free(g);
 }
 
+/* ---- weights ---- */
+
+#define FIXTURE PERK_SOURCE_DIR "/tests/fixtures/qwen3_moe/top2"
+
+/* bf16 experts stay where the checkpoint is mapped. */
+static void test_no_copy(void) {
+    perk_model *model;
+    perk_executor *executor;
+    perk_config config = {.max_num_batched_tokens = 4, .max_seq_length = 32};
+    const perk_reference_options options = {.threads = 1, .precision = PERK_PRECISION_BF16};
+    char name[PERK_STORED_NAME];
+    CHECK_OK(perk_model_open(&model, FIXTURE, false, 0, &err));
+    CHECK_OK(perk_config_resolve(&config, 0, &err));
+    CHECK_OK(perk_reference_create(&executor, model->graph, model->checkpoint, &config, &options, &err));
+    const perk_tensor *down = perk_graph_find(model->graph, "model.layers.1.mlp.experts.*.down_proj.weight");
+    const perk_reference_weight *weight = &((const perk_reference *)executor)->weights[down->index];
+    CHECK(perk_weight_count(down) == 7 && weight->experts && !weight->owned);
+    for (int64_t i = 0; i < 7; i++) {
+        const perk_checkpoint_tensor *stored = perk_checkpoint_find(model->checkpoint, perk_weight_name(down, i, name));
+        CHECK(stored && weight->experts[i].data == stored->data && !weight->experts[i].owned, "%s", name);
+    }
+    executor->type->free(executor);
+    perk_model_free(model);
+}
+
+/* One matrix of one expert lacks: its own name is in the message. */
+static void test_missing_expert(void) {
+    perk_graph *g = new_graph();
+    perk_checkpoint *weights;
+    perk_executor *executor;
+    perk_config config = {.max_num_batched_tokens = 4, .max_seq_length = 32};
+    CHECK_OK(perk_config_resolve(&config, 0, &err));
+    add_mlp(g, 1);
+    CHECK_OK(perk_checkpoint_open_given(&weights, g, 1, NULL, 0, &err));
+    CHECK(perk_checkpoint_count(weights) == 1 + 3 * EXPERTS && perk_checkpoint_find(weights, "experts.4.up"));
+    perk_graph *more = new_graph();
+    add_mlp(more, 1);
+    perk_attach_experts(more, "experts.*.third", EXPERTS, 1, 1);
+    CHECK_FAILS(perk_reference_create(&executor, more, weights, &config, NULL, &err), PERK_NOT_FOUND,
+                "\"experts.0.third\" is missing");
+    perk_checkpoint_free(weights);
+    perk_graph_free(more);
+    perk_graph_free(g);
+}
+
 /* ---- the model that these calls are for ---- */
 
 /* One GPU of 80 GB holds it with 32k positions. */
@@ -268,6 +316,8 @@ int main(void) {
     test_values(1);
     test_odd_logits();
     test_plan_refused();
+    test_no_copy();
+    test_missing_expert();
     test_memory_of_30b();
     return 0;
 }
