@@ -85,17 +85,8 @@ perk_status perk_batch_add(perk_batch *batch, const perk_config *config, const i
     if (!status) status = check_room(batch, config, count, logits, err);
     if (status) return status;
 
-    int32_t request = batch->num_requests++, first = batch->num_tokens;
-    for (int32_t i = 0; i < count; i++) {
-        batch->token_ids[first + i] = token_ids[i];
-        batch->positions[first + i] = position + i;
-        batch->token_request[first + i] = request;
-    }
-    batch->num_tokens += count;
-    for (int32_t i = count - logits; i < count; i++) batch->logit_rows[batch->num_logit_rows++] = first + i;
-    batch->first_token[request] = first;
-    batch->token_count[request] = count;
-    batch->kv_length[request] = position + count;
+    int32_t request = batch->num_requests;
+    perk_batch_put(batch, request, token_ids, count, position, logits);
     size_t width = (size_t)batch->pages_per_request;
     memcpy(batch->page_table + (size_t)request * width, pages, width * sizeof *pages);
     return PERK_OK;

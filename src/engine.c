@@ -13,7 +13,7 @@ struct perk_engine {
     perk_tokenizer *tokenizer; /* NULL: the folder has none */
     perk_executor *executor;
     perk_scheduler *scheduler;
-    perk_batch *batch;
+    perk_batch *batch; /* of logits; that of requests is the scheduler's */
     perk_config config;
     perk_start_report report;
     perk_error failure;   /* of a step: closes the engine */
@@ -118,7 +118,8 @@ static perk_status check_options(const perk_engine_options *options, perk_error 
     return PERK_OK;
 }
 
-/* The oldest request must always be able to finish (see scheduler.h), so the pool must hold one of max_seq_length. */
+/* The oldest request must always be able to finish (see docs/scheduling.md), so the pool must hold one of
+ * max_seq_length. */
 static perk_status fit_pool(perk_config *config, bool length_was_asked_for, const perk_log *log, perk_error *err) {
     int64_t positions = (int64_t)config->max_num_pages * config->page_size;
     if (positions >= config->max_seq_length) return PERK_OK;
@@ -157,7 +158,7 @@ static perk_status open_model(perk_engine *engine, const char *path, const perk_
     report_memory(engine, &options->log);
     if ((status = perk_batch_create(&engine->batch, &engine->config, err))) return status;
     return perk_scheduler_create(&engine->scheduler, &engine->config, model->vocab_size, model->eos_ids,
-                                 model->eos_count, err);
+                                 model->eos_count, !options->no_prefix_sharing, err);
 }
 
 perk_status perk_engine_open(perk_engine **out, const char *model_folder, const perk_engine_options *options,
@@ -222,11 +223,12 @@ static perk_status close_after(perk_engine *engine, perk_status status, const pe
     return status;
 }
 
-static perk_status run_batch(perk_engine *engine, bool want_logits, perk_step_result *result, perk_error *err) {
+static perk_status run_batch(perk_engine *engine, const perk_batch *batch, bool want_logits, perk_step_result *result,
+                             perk_error *err) {
     *result = (perk_step_result){0};
-    perk_status status = engine->executor->type->step(engine->executor, engine->batch, want_logits, result, err);
+    perk_status status = engine->executor->type->step(engine->executor, batch, want_logits, result, err);
     if (status || !engine->on_step) return status;
-    return engine->on_step(engine->on_step_user, engine->executor, engine->model->graph, engine->batch, err);
+    return engine->on_step(engine->on_step_user, engine->executor, engine->model->graph, batch, err);
 }
 
 perk_status perk_engine_watch(perk_engine *engine, perk_on_step on_step, void *user, perk_error *err) {
@@ -251,11 +253,12 @@ perk_status perk_engine_step(perk_engine *engine, int32_t *running, perk_error *
     perk_status status = check_open(engine, err);
     if (status) return status;
     perk_error failure = {0};
+    const perk_batch *batch;
     bool want_logits;
     perk_step_result result;
-    status = perk_scheduler_fill(engine->scheduler, engine->batch, &want_logits, &failure);
-    if (!status && engine->batch->num_tokens > 0) {
-        status = run_batch(engine, want_logits, &result, &failure);
+    status = perk_scheduler_fill(engine->scheduler, &batch, &want_logits, &failure);
+    if (!status && batch->num_tokens > 0) {
+        status = run_batch(engine, batch, want_logits, &result, &failure);
         if (!status) status = perk_scheduler_commit(engine->scheduler, &result, &failure);
     }
     if (status) return close_after(engine, status, &failure, err);
@@ -381,7 +384,7 @@ static perk_status run_chunk(perk_engine *engine, const int32_t *ids, size_t fir
     perk_batch_clear(engine->batch);
     perk_status status =
         perk_batch_add(engine->batch, &engine->config, ids + first, count, (int32_t)first, pages, 2, err);
-    if (!status) status = run_batch(engine, true, result, err);
+    if (!status) status = run_batch(engine, engine->batch, true, result, err);
     if (!status && !result->logits) status = perk_fail(err, PERK_INTERNAL, "the step brought no logits");
     return status;
 }

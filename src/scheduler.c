@@ -2,23 +2,35 @@
 
 #include "sampler.h"
 
-typedef struct request_list {
+#include <xxhash.h>
+
+_Static_assert((int)PERK_END_STOP == PERK_FINISH_STOP && (int)PERK_END_LENGTH == PERK_FINISH_LENGTH &&
+                   (int)PERK_END_CANCELLED == PERK_FINISH_CANCELLED,
+               "the schedule's reasons are those of the API");
+
+struct perk_request_list {
     perk_request *first, *last;
     int32_t count;
-} request_list;
+};
 
 struct perk_scheduler {
     perk_config config;
     int32_t vocab_size;
-    int32_t *eos_ids;
+    int32_t eos_ids[PERK_STOP_IDS];
     int eos_count;
-    perk_pages *pages;
+    bool share_prefixes;
+    uint64_t *block; /* the schedule's state */
+    perk_schedule schedule;
     perk_sampler *sampler;
-    request_list unfinished; /* in the order of arrival; those with pages come first */
-    request_list finished;   /* kept until their owner frees them */
+    perk_request **placed_in;   /* [slots] */
+    int32_t *picks;             /* [logit rows] */
+    perk_request_list queued;   /* in the order of arrival, for a slot */
+    perk_request_list placed;   /* in a slot */
+    perk_request_list finished; /* kept until their owner frees them */
 };
 
-static void list_append(request_list *list, perk_request *request) {
+static void list_append(perk_request_list *list, perk_request *request) {
+    request->list = list;
     request->previous = list->last;
     request->next = NULL;
     *(list->last ? &list->last->next : &list->first) = request;
@@ -26,57 +38,81 @@ static void list_append(request_list *list, perk_request *request) {
     list->count++;
 }
 
-static void list_remove(request_list *list, perk_request *request) {
+static void list_remove(perk_request *request) {
+    perk_request_list *list = request->list;
     *(request->previous ? &request->previous->next : &list->first) = request->next;
     *(request->next ? &request->next->previous : &list->last) = request->previous;
     list->count--;
 }
 
+static void list_move(perk_request *request, perk_request_list *list) {
+    list_remove(request);
+    list_append(list, request);
+}
+
+static perk_schedule_limits limits_of(const perk_config *config) {
+    return (perk_schedule_limits){.slots = config->max_num_batched_requests,
+                                  .tokens = config->max_num_batched_tokens,
+                                  .requests = config->max_num_batched_requests,
+                                  .logit_rows = config->max_num_logit_rows,
+                                  .positions = config->max_seq_length,
+                                  .page_size = config->page_size,
+                                  .page_count = config->max_num_pages};
+}
+
+static perk_status create_schedule(perk_scheduler *scheduler, perk_error *err) {
+    perk_schedule_limits limits = limits_of(&scheduler->config);
+    scheduler->block = perk_calloc(perk_schedule_lay_out(&limits).words, sizeof *scheduler->block);
+    scheduler->placed_in = perk_calloc((size_t)limits.slots, sizeof(perk_request *));
+    scheduler->picks = perk_calloc((size_t)limits.logit_rows, sizeof *scheduler->picks);
+    if (!scheduler->block || !scheduler->placed_in || !scheduler->picks) return perk_fail_memory(err, "the scheduler");
+    perk_schedule_bind(&scheduler->schedule, &limits, scheduler->block);
+    perk_schedule_begin(&scheduler->schedule);
+    return PERK_OK;
+}
+
 perk_status perk_scheduler_create(perk_scheduler **out, const perk_config *config, int32_t vocab_size,
-                                  const int32_t *eos_ids, int eos_count, perk_error *err) {
+                                  const int32_t *eos_ids, int eos_count, bool share_prefixes, perk_error *err) {
     *out = NULL;
-    perk_status status = PERK_OK;
+    if (eos_count > PERK_STOP_IDS)
+        return perk_fail(err, PERK_LIMIT, "%d token ids that end an answer: at most %d can be watched", eos_count,
+                         (int)PERK_STOP_IDS);
     perk_scheduler *scheduler = perk_calloc(1, sizeof *scheduler);
     if (!scheduler) return perk_fail_memory(err, "the scheduler");
     scheduler->config = *config;
     scheduler->vocab_size = vocab_size;
+    scheduler->share_prefixes = share_prefixes;
     scheduler->eos_count = eos_count;
-    scheduler->eos_ids = perk_calloc((size_t)eos_count, sizeof *eos_ids);
-    if (!scheduler->eos_ids) {
-        status = perk_fail_memory(err, "the scheduler");
-        goto out;
-    }
     if (eos_count) memcpy(scheduler->eos_ids, eos_ids, (size_t)eos_count * sizeof *eos_ids);
-    if ((status = perk_pages_create(&scheduler->pages, config->max_num_pages, err))) goto out;
-    if ((status = perk_sampler_create(&scheduler->sampler, vocab_size, err))) goto out;
+    perk_status status = create_schedule(scheduler, err);
+    if (!status) status = perk_sampler_create(&scheduler->sampler, vocab_size, err);
+    if (status) {
+        perk_scheduler_free(scheduler);
+        return status;
+    }
     *out = scheduler;
-    scheduler = NULL;
-out:
-    perk_scheduler_free(scheduler);
-    return status;
+    return PERK_OK;
 }
 
 void perk_scheduler_free(perk_scheduler *scheduler) {
     if (!scheduler) return;
-    while (scheduler->unfinished.first) perk_request_free(scheduler->unfinished.first);
-    while (scheduler->finished.first) perk_request_free(scheduler->finished.first);
-    perk_pages_free(scheduler->pages);
+    perk_request_list *lists[] = {&scheduler->queued, &scheduler->placed, &scheduler->finished};
+    for (size_t i = 0; i < PERK_COUNT(lists); i++)
+        while (lists[i]->first) perk_request_free(lists[i]->first);
     perk_sampler_free(scheduler->sampler);
-    free(scheduler->eos_ids);
+    free(scheduler->placed_in);
+    free(scheduler->picks);
+    free(scheduler->block);
     free(scheduler);
 }
 
-int32_t perk_scheduler_unfinished(const perk_scheduler *scheduler) { return scheduler->unfinished.count; }
+int32_t perk_scheduler_unfinished(const perk_scheduler *scheduler) {
+    return scheduler->queued.count + scheduler->placed.count;
+}
 
-const perk_request *perk_scheduler_first(const perk_scheduler *scheduler) { return scheduler->unfinished.first; }
-
-const perk_pages *perk_scheduler_pages(const perk_scheduler *scheduler) { return scheduler->pages; }
+const perk_schedule *perk_scheduler_schedule(const perk_scheduler *scheduler) { return &scheduler->schedule; }
 
 /* ---- requests ---- */
-
-static int32_t pages_for(const perk_scheduler *scheduler, int32_t positions) {
-    return (int32_t)perk_ceil_div((uint64_t)positions, (uint64_t)scheduler->config.page_size);
-}
 
 static perk_status check_prompt(const perk_scheduler *scheduler, const int32_t *prompt, size_t length,
                                 perk_error *err) {
@@ -112,17 +148,14 @@ perk_status perk_scheduler_submit(perk_scheduler *scheduler, const int32_t *prom
     request->prompt_length = request->length = length;
     request->limit = length + (sampling->max_tokens ? PERK_MIN(sampling->max_tokens, room) : room);
     request->tokens = perk_calloc((size_t)request->limit, sizeof *request->tokens);
-    request->pages = perk_calloc((size_t)pages_for(scheduler, length + room), sizeof *request->pages);
-    if (!request->tokens || !request->pages) {
-        free(request->tokens);
-        free(request->pages);
+    if (!request->tokens) {
         free(request);
         return perk_fail_memory(err, "a request");
     }
     memcpy(request->tokens, prompt, prompt_length * sizeof *prompt);
     request->scheduler = scheduler;
-    request->logit_row = -1;
-    list_append(&scheduler->unfinished, request);
+    request->slot = -1;
+    list_append(&scheduler->queued, request);
     *out = request;
     return PERK_OK;
 }
@@ -134,130 +167,116 @@ const int32_t *perk_request_tokens(const perk_request *request, size_t *count) {
 
 perk_finish perk_request_finish(const perk_request *request) { return request->finish; }
 
-/* Drops the request's cache: what it has computed so far is computed again once it is admitted anew. */
-static void set_back(perk_request *request) {
-    perk_pages_give(request->scheduler->pages, request->pages, request->page_count);
-    memset(request->pages, 0, (size_t)request->page_count * sizeof *request->pages);
-    request->page_count = 0;
-    request->cached = 0;
-    request->scheduled = 0;
-    request->logit_row = -1;
-}
-
+/* The request is out of the schedule, or never was in it. */
 static void finish(perk_request *request, perk_finish reason) {
-    set_back(request);
+    perk_scheduler *scheduler = request->scheduler;
+    if (request->slot >= 0) {
+        scheduler->placed_in[request->slot] = NULL;
+        perk_schedule_close(&scheduler->schedule, request->slot);
+    }
+    request->slot = -1;
     request->finish = reason;
-    list_remove(&request->scheduler->unfinished, request);
-    list_append(&request->scheduler->finished, request);
+    list_move(request, &scheduler->finished);
 }
 
 void perk_request_cancel(perk_request *request) {
-    if (request->finish == PERK_FINISH_NONE) finish(request, PERK_FINISH_CANCELLED);
+    if (request->finish != PERK_FINISH_NONE) return;
+    if (request->slot >= 0) perk_schedule_cancel(&request->scheduler->schedule, request->slot);
+    finish(request, PERK_FINISH_CANCELLED);
 }
 
 void perk_request_free(perk_request *request) {
     if (!request) return;
     perk_request_cancel(request);
-    list_remove(&request->scheduler->finished, request);
+    list_remove(request);
     free(request->tokens);
-    free(request->pages);
     free(request);
 }
 
-/* ---- making a batch ---- */
+/* ---- into the schedule ---- */
 
-/* Sets back the newest request that holds pages and is newer than `request` (NULL: any); false when there is none. */
-static bool set_back_newest(perk_scheduler *scheduler, const perk_request *request) {
-    perk_request *newest = scheduler->unfinished.last;
-    while (newest && newest != request && newest->page_count == 0) newest = newest->previous;
-    if (!newest || newest == request) return false;
-    set_back(newest);
-    return true;
+/* Hashes of the pages that the request's known tokens fill: each over its own tokens, seeded with the one before. */
+static void extend_hashes(perk_scheduler *scheduler, int32_t slot) {
+    perk_slot *r = &scheduler->schedule.slots[slot];
+    uint64_t *hashes = perk_slot_hashes(&scheduler->schedule, slot);
+    const int32_t *tokens = perk_slot_tokens(&scheduler->schedule, slot);
+    int32_t page_size = scheduler->config.page_size;
+    if (!scheduler->share_prefixes) return;
+    for (; r->length - r->hash_count * page_size >= page_size; r->hash_count++)
+        hashes[r->hash_count] =
+            XXH3_64bits_withSeed(tokens + r->hash_count * page_size, (size_t)page_size * sizeof *tokens,
+                                 r->hash_count ? hashes[r->hash_count - 1] : 0);
 }
 
-/* Gets the pages for `count` more tokens, or for as many as there can be now; returns how many. */
-static int32_t reserve_pages(perk_scheduler *scheduler, perk_request *request, int32_t count) {
-    perk_pages *pages = scheduler->pages;
-    if (request->page_count == 0 && pages_for(scheduler, request->length) > perk_pages_available(pages)) return 0;
-    int32_t needed = pages_for(scheduler, request->cached + count) - request->page_count;
-    while (needed > perk_pages_available(pages) && set_back_newest(scheduler, request)) {
+static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot) {
+    perk_slot *r = &scheduler->schedule.slots[slot];
+    r->prompt_length = request->prompt_length;
+    r->limit = request->limit;
+    r->stop_count = request->sampling.ignore_eos ? 0 : scheduler->eos_count;
+    memcpy(r->stop_ids, scheduler->eos_ids, sizeof r->stop_ids);
+    memcpy(perk_slot_tokens(&scheduler->schedule, slot), request->tokens,
+           (size_t)request->prompt_length * sizeof *request->tokens);
+    perk_schedule_arrive(&scheduler->schedule, slot);
+    extend_hashes(scheduler, slot);
+    request->slot = slot;
+    scheduler->placed_in[slot] = request;
+    list_move(request, &scheduler->placed);
+}
+
+perk_status perk_scheduler_fill(perk_scheduler *scheduler, const perk_batch **batch, bool *want_logits,
+                                perk_error *err) {
+    perk_schedule *schedule = &scheduler->schedule;
+    while (scheduler->queued.first) {
+        int32_t slot = perk_schedule_open(schedule);
+        if (slot < 0) break;
+        place(scheduler, scheduler->queued.first, slot);
     }
-    if (needed > perk_pages_available(pages)) {
-        needed = perk_pages_available(pages);
-        count = (request->page_count + needed) * scheduler->config.page_size - request->cached;
-    }
-    if (!perk_pages_take(pages, needed, request->pages + request->page_count)) return 0;
-    request->page_count += needed;
-    return count;
-}
-
-/* How many tokens of `request` fit into what is left of the batch and of the pages. */
-static int32_t choose_count(perk_scheduler *scheduler, const perk_batch *batch, perk_request *request) {
-    const perk_config *config = &scheduler->config;
-    if (batch->num_requests >= config->max_num_batched_requests) return 0;
-    if (batch->num_logit_rows >= config->max_num_logit_rows) return 0;
-    int32_t pending = request->length - request->cached;
-    int32_t count = PERK_MIN(pending, config->max_num_batched_tokens - batch->num_tokens);
-    return count > 0 ? reserve_pages(scheduler, request, count) : 0;
-}
-
-perk_status perk_scheduler_fill(perk_scheduler *scheduler, perk_batch *batch, bool *want_logits, perk_error *err) {
-    perk_batch_clear(batch);
+    perk_schedule_fill(schedule);
+    *batch = &schedule->batch;
     *want_logits = false;
-    for (perk_request *request = scheduler->unfinished.first; request; request = request->next) {
-        int32_t count = choose_count(scheduler, batch, request);
-        if (count == 0) break; /* none that came later may overtake */
-        bool complete = request->cached + count == request->length;
-        int32_t row = batch->num_logit_rows;
-        perk_status status = perk_batch_add(batch, &scheduler->config, request->tokens + request->cached, count,
-                                            request->cached, request->pages, complete ? 1 : 0, err);
-        if (status) return status;
-        request->scheduled = count;
-        request->logit_row = complete ? row : -1;
-        if (complete && request->sampling.temperature > 0) *want_logits = true;
-    }
-    if (batch->num_tokens == 0 && scheduler->unfinished.first)
+    for (int32_t row = 0; row < schedule->batch.num_logit_rows; row++)
+        if (scheduler->placed_in[schedule->logit_slots[row]]->sampling.temperature > 0) *want_logits = true;
+    if (schedule->batch.num_tokens == 0 && schedule->state->unfinished > 0)
         return perk_fail(
-            err, PERK_INTERNAL, "the scheduler found no work among %d unfinished requests (%d of %d pages free)",
-            scheduler->unfinished.count, perk_pages_available(scheduler->pages), perk_pages_count(scheduler->pages));
+            err, PERK_INTERNAL, "the scheduler found no work among %d unfinished requests (%d of %d pages unused)",
+            perk_scheduler_unfinished(scheduler), schedule->pool.state->unused, schedule->limits.page_count);
     return PERK_OK;
 }
 
 /* ---- taking in a result ---- */
 
-static perk_status pick_token(perk_scheduler *scheduler, const perk_request *request, const perk_step_result *result,
-                              int32_t *token, perk_error *err) {
+static perk_status pick_token(perk_scheduler *scheduler, const perk_request *request, int32_t row,
+                              const perk_step_result *result, int32_t *token, perk_error *err) {
     bool greedy = !(request->sampling.temperature > 0);
     if (greedy && result->argmax) {
-        *token = result->argmax[request->logit_row];
+        *token = result->argmax[row];
         if (*token >= 0 && *token < scheduler->vocab_size) return PERK_OK;
         return perk_fail(err, PERK_INTERNAL, "the step gave token %d, outside the model's vocabulary of %d", *token,
                          scheduler->vocab_size);
     }
     if (!result->logits) return perk_fail(err, PERK_INTERNAL, "the step brought no logits to choose a token from");
-    const float *logits = result->logits + (size_t)request->logit_row * (size_t)scheduler->vocab_size;
-    uint64_t place = (uint64_t)(request->length - request->prompt_length);
-    return perk_sampler_pick(scheduler->sampler, logits, &request->sampling, place, token, err);
-}
-
-static void append_token(perk_scheduler *scheduler, perk_request *request, int32_t token) {
-    request->tokens[request->length++] = token;
-    bool end = false;
-    for (int i = 0; i < scheduler->eos_count && !request->sampling.ignore_eos; i++)
-        if (token == scheduler->eos_ids[i]) end = true;
-    if (end || request->length == request->limit) finish(request, end ? PERK_FINISH_STOP : PERK_FINISH_LENGTH);
+    const float *logits = result->logits + (size_t)row * (size_t)scheduler->vocab_size;
+    uint64_t place_in_answer = (uint64_t)(request->length - request->prompt_length);
+    return perk_sampler_pick(scheduler->sampler, logits, &request->sampling, place_in_answer, token, err);
 }
 
 perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_result *result, perk_error *err) {
-    for (perk_request *request = scheduler->unfinished.first, *next; request && request->scheduled; request = next) {
-        next = request->next;
-        int32_t token = -1;
+    perk_schedule *schedule = &scheduler->schedule;
+    int32_t rows = schedule->batch.num_logit_rows;
+    for (int32_t row = 0; row < rows; row++) {
+        const perk_request *request = scheduler->placed_in[schedule->logit_slots[row]]; /* NULL: cancelled meanwhile */
         perk_status status = PERK_OK;
-        if (request->logit_row >= 0) status = pick_token(scheduler, request, result, &token, err);
+        if (request) status = pick_token(scheduler, request, row, result, &scheduler->picks[row], err);
         if (status) return status;
-        request->cached += request->scheduled;
-        request->scheduled = 0;
-        if (request->logit_row >= 0) append_token(scheduler, request, token);
+    }
+    perk_schedule_commit(schedule, scheduler->picks);
+    for (int32_t row = 0; row < rows; row++) {
+        int32_t slot = schedule->logit_slots[row];
+        perk_request *request = scheduler->placed_in[slot];
+        if (!request) continue;
+        request->tokens[request->length++] = scheduler->picks[row];
+        extend_hashes(scheduler, slot);
+        if (schedule->slots[slot].state == PERK_SLOT_FINISHED) finish(request, (perk_finish)schedule->slots[slot].end);
     }
     return PERK_OK;
 }
@@ -265,12 +284,9 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
 /* ---- pages for others ---- */
 
 bool perk_scheduler_borrow(perk_scheduler *scheduler, int32_t count, int32_t *pages) {
-    if (count < 0 || count > perk_pages_count(scheduler->pages)) return false;
-    while (perk_pages_available(scheduler->pages) < count && set_back_newest(scheduler, NULL)) {
-    }
-    return perk_pages_take(scheduler->pages, count, pages);
+    return perk_schedule_borrow(&scheduler->schedule, count, pages);
 }
 
 void perk_scheduler_return(perk_scheduler *scheduler, const int32_t *pages, int32_t count) {
-    perk_pages_give(scheduler->pages, pages, count);
+    perk_schedule_return(&scheduler->schedule, pages, count);
 }

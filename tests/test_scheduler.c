@@ -1,8 +1,8 @@
 /* The scheduler over a fake model whose next token is a hash of everything that its KV pages hold: a page that is lost,
  * shared or stale, a token in the wrong place, or a chunk out of order changes the answer. */
 #include "sampler.h"
+#include "schedule_checks.h"
 #include "scheduler.h"
-#include "test.h"
 
 enum { VOCAB = 40, EOS = 7 };
 
@@ -102,23 +102,6 @@ static int32_t expected_answer(const perk_config *config, const int32_t *prompt,
 
 /* ---- one run: random arrivals, cancellations, a checked step, until all is done ---- */
 
-/* Every page is free or in exactly one request. */
-static void check_pages(const perk_scheduler *scheduler, const perk_config *config) {
-    char *owners = calloc((size_t)config->max_num_pages, 1);
-    CHECK(owners);
-    int32_t taken = 0;
-    bool waiting = false;
-    for (const perk_request *request = perk_scheduler_first(scheduler); request; request = request->next) {
-        CHECK(request->page_count * config->page_size >= request->cached);
-        CHECK(!waiting || request->page_count == 0, "a request with pages stands behind one without");
-        waiting = request->page_count == 0;
-        for (int32_t i = 0; i < request->page_count; i++, taken++)
-            CHECK(++owners[request->pages[i]] == 1, "page %d is owned twice", request->pages[i]);
-    }
-    CHECK(taken + perk_pages_available(perk_scheduler_pages(scheduler)) == config->max_num_pages, "pages were lost");
-    free(owners);
-}
-
 typedef struct test_job {
     perk_request *request;
     int32_t prompt[64], prompt_length;
@@ -155,16 +138,17 @@ static void check_answer(const perk_config *config, test_job *job) {
     job->checked = true;
 }
 
-static void one_step(perk_scheduler *scheduler, fake_executor *fake, perk_batch *batch) {
+static void one_step(perk_scheduler *scheduler, fake_executor *fake) {
+    const perk_batch *batch;
     bool want_logits;
     perk_step_result result;
-    CHECK_OK(perk_scheduler_fill(scheduler, batch, &want_logits, &err));
+    CHECK_OK(perk_scheduler_fill(scheduler, &batch, &want_logits, &err));
     CHECK(batch->num_tokens > 0 || perk_scheduler_unfinished(scheduler) == 0);
-    check_pages(scheduler, &fake->config);
+    check_schedule(perk_scheduler_schedule(scheduler), 0);
     if (batch->num_tokens == 0) return;
     fake_step(fake, batch, want_logits, &result);
     CHECK_OK(perk_scheduler_commit(scheduler, &result, &err));
-    check_pages(scheduler, &fake->config);
+    check_schedule(perk_scheduler_schedule(scheduler), 0);
 }
 
 static void run_random(uint64_t seed) {
@@ -180,11 +164,9 @@ static void run_random(uint64_t seed) {
     config.max_num_pages = each + roll(&dice, 0, each * 3);
 
     perk_scheduler *scheduler;
-    perk_batch *batch;
     fake_executor fake;
     fake_open(&fake, &config);
-    CHECK_OK(perk_batch_create(&batch, &config, &err));
-    CHECK_OK(perk_scheduler_create(&scheduler, &config, VOCAB, &eos, EOS_COUNT, &err));
+    CHECK_OK(perk_scheduler_create(&scheduler, &config, VOCAB, &eos, EOS_COUNT, seed % 2, &err));
     test_job jobs[JOBS] = {{0}};
     int submitted = 0, steps = 0;
     while (submitted < JOBS || perk_scheduler_unfinished(scheduler) > 0) {
@@ -199,7 +181,7 @@ static void run_random(uint64_t seed) {
             CHECK(perk_scheduler_borrow(scheduler, count, pages));
             perk_scheduler_return(scheduler, pages, count);
         }
-        one_step(scheduler, &fake, batch);
+        one_step(scheduler, &fake);
         CHECK(++steps < 100000, "no end");
         for (int i = 0; i < submitted; i++) {
             if (jobs[i].checked || perk_request_finish(jobs[i].request) == PERK_FINISH_NONE) continue;
@@ -207,29 +189,12 @@ static void run_random(uint64_t seed) {
             if (roll(&dice, 0, 1)) perk_request_free(jobs[i].request); /* the others go with the scheduler */
         }
     }
-    CHECK(perk_pages_available(perk_scheduler_pages(scheduler)) == config.max_num_pages);
+    CHECK(perk_scheduler_schedule(scheduler)->pool.state->unused == config.max_num_pages);
     perk_scheduler_free(scheduler);
-    perk_batch_free(batch);
     fake_close(&fake);
 }
 
 /* ---- particular cases ---- */
-
-static void test_pages(void) {
-    perk_pages *pages;
-    int32_t list[8];
-    CHECK_OK(perk_pages_create(&pages, 5, &err));
-    CHECK(!perk_pages_take(pages, 6, list) && perk_pages_available(pages) == 5);
-    CHECK(!perk_pages_take(pages, -1, list));
-    CHECK(perk_pages_take(pages, 5, list) && perk_pages_available(pages) == 0);
-    CHECK(perk_pages_give(pages, list, 2) && perk_pages_available(pages) == 2);
-    CHECK(!perk_pages_give(pages, list, 3), "two of these are free already");
-    CHECK(perk_pages_available(pages) == 3);
-    int32_t wrong[] = {-1, 5};
-    CHECK(!perk_pages_give(pages, wrong, 2) && perk_pages_available(pages) == 3);
-    perk_pages_free(pages);
-    CHECK_FAILS(perk_pages_create(&pages, 0, &err), PERK_INVALID_ARGUMENT, "at least 1");
-}
 
 static void test_bad_requests(perk_scheduler *scheduler) {
     perk_request *request;
@@ -256,21 +221,18 @@ static void test_set_back(void) {
                           .max_num_pages = 4,
                           .max_seq_length = 64};
     perk_scheduler *scheduler;
-    perk_batch *batch;
     perk_request *older, *newer;
     fake_executor fake;
     fake_open(&fake, &config);
-    CHECK_OK(perk_batch_create(&batch, &config, &err));
-    CHECK_OK(perk_scheduler_create(&scheduler, &config, VOCAB, NULL, 0, &err));
+    CHECK_OK(perk_scheduler_create(&scheduler, &config, VOCAB, NULL, 0, true, &err));
     test_bad_requests(scheduler);
     int32_t prompt[5] = {1, 2, 3, 4, 5};
     CHECK_OK(perk_scheduler_submit(scheduler, prompt, 5, NULL, &older, &err));
     CHECK_OK(perk_scheduler_submit(scheduler, prompt, 4, NULL, &newer, &err));
-    bool was_running = false, was_set_back = false;
+    bool was_set_back = false;
     while (perk_scheduler_unfinished(scheduler) > 0) {
-        one_step(scheduler, &fake, batch);
-        if (newer->page_count) was_running = true;
-        if (was_running && newer->finish == PERK_FINISH_NONE && newer->page_count == 0) was_set_back = true;
+        one_step(scheduler, &fake);
+        was_set_back = perk_scheduler_schedule(scheduler)->state->set_backs > 0;
     }
     CHECK(was_set_back, "the pool was too large for this test");
     test_job jobs[2] = {{.request = older, .prompt_length = 5}, {.request = newer, .prompt_length = 4}};
@@ -280,7 +242,6 @@ static void test_set_back(void) {
         check_answer(&config, &jobs[i]);
     }
     perk_scheduler_free(scheduler);
-    perk_batch_free(batch);
     fake_close(&fake);
 }
 
@@ -293,23 +254,20 @@ static void test_bad_results(void) {
                           .max_num_pages = 1,
                           .max_seq_length = 16};
     perk_scheduler *scheduler;
-    perk_batch *batch;
     perk_request *request;
+    const perk_batch *batch;
     int32_t prompt[] = {1}, argmax = VOCAB;
     bool want_logits;
-    CHECK_OK(perk_batch_create(&batch, &config, &err));
-    CHECK_OK(perk_scheduler_create(&scheduler, &config, VOCAB, NULL, 0, &err));
+    CHECK_OK(perk_scheduler_create(&scheduler, &config, VOCAB, NULL, 0, true, &err));
     CHECK_OK(perk_scheduler_submit(scheduler, prompt, 1, NULL, &request, &err));
-    CHECK_OK(perk_scheduler_fill(scheduler, batch, &want_logits, &err));
+    CHECK_OK(perk_scheduler_fill(scheduler, &batch, &want_logits, &err));
     CHECK_FAILS(perk_scheduler_commit(scheduler, &(perk_step_result){.argmax = &argmax}, &err), PERK_INTERNAL,
                 "outside");
     CHECK_FAILS(perk_scheduler_commit(scheduler, &(perk_step_result){0}, &err), PERK_INTERNAL, "no logits");
     perk_scheduler_free(scheduler);
-    perk_batch_free(batch);
 }
 
 int main(void) {
-    test_pages();
     test_set_back();
     test_bad_results();
     const char *runs = getenv("PERK_TEST_RUNS");

@@ -40,6 +40,7 @@ typedef struct perk_engine_options {
     int32_t no_cache;
     perk_log log;
     perk_progress progress;
+    int32_t no_prefix_sharing; /* 1: requests that begin alike share no pages of the KV cache */
 } perk_engine_options;
 
 /* How the start went, in milliseconds; phases that did not happen are 0. */

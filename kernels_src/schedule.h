@@ -1,0 +1,421 @@
+/* What happens between two steps: requests arrive, are admitted, get pages and tokens of the next step, take in what
+ * the step picked, end. One thread calls, between steps; docs/scheduling.md has the reasons.
+ *
+ * Requests are served in the order of their arrival: an older one gets its tokens and its pages first. Those that run,
+ * that is, hold pages, are therefore always the oldest ones, and what a step has left over after them goes to the next
+ * in line:
+ *  - a waiting request is admitted when the pages of all its known tokens can be had, and its prompt enters in chunks;
+ *  - full pages that hold the very tokens with which a request goes on are shared instead of computed again;
+ *  - a running request that needs a page when none is unused takes those of the newest running request, which is set
+ *    back: its pages are given up and computed again later, its tokens are kept.
+ * The pool holds at least one request of `positions`, so the oldest request always proceeds: nothing can deadlock, and
+ * every request ends in its turn.
+ *
+ * All state lies in one block of memory without any pointers, laid out by the limits: perk_schedule_layout. Whoever
+ * works on it has a perk_schedule, which points into the block.
+ */
+#ifndef PERK_SCHEDULE_H
+#define PERK_SCHEDULE_H
+
+#include "pages.h"
+#include "step.h"
+
+enum { PERK_STOP_IDS = 32 }; /* token ids that end a request */
+
+enum { PERK_SLOT_FREE, PERK_SLOT_OPEN, PERK_SLOT_WAITING, PERK_SLOT_RUNNING, PERK_SLOT_FINISHED };
+
+/* Why a request ended. */
+enum { PERK_END_NONE, PERK_END_STOP, PERK_END_LENGTH, PERK_END_CANCELLED };
+
+typedef struct perk_schedule_limits {
+    int32_t slots;                        /* requests that it knows, in any state */
+    int32_t tokens, requests, logit_rows; /* of a step */
+    int32_t positions;                    /* of a request */
+    int32_t page_size, page_count;        /* page_size: a power of two */
+} perk_schedule_limits;
+
+/* One request. */
+typedef struct perk_slot {
+    int32_t state, end;
+    int32_t prompt_length, length; /* tokens known: the prompt, and the answer with it */
+    int32_t limit;                 /* the length at which it ends */
+    int32_t cached;                /* positions in its pages */
+    int32_t row;                   /* of the batch and its page table, while it runs */
+    int32_t page_count;            /* in that row */
+    int32_t hash_count;            /* full pages whose hashes are known */
+    int32_t offered;               /* full pages that were offered to others */
+    int32_t scheduled, logit_row;  /* tokens in the step under way; its row of logits, -1: none */
+    uint32_t refused_at;           /* the state's `changes` when it was not admitted */
+    int32_t found;                 /* positions that were never computed, but found in pages of others */
+    int32_t set_backs;
+    int32_t stop_count;
+    int32_t stop_ids[PERK_STOP_IDS];
+} perk_slot;
+
+typedef struct perk_schedule_state {
+    int32_t unfinished, running; /* of `order` */
+    int32_t free_slots, free_rows;
+    uint32_t changes; /* moves when a page is given back or listed: a refused request may now be admitted */
+    int32_t reserved;
+    uint64_t steps, step_tokens, answer_tokens, found_tokens, set_backs, finished; /* since the beginning */
+} perk_schedule_state;
+
+/* Places of the arrays in the block, in 64-bit words. */
+typedef struct perk_schedule_layout {
+    uint64_t state, slots, tokens, hashes, order, free_slots, free_rows, pool, pages, table;
+    uint64_t token_ids, positions, token_request, logit_rows, logit_slots, first_token, token_count, kv_length,
+        page_table;
+    uint64_t words; /* of the block */
+} perk_schedule_layout;
+
+/* A pointer into the block for each array; for one thread. */
+typedef struct perk_schedule {
+    perk_schedule_limits limits;
+    int32_t page_shift;
+    perk_schedule_state *state;
+    perk_slot *slots;
+    int32_t *tokens;     /* [slots][positions] */
+    uint64_t *hashes;    /* [slots][pages_per_request] of all tokens up to the end of each full page */
+    int32_t *order;      /* [slots] the unfinished ones by age; those that run come first */
+    int32_t *free_slots; /* stacks */
+    int32_t *free_rows;
+    perk_pool pool;
+    perk_batch batch;     /* of the step under way */
+    int32_t *logit_slots; /* [logit rows] whose logits they are */
+} perk_schedule;
+
+/* ---- the block ---- */
+
+PERK_SHARED_CODE uint64_t perk_schedule_array(uint64_t *next, uint64_t count, uint64_t size) {
+    uint64_t place = *next;
+    *next += (count * size + 7) / 8;
+    return place;
+}
+
+PERK_SHARED_CODE perk_schedule_layout perk_schedule_lay_out(const perk_schedule_limits *limits) {
+    perk_schedule_layout layout;
+    uint64_t next = 0, slots = (uint64_t)limits->slots, positions = (uint64_t)limits->positions;
+    uint64_t tokens = (uint64_t)limits->tokens, requests = (uint64_t)limits->requests;
+    uint64_t pages = (uint64_t)limits->page_count, logit_rows = (uint64_t)limits->logit_rows;
+    uint64_t pages_each = (positions + (uint64_t)limits->page_size - 1) / (uint64_t)limits->page_size;
+    layout.state = perk_schedule_array(&next, 1, sizeof(perk_schedule_state));
+    layout.slots = perk_schedule_array(&next, slots, sizeof(perk_slot));
+    layout.order = perk_schedule_array(&next, slots, sizeof(int32_t));
+    layout.free_slots = perk_schedule_array(&next, slots, sizeof(int32_t));
+    layout.free_rows = perk_schedule_array(&next, requests, sizeof(int32_t));
+    layout.pool = perk_schedule_array(&next, 1, sizeof(perk_pool_state));
+    layout.pages = perk_schedule_array(&next, pages, sizeof(perk_page));
+    layout.table = perk_schedule_array(&next, perk_pool_table_size(limits->page_count), sizeof(int32_t));
+    layout.token_ids = perk_schedule_array(&next, tokens, sizeof(int32_t));
+    layout.positions = perk_schedule_array(&next, tokens, sizeof(int32_t));
+    layout.token_request = perk_schedule_array(&next, tokens, sizeof(int32_t));
+    layout.logit_rows = perk_schedule_array(&next, logit_rows, sizeof(int32_t));
+    layout.logit_slots = perk_schedule_array(&next, logit_rows, sizeof(int32_t));
+    layout.first_token = perk_schedule_array(&next, requests, sizeof(int32_t));
+    layout.token_count = perk_schedule_array(&next, requests, sizeof(int32_t));
+    layout.kv_length = perk_schedule_array(&next, requests, sizeof(int32_t));
+    layout.page_table = perk_schedule_array(&next, requests * pages_each, sizeof(int32_t));
+    layout.hashes = perk_schedule_array(&next, slots * pages_each, sizeof(uint64_t));
+    layout.tokens = perk_schedule_array(&next, slots * positions, sizeof(int32_t));
+    layout.words = next;
+    return layout;
+}
+
+PERK_SHARED_CODE void perk_schedule_bind_batch(perk_batch *batch, const perk_schedule_layout *layout, uint64_t *block) {
+    batch->num_tokens = batch->num_requests = batch->num_logit_rows = 0;
+    batch->token_ids = (int32_t *)(block + layout->token_ids);
+    batch->positions = (int32_t *)(block + layout->positions);
+    batch->token_request = (int32_t *)(block + layout->token_request);
+    batch->logit_rows = (int32_t *)(block + layout->logit_rows);
+    batch->first_token = (int32_t *)(block + layout->first_token);
+    batch->token_count = (int32_t *)(block + layout->token_count);
+    batch->kv_length = (int32_t *)(block + layout->kv_length);
+    batch->page_table = (int32_t *)(block + layout->page_table);
+}
+
+/* Points into `block`, which has the layout's words and belongs to the caller. */
+PERK_SHARED_CODE void perk_schedule_bind(perk_schedule *s, const perk_schedule_limits *limits, uint64_t *block) {
+    perk_schedule_layout layout = perk_schedule_lay_out(limits);
+    s->limits = *limits;
+    for (s->page_shift = 0; (1 << s->page_shift) < limits->page_size;) s->page_shift++;
+    s->state = (perk_schedule_state *)(block + layout.state);
+    s->slots = (perk_slot *)(block + layout.slots);
+    s->tokens = (int32_t *)(block + layout.tokens);
+    s->hashes = block + layout.hashes;
+    s->order = (int32_t *)(block + layout.order);
+    s->free_slots = (int32_t *)(block + layout.free_slots);
+    s->free_rows = (int32_t *)(block + layout.free_rows);
+    s->pool.state = (perk_pool_state *)(block + layout.pool);
+    s->pool.pages = (perk_page *)(block + layout.pages);
+    s->pool.table = (int32_t *)(block + layout.table);
+    s->pool.page_count = limits->page_count;
+    s->pool.table_mask = (int32_t)(perk_pool_table_size(limits->page_count) - 1);
+    s->logit_slots = (int32_t *)(block + layout.logit_slots);
+    perk_schedule_bind_batch(&s->batch, &layout, block);
+    s->batch.pages_per_request = perk_pieces(limits->positions, limits->page_size);
+}
+
+/* The state before anything has arrived, in a block of zeros. */
+PERK_SHARED_CODE void perk_schedule_begin(perk_schedule *s) {
+    s->state->free_slots = s->limits.slots;
+    s->state->free_rows = s->limits.requests;
+    for (int32_t i = 0; i < s->limits.slots; i++) s->free_slots[i] = s->limits.slots - 1 - i;
+    for (int32_t i = 0; i < s->limits.requests; i++) s->free_rows[i] = s->limits.requests - 1 - i;
+    perk_pool_begin(&s->pool);
+}
+
+/* ---- arrival ---- */
+
+PERK_SHARED_CODE int32_t *perk_slot_tokens(const perk_schedule *s, int32_t slot) {
+    return s->tokens + (uint64_t)slot * (uint64_t)s->limits.positions;
+}
+
+PERK_SHARED_CODE uint64_t *perk_slot_hashes(const perk_schedule *s, int32_t slot) {
+    return s->hashes + (uint64_t)slot * (uint64_t)s->batch.pages_per_request;
+}
+
+PERK_SHARED_CODE int32_t *perk_slot_pages(const perk_schedule *s, const perk_slot *r) {
+    return s->batch.page_table + (uint64_t)r->row * (uint64_t)s->batch.pages_per_request;
+}
+
+/* A free slot for a new request, or -1. The caller writes its tokens, prompt_length, limit (above prompt_length, at
+ * most the positions), stop ids, and, if it is to share pages, hashes; then it arrives. */
+PERK_SHARED_CODE int32_t perk_schedule_open(perk_schedule *s) {
+    if (s->state->free_slots == 0) return -1;
+    int32_t slot = s->free_slots[--s->state->free_slots];
+    perk_slot *r = &s->slots[slot];
+    r->state = PERK_SLOT_OPEN;
+    r->end = PERK_END_NONE;
+    r->prompt_length = r->length = r->limit = 0;
+    r->cached = r->page_count = r->hash_count = r->offered = r->scheduled = 0;
+    r->row = r->logit_row = -1;
+    r->found = r->set_backs = r->stop_count = 0;
+    return slot;
+}
+
+/* Puts the request in line. */
+PERK_SHARED_CODE void perk_schedule_arrive(perk_schedule *s, int32_t slot) {
+    perk_slot *r = &s->slots[slot];
+    r->state = PERK_SLOT_WAITING;
+    r->length = r->prompt_length;
+    r->refused_at = s->state->changes - 1;
+    s->order[s->state->unfinished++] = slot;
+}
+
+/* Gives the slot of a finished request back, or one that was opened for nothing. */
+PERK_SHARED_CODE void perk_schedule_close(perk_schedule *s, int32_t slot) {
+    s->slots[slot].state = PERK_SLOT_FREE;
+    s->free_slots[s->state->free_slots++] = slot;
+}
+
+/* ---- pages ---- */
+
+/* Gives the request's pages and its row back. What was listed may be found again, by this request, too. */
+PERK_SHARED_CODE void perk_schedule_give_up(perk_schedule *s, perk_slot *r) {
+    const int32_t *pages = perk_slot_pages(s, r);
+    for (int32_t i = r->page_count - 1; i >= 0; i--) perk_pool_give(&s->pool, pages[i]);
+    s->batch.token_count[r->row] = 0;
+    s->free_rows[s->state->free_rows++] = r->row;
+    s->state->changes++;
+    r->row = r->logit_row = -1;
+    r->page_count = r->cached = r->offered = r->scheduled = 0;
+}
+
+/* Sets the newest running request back: it waits again, in front of all others that do. */
+PERK_SHARED_CODE void perk_schedule_set_back(perk_schedule *s) {
+    perk_slot *r = &s->slots[s->order[--s->state->running]];
+    perk_schedule_give_up(s, r);
+    r->state = PERK_SLOT_WAITING;
+    r->refused_at = s->state->changes - 1;
+    r->set_backs++;
+    s->state->set_backs++;
+}
+
+/* Full pages of the request that others may have written; not the one of its last token, which it always computes,
+ * because nothing else gives its logits. */
+PERK_SHARED_CODE int32_t perk_slot_shareable(const perk_schedule *s, const perk_slot *r) {
+    return perk_lesser(r->hash_count, (r->length - 1) >> s->page_shift);
+}
+
+/* Where the request is at the end of its pages, goes on with those that others have written. */
+PERK_SHARED_CODE void perk_schedule_share(perk_schedule *s, int32_t slot) {
+    perk_slot *r = &s->slots[slot];
+    int32_t *pages = perk_slot_pages(s, r), most = perk_slot_shareable(s, r);
+    while (r->page_count < most && r->cached == r->page_count << s->page_shift) {
+        int32_t page = perk_pool_find(&s->pool, perk_slot_hashes(s, slot)[r->page_count]);
+        if (page < 0) return;
+        perk_pool_share(&s->pool, page);
+        pages[r->page_count++] = page;
+        r->cached += s->limits.page_size;
+        r->found += s->limits.page_size;
+        s->state->found_tokens += (uint64_t)s->limits.page_size;
+    }
+}
+
+/* Lets others find the full pages that the request has written. */
+PERK_SHARED_CODE void perk_schedule_offer(perk_schedule *s, int32_t slot) {
+    perk_slot *r = &s->slots[slot];
+    int32_t full = perk_lesser(r->hash_count, r->cached >> s->page_shift);
+    for (; r->offered < full; r->offered++)
+        if (perk_pool_list(&s->pool, perk_slot_pages(s, r)[r->offered], perk_slot_hashes(s, slot)[r->offered]))
+            s->state->changes++;
+}
+
+/* Pages that the request would need now: those in the hands of others come for free. */
+PERK_SHARED_CODE int32_t perk_schedule_price(const perk_schedule *s, int32_t slot) {
+    const perk_slot *r = &s->slots[slot];
+    int32_t price = perk_pieces(r->length, s->limits.page_size), most = perk_slot_shareable(s, r);
+    for (int32_t i = 0; i < most; i++) {
+        int32_t page = perk_pool_find(&s->pool, perk_slot_hashes(s, slot)[i]);
+        if (page < 0) break;
+        if (s->pool.pages[page].owners > 0) price--;
+    }
+    return price;
+}
+
+/* Lets the oldest waiting request run, if there is room for all of its known tokens. */
+PERK_SHARED_CODE int perk_schedule_admit(perk_schedule *s) {
+    int32_t slot = s->order[s->state->running];
+    perk_slot *r = &s->slots[slot];
+    if (s->state->free_rows == 0 || r->refused_at == s->state->changes) return 0;
+    if (perk_schedule_price(s, slot) > s->pool.state->unused) {
+        r->refused_at = s->state->changes;
+        return 0;
+    }
+    r->state = PERK_SLOT_RUNNING;
+    r->row = s->free_rows[--s->state->free_rows];
+    s->state->running++;
+    return 1;
+}
+
+/* Gets the pages for `count` more tokens of the request at `place` of the order, or for as many as there can be now;
+ * returns how many. */
+PERK_SHARED_CODE int32_t perk_schedule_reserve(perk_schedule *s, int32_t place, int32_t count) {
+    perk_slot *r = &s->slots[s->order[place]];
+    int32_t needed = perk_pieces(r->cached + count, s->limits.page_size) - r->page_count;
+    if (needed <= 0) return count;
+    while (needed > s->pool.state->unused && s->state->running > place + 1) perk_schedule_set_back(s);
+    if (needed > s->pool.state->unused) {
+        needed = s->pool.state->unused;
+        count = ((r->page_count + needed) << s->page_shift) - r->cached;
+    }
+    int32_t *pages = perk_slot_pages(s, r);
+    for (; needed > 0; needed--) pages[r->page_count++] = perk_pool_take(&s->pool);
+    return count;
+}
+
+/* ---- making a batch ---- */
+
+/* Up to `count` tokens, but none of a page that the next step can share. */
+PERK_SHARED_CODE int32_t perk_schedule_stop_before_shared(const perk_schedule *s, int32_t slot, int32_t count) {
+    const perk_slot *r = &s->slots[slot];
+    int32_t most = perk_slot_shareable(s, r), end = r->cached + count;
+    for (int32_t page = (r->cached >> s->page_shift) + 1; page < most && page << s->page_shift < end; page++)
+        if (perk_pool_find(&s->pool, perk_slot_hashes(s, slot)[page]) >= 0) return (page << s->page_shift) - r->cached;
+    return count;
+}
+
+/* How many tokens of the request at `place` of the order fit into what is left of the batch and of the pages. */
+PERK_SHARED_CODE int32_t perk_schedule_choose(perk_schedule *s, int32_t place) {
+    int32_t slot = s->order[place], room = s->limits.tokens - s->batch.num_tokens;
+    if (room == 0 || s->batch.num_logit_rows == s->limits.logit_rows) return 0;
+    if (place == s->state->running && !perk_schedule_admit(s)) return 0;
+    perk_schedule_share(s, slot);
+    int32_t count = perk_lesser(s->slots[slot].length - s->slots[slot].cached, room);
+    if (count > 1) count = perk_schedule_stop_before_shared(s, slot, count);
+    return perk_schedule_reserve(s, place, count);
+}
+
+/* Fills the batch with the next step; it stays empty only when nothing is unfinished. */
+PERK_SHARED_CODE void perk_schedule_fill(perk_schedule *s) {
+    perk_batch *batch = &s->batch;
+    for (int32_t place = 0; place < s->state->running; place++) batch->token_count[s->slots[s->order[place]].row] = 0;
+    batch->num_tokens = batch->num_requests = batch->num_logit_rows = 0;
+    for (int32_t place = 0; place < s->state->unfinished; place++) {
+        int32_t count = perk_schedule_choose(s, place);
+        if (count == 0) break; /* none that came later may overtake */
+        int32_t slot = s->order[place];
+        perk_slot *r = &s->slots[slot];
+        int complete = r->cached + count == r->length;
+        r->scheduled = count;
+        r->logit_row = complete ? batch->num_logit_rows : -1;
+        if (complete) s->logit_slots[batch->num_logit_rows] = slot;
+        perk_batch_put(batch, r->row, perk_slot_tokens(s, slot) + r->cached, count, r->cached, complete);
+    }
+}
+
+/* ---- taking in a result ---- */
+
+PERK_SHARED_CODE void perk_schedule_end(perk_schedule *s, perk_slot *r, int32_t end) {
+    if (r->state == PERK_SLOT_RUNNING) perk_schedule_give_up(s, r);
+    r->state = PERK_SLOT_FINISHED;
+    r->end = end;
+    s->state->finished++;
+}
+
+PERK_SHARED_CODE void perk_schedule_append(perk_schedule *s, int32_t slot, int32_t token) {
+    perk_slot *r = &s->slots[slot];
+    perk_slot_tokens(s, slot)[r->length++] = token;
+    s->state->answer_tokens++;
+    int32_t end = r->length == r->limit ? PERK_END_LENGTH : PERK_END_NONE;
+    for (int32_t i = 0; i < r->stop_count; i++)
+        if (token == r->stop_ids[i]) end = PERK_END_STOP;
+    if (end != PERK_END_NONE) perk_schedule_end(s, r, end);
+}
+
+/* Takes those that are finished out of the order. */
+PERK_SHARED_CODE void perk_schedule_close_ranks(perk_schedule *s) {
+    int32_t kept = 0, running = 0;
+    for (int32_t place = 0; place < s->state->unfinished; place++) {
+        int32_t slot = s->order[place];
+        if (s->slots[slot].state == PERK_SLOT_FINISHED) continue;
+        if (place < s->state->running) running++;
+        s->order[kept++] = slot;
+    }
+    s->state->unfinished = kept;
+    s->state->running = running;
+}
+
+/* The step is done: its tokens are in the cache, and `picks` [logit rows] are the next ones. */
+PERK_SHARED_CODE void perk_schedule_commit(perk_schedule *s, const int32_t *picks) {
+    uint64_t finished = s->state->finished;
+    for (int32_t place = 0; place < s->state->running; place++) {
+        int32_t slot = s->order[place];
+        perk_slot *r = &s->slots[slot];
+        if (r->scheduled == 0) break; /* nor was any that came later */
+        int32_t logit_row = r->logit_row;
+        r->cached += r->scheduled;
+        r->scheduled = 0;
+        r->logit_row = -1;
+        perk_schedule_offer(s, slot);
+        if (logit_row >= 0) perk_schedule_append(s, slot, picks[logit_row]);
+    }
+    s->state->steps++;
+    s->state->step_tokens += (uint64_t)s->batch.num_tokens;
+    if (s->state->finished != finished) perk_schedule_close_ranks(s);
+}
+
+/* Ends an unfinished request, between two steps. */
+PERK_SHARED_CODE void perk_schedule_cancel(perk_schedule *s, int32_t slot) {
+    perk_schedule_end(s, &s->slots[slot], PERK_END_CANCELLED);
+    perk_schedule_close_ranks(s);
+}
+
+/* ---- pages for others ---- */
+
+/* Takes `count` pages for work outside of any request; where they are in use, running requests are set back. 0: the
+ * whole pool has fewer. */
+PERK_SHARED_CODE int perk_schedule_borrow(perk_schedule *s, int32_t count, int32_t *pages) {
+    if (count < 0 || count > s->limits.page_count) return 0;
+    while (s->pool.state->unused < count && s->state->running > 0) perk_schedule_set_back(s);
+    if (s->pool.state->unused < count) return 0; /* others have borrowed already */
+    for (int32_t i = 0; i < count; i++) pages[i] = perk_pool_take(&s->pool);
+    return 1;
+}
+
+PERK_SHARED_CODE void perk_schedule_return(perk_schedule *s, const int32_t *pages, int32_t count) {
+    for (int32_t i = count - 1; i >= 0; i--) perk_pool_give(&s->pool, pages[i]);
+    s->state->changes++;
+}
+
+#endif
