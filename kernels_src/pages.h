@@ -19,9 +19,10 @@ typedef struct perk_page {
 } perk_page;
 
 typedef struct perk_pool_state {
-    int32_t unused, listed; /* how many pages are */
-    int32_t first, last;    /* of the row of unused pages, -1: it is empty */
-    uint64_t evictions;     /* listed pages whose content was given up */
+    int32_t unused, listed, kept; /* how many pages are; kept: unused and listed */
+    int32_t first, last;          /* of the row of unused pages, -1: it is empty */
+    int32_t reserved;
+    uint64_t evictions; /* kept pages whose content was given up */
 } perk_pool_state;
 
 typedef struct perk_pool {
@@ -111,6 +112,7 @@ PERK_SHARED_CODE int32_t perk_pool_take(perk_pool *pool) {
     perk_pool_unlink(pool, page);
     if (pool->pages[page].listed) {
         perk_pool_unlist(pool, page);
+        pool->state->kept--;
         pool->state->evictions++;
     }
     pool->pages[page].owners = 1;
@@ -119,7 +121,9 @@ PERK_SHARED_CODE int32_t perk_pool_take(perk_pool *pool) {
 
 /* One more owner of a listed page. */
 PERK_SHARED_CODE void perk_pool_share(perk_pool *pool, int32_t page) {
-    if (pool->pages[page].owners++ == 0) perk_pool_unlink(pool, page);
+    if (pool->pages[page].owners++ > 0) return;
+    perk_pool_unlink(pool, page);
+    pool->state->kept--;
 }
 
 /* One owner less. What begins a text should be given back after what follows it: it is then kept longer. Returns 0, and
@@ -127,10 +131,12 @@ PERK_SHARED_CODE void perk_pool_share(perk_pool *pool, int32_t page) {
 PERK_SHARED_CODE int perk_pool_give(perk_pool *pool, int32_t page) {
     if (page < 0 || page >= pool->page_count || pool->pages[page].owners == 0) return 0;
     if (--pool->pages[page].owners > 0) return 1;
-    if (pool->pages[page].listed)
+    if (pool->pages[page].listed) {
         perk_pool_link(pool, page, pool->state->last, -1);
-    else
+        pool->state->kept++;
+    } else {
         perk_pool_link(pool, page, -1, pool->state->first); /* warm, and taken first */
+    }
     return 1;
 }
 

@@ -266,6 +266,10 @@ perk_status perk_engine_step(perk_engine *engine, int32_t *running, perk_error *
     return PERK_OK;
 }
 
+void perk_engine_statistics(const perk_engine *engine, perk_engine_stats *out) {
+    perk_scheduler_statistics(engine->scheduler, out);
+}
+
 /* ---- generation ---- */
 
 /* Hands the tokens of one request to the caller as they come, with their text. */

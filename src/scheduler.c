@@ -22,8 +22,9 @@ struct perk_scheduler {
     uint64_t *block; /* the schedule's state */
     perk_schedule schedule;
     perk_sampler *sampler;
-    perk_request **placed_in;   /* [slots] */
-    int32_t *picks;             /* [logit rows] */
+    perk_request **placed_in; /* [slots] */
+    int32_t *picks;           /* [logit rows] */
+    uint64_t submitted, finished_count;
     perk_request_list queued;   /* in the order of arrival, for a slot */
     perk_request_list placed;   /* in a slot */
     perk_request_list finished; /* kept until their owner frees them */
@@ -132,14 +133,19 @@ static perk_status check_prompt(const perk_scheduler *scheduler, const int32_t *
     return PERK_OK;
 }
 
+perk_status perk_scheduler_check(const perk_scheduler *scheduler, const int32_t *prompt, size_t prompt_length,
+                                 const perk_sampling *sampling, perk_error *err) {
+    perk_status status = check_prompt(scheduler, prompt, prompt_length, err);
+    return status || !sampling ? status : perk_sampling_check(sampling, err);
+}
+
 perk_status perk_scheduler_submit(perk_scheduler *scheduler, const int32_t *prompt, size_t prompt_length,
                                   const perk_sampling *sampling, perk_request **out, perk_error *err) {
     *out = NULL;
+    perk_status status = perk_scheduler_check(scheduler, prompt, prompt_length, sampling, err);
+    if (status) return status;
     perk_sampling greedy = {0};
     if (!sampling) sampling = &greedy;
-    perk_status status = check_prompt(scheduler, prompt, prompt_length, err);
-    if (!status) status = perk_sampling_check(sampling, err);
-    if (status) return status;
 
     int32_t length = (int32_t)prompt_length, room = scheduler->config.max_seq_length - length;
     perk_request *request = perk_calloc(1, sizeof *request);
@@ -155,6 +161,8 @@ perk_status perk_scheduler_submit(perk_scheduler *scheduler, const int32_t *prom
     memcpy(request->tokens, prompt, prompt_length * sizeof *prompt);
     request->scheduler = scheduler;
     request->slot = -1;
+    request->submitted = perk_now();
+    scheduler->submitted++;
     list_append(&scheduler->queued, request);
     *out = request;
     return PERK_OK;
@@ -171,11 +179,16 @@ perk_finish perk_request_finish(const perk_request *request) { return request->f
 static void finish(perk_request *request, perk_finish reason) {
     perk_scheduler *scheduler = request->scheduler;
     if (request->slot >= 0) {
+        const perk_slot *r = &scheduler->schedule.slots[request->slot];
+        request->found = r->found;
+        request->set_backs = r->set_backs;
         scheduler->placed_in[request->slot] = NULL;
         perk_schedule_close(&scheduler->schedule, request->slot);
     }
     request->slot = -1;
     request->finish = reason;
+    request->ended = perk_now();
+    scheduler->finished_count++;
     list_move(request, &scheduler->finished);
 }
 
@@ -223,6 +236,16 @@ static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot
     list_move(request, &scheduler->placed);
 }
 
+/* Remembers when a request was worked on for the first time. */
+static void note_starts(perk_scheduler *scheduler) {
+    const perk_schedule *schedule = &scheduler->schedule;
+    double now = perk_now();
+    for (int32_t place = 0; place < schedule->state->running; place++) {
+        perk_request *request = scheduler->placed_in[schedule->order[place]];
+        if (request->started == 0) request->started = now;
+    }
+}
+
 perk_status perk_scheduler_fill(perk_scheduler *scheduler, const perk_batch **batch, bool *want_logits,
                                 perk_error *err) {
     perk_schedule *schedule = &scheduler->schedule;
@@ -232,6 +255,7 @@ perk_status perk_scheduler_fill(perk_scheduler *scheduler, const perk_batch **ba
         place(scheduler, scheduler->queued.first, slot);
     }
     perk_schedule_fill(schedule);
+    note_starts(scheduler);
     *batch = &schedule->batch;
     *want_logits = false;
     for (int32_t row = 0; row < schedule->batch.num_logit_rows; row++)
@@ -270,15 +294,57 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
         if (status) return status;
     }
     perk_schedule_commit(schedule, scheduler->picks);
+    double now = perk_now();
     for (int32_t row = 0; row < rows; row++) {
         int32_t slot = schedule->logit_slots[row];
         perk_request *request = scheduler->placed_in[slot];
         if (!request) continue;
         request->tokens[request->length++] = scheduler->picks[row];
+        if (request->answered == 0) request->answered = now;
         extend_hashes(scheduler, slot);
         if (schedule->slots[slot].state == PERK_SLOT_FINISHED) finish(request, (perk_finish)schedule->slots[slot].end);
     }
     return PERK_OK;
+}
+
+/* ---- statistics ---- */
+
+/* Milliseconds of a phase that ends when the next one begins, or with the request, or is under way. */
+static double phase_ms(const perk_request *request, double begin, double end) {
+    if (begin == 0) return 0;
+    if (end == 0) end = request->ended > 0 ? request->ended : perk_now();
+    return (end - begin) * 1e3;
+}
+
+void perk_request_statistics(const perk_request *request, perk_request_stats *out) {
+    const perk_slot *r = request->slot >= 0 ? &request->scheduler->schedule.slots[request->slot] : NULL;
+    *out = (perk_request_stats){.prompt_tokens = request->prompt_length,
+                                .answer_tokens = request->length - request->prompt_length,
+                                .found_tokens = r ? r->found : request->found,
+                                .set_backs = r ? r->set_backs : request->set_backs,
+                                .queue_ms = phase_ms(request, request->submitted, request->started),
+                                .prefill_ms = phase_ms(request, request->started, request->answered),
+                                .decode_ms = phase_ms(request, request->answered, 0)};
+}
+
+void perk_scheduler_statistics(const perk_scheduler *scheduler, perk_engine_stats *out) {
+    const perk_schedule_state *state = scheduler->schedule.state;
+    const perk_pool *pool = &scheduler->schedule.pool;
+    double places = (double)state->steps * scheduler->config.max_num_batched_tokens;
+    *out = (perk_engine_stats){.submitted = scheduler->submitted,
+                               .finished = scheduler->finished_count,
+                               .steps = state->steps,
+                               .step_tokens = state->step_tokens,
+                               .answer_tokens = state->answer_tokens,
+                               .found_tokens = state->found_tokens,
+                               .set_backs = state->set_backs,
+                               .evictions = pool->state->evictions,
+                               .batch_fill = places > 0 ? (double)state->step_tokens / places : 0,
+                               .waiting = perk_scheduler_unfinished(scheduler) - state->running,
+                               .running = state->running,
+                               .pages = pool->page_count,
+                               .pages_in_use = pool->page_count - pool->state->unused,
+                               .pages_kept = pool->state->kept};
 }
 
 /* ---- pages for others ---- */

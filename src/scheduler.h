@@ -20,6 +20,8 @@ struct perk_request {
     int32_t prompt_length, length, limit;
     int32_t slot; /* of the schedule; -1: it is queued, or finished */
     perk_finish finish;
+    int32_t found, set_backs;                   /* once it is finished; before, its slot has them */
+    double submitted, started, answered, ended; /* perk_now; 0: not yet */
 };
 
 /* `config` is resolved; `eos_ids` (tokens that end an answer) are copied. `share_prefixes`: requests that begin alike
@@ -33,7 +35,11 @@ void perk_scheduler_free(perk_scheduler *scheduler);
  * PERK_LIMIT (the prompt leaves no room in max_seq_length). */
 perk_status perk_scheduler_submit(perk_scheduler *scheduler, const int32_t *prompt, size_t prompt_length,
                                   const perk_sampling *sampling, perk_request **out, perk_error *err);
+/* What perk_scheduler_submit refuses; reads nothing that ever changes, so any thread may ask. */
+perk_status perk_scheduler_check(const perk_scheduler *scheduler, const int32_t *prompt, size_t prompt_length,
+                                 const perk_sampling *sampling, perk_error *err);
 int32_t perk_scheduler_unfinished(const perk_scheduler *scheduler);
+void perk_scheduler_statistics(const perk_scheduler *scheduler, perk_engine_stats *out);
 const perk_schedule *perk_scheduler_schedule(const perk_scheduler *scheduler);
 
 /* Makes the next step: *batch belongs to the scheduler and is valid until the next call; it is empty only when no

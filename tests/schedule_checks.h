@@ -11,7 +11,7 @@
  * borrowed. */
 static inline void check_page_owners(const perk_schedule *s, const int32_t *owners, int32_t borrowed) {
     const perk_pool *pool = &s->pool;
-    int32_t held = 0, unused = 0, listed = 0, before = -1, seen_listed = 0;
+    int32_t held = 0, unused = 0, kept = 0, listed = 0, before = -1, seen_listed = 0;
     for (int32_t page = 0; page < pool->page_count; page++) {
         if (owners[page] == 0 && pool->pages[page].owners == 1)
             borrowed--;
@@ -27,8 +27,10 @@ static inline void check_page_owners(const perk_schedule *s, const int32_t *owne
         CHECK(pool->pages[page].owners == 0 && pool->pages[page].before == before && ++unused <= pool->page_count);
         CHECK(pool->pages[page].listed >= seen_listed, "an empty page stands behind one that holds something");
         seen_listed = pool->pages[page].listed;
+        kept += seen_listed;
     }
-    CHECK(pool->state->last == before && pool->state->unused == unused && pool->state->listed == listed);
+    CHECK(pool->state->last == before && pool->state->unused == unused && pool->state->listed == listed &&
+          pool->state->kept == kept);
     CHECK(held + unused == pool->page_count, "pages were lost");
     for (int32_t i = 0; i <= pool->table_mask; i++) listed -= pool->table[i] != 0;
     CHECK(listed == 0, "the table holds what is not listed");

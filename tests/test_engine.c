@@ -101,6 +101,48 @@ static void test_batches(void) {
                                            .max_seq_length = 160});
 }
 
+/* A text that goes on, again and again: what is found in pages is not computed, and the answers stay the same. */
+static void test_sharing(void) {
+    perk_config config = {.page_size = 16, .max_seq_length = 160, .max_num_batched_tokens = 8};
+    perk_engine_options options = {
+        .backend = PERK_BACKEND_REFERENCE, .config = config, .threads = 2, .random_weights = 1, .seed = 5};
+    perk_sampling sampling = {.max_tokens = 10, .ignore_eos = 1, .temperature = 0.9f};
+    int32_t text[2][160] = {{0}};
+    perk_engine_stats stats[2];
+    perk_request_stats request_stats;
+    for (int off = 0; off < 2; off++) {
+        perk_engine *engine;
+        perk_request *request;
+        size_t count, length = 70;
+        int32_t running = 1;
+        options.no_prefix_sharing = off;
+        CHECK_OK(perk_engine_open(&engine, FOLDER, &options, &err));
+        for (int i = 0; i < 70; i++) text[off][i] = (i * i + 5) % VOCAB;
+        for (int turn = 0; turn < 6; turn++, running = 1) {
+            sampling.seed = (uint64_t)turn;
+            CHECK_OK(perk_engine_submit(engine, text[off], length, &sampling, &request, &err));
+            while (running) CHECK_OK(perk_engine_step(engine, &running, &err));
+            const int32_t *tokens = perk_request_tokens(request, &count);
+            memcpy(text[off] + length, tokens, count * sizeof *tokens);
+            perk_request_statistics(request, &request_stats);
+            /* All full pages of the text before, but for the answer's last token, which was never read. */
+            int32_t found = off || turn == 0 ? 0 : ((int32_t)length - 1) / 16 * 16;
+            CHECK(request_stats.found_tokens == found, "%d", request_stats.found_tokens);
+            CHECK(request_stats.prompt_tokens == (int32_t)length && request_stats.answer_tokens == 10);
+            CHECK(request_stats.prefill_ms > 0 && request_stats.decode_ms > 0 && request_stats.queue_ms >= 0);
+            length += count;
+        }
+        perk_engine_statistics(engine, &stats[off]);
+        perk_engine_free(engine);
+    }
+    CHECK(memcmp(text[0], text[1], sizeof text[0]) == 0, "shared pages change the answer");
+    CHECK(stats[0].answer_tokens == 60 && stats[0].found_tokens > 300 && stats[1].found_tokens == 0);
+    CHECK(stats[0].step_tokens + stats[0].found_tokens == stats[1].step_tokens && stats[0].steps < stats[1].steps);
+    CHECK(stats[0].submitted == 6 && stats[0].finished == 6 && stats[0].running == 0 && stats[0].waiting == 0);
+    CHECK(stats[0].pages_in_use == 0 && stats[0].pages_kept > 0 && stats[1].pages_kept == 0 && stats[0].pages == 80);
+    CHECK(stats[0].batch_fill > 0.3 && stats[0].batch_fill <= 1);
+}
+
 static void test_cancel(void) {
     perk_engine *engine = open_engine((perk_config){.max_seq_length = 64, .page_size = 16, .max_num_pages = 4});
     perk_request *first, *second;
@@ -306,6 +348,7 @@ static void test_text(void) {
 
 int main(void) {
     test_batches();
+    test_sharing();
     test_cancel();
     test_full_sequence();
     test_logits();

@@ -109,6 +109,35 @@ PERK_API void perk_request_cancel(perk_request *request);
 /* Cancels the request if it runs, and frees it. */
 PERK_API void perk_request_free(perk_request *request);
 
+/* Times in milliseconds; a phase that has not begun is 0, one under way counts up to now. */
+typedef struct perk_request_stats {
+    int32_t prompt_tokens, answer_tokens;
+    int32_t found_tokens; /* positions found in pages that others, or it before it was set back, had written */
+    int32_t set_backs;    /* how often older requests needed its pages, so that it was computed again */
+    double queue_ms;      /* from submission to the first step that worked on it */
+    double prefill_ms;    /* from there to the first token */
+    double decode_ms;     /* from there to the end */
+} perk_request_stats;
+
+PERK_API void perk_request_statistics(const perk_request *request, perk_request_stats *out);
+
+typedef struct perk_engine_stats {
+    /* since the engine was opened */
+    uint64_t submitted, finished; /* requests; finished: cancelled ones, too */
+    uint64_t steps, step_tokens;  /* steps for requests, and the tokens that they computed */
+    uint64_t answer_tokens;
+    uint64_t found_tokens; /* not computed, because their pages were found */
+    uint64_t set_backs;    /* requests that lost their pages to older ones */
+    uint64_t evictions;    /* pages kept to be found again whose room was needed */
+    double batch_fill;     /* step_tokens / (steps * max_num_batched_tokens); 0 before the first step */
+    /* now */
+    int32_t waiting, running; /* unfinished requests without and with pages */
+    int32_t pages, pages_in_use;
+    int32_t pages_kept; /* in use by nobody, and kept to be found again */
+} perk_engine_stats;
+
+PERK_API void perk_engine_statistics(const perk_engine *engine, perk_engine_stats *out);
+
 /* ---- conveniences over the above ---- */
 
 /* Called with each new token, and with the complete UTF-8 text that it adds (may be empty, always is without a
