@@ -241,6 +241,11 @@ perk_status perk_engine_watch(perk_engine *engine, perk_on_step on_step, void *u
     return PERK_OK;
 }
 
+perk_status perk_engine_check(const perk_engine *engine, const int32_t *prompt, size_t prompt_length,
+                              const perk_sampling *sampling, perk_error *err) {
+    return perk_scheduler_check(engine->scheduler, prompt, prompt_length, sampling, err);
+}
+
 perk_status perk_engine_submit(perk_engine *engine, const int32_t *prompt, size_t prompt_length,
                                const perk_sampling *sampling, perk_request **out, perk_error *err) {
     *out = NULL;

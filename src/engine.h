@@ -1,9 +1,14 @@
-/* The engine's inner face: logits as they come, for callers that must not hold them all, and a look at every step. */
+/* The engine's inner face: requests checked without a step in between, logits as they come for callers that must not
+ * hold them all, and a look at every step. */
 #ifndef PERK_SRC_ENGINE_H
 #define PERK_SRC_ENGINE_H
 
 #include "executor.h"
 #include "perk/engine.h"
+
+/* What perk_engine_submit would refuse of any engine that runs; asked by any thread at any time. */
+perk_status perk_engine_check(const perk_engine *engine, const int32_t *prompt, size_t prompt_length,
+                              const perk_sampling *sampling, perk_error *err);
 
 /* Gets rows [first, first + count) of the logits, [count][vocab], valid during the call; a failure ends the run. */
 typedef perk_status (*perk_on_logits)(void *user, size_t first, size_t count, const float *logits, perk_error *err);
