@@ -7,7 +7,7 @@
  * apart by where they come from, and fail in sweeps of their own (not under the sanitizers, whose malloc it is then).
  */
 #include "fake_cuda.h"
-#include "perk/engine.h"
+#include "perk/service.h"
 #include "perk/test.h"
 #include "src/base.h"
 #include "test_cache.h"
@@ -215,6 +215,32 @@ static perk_status use_engine(void) {
     perk_engine_free(engine);
     CHECK(memcmp(&fake->live, &none, sizeof none) == 0 && fake->swept == 0 && !fake->misuse,
           "something is left on the device");
+    return status;
+}
+
+/* A service: it opens or not, takes a request or not, and the request ends well or with the failure. */
+static perk_status use_service(void) {
+    static const int32_t prompt[] = {5, 6, 7};
+    const perk_engine_options options = {.backend = backend, .threads = 1, .random_weights = random_weights};
+    const perk_sampling sampling = {.max_tokens = 3, .ignore_eos = 1};
+    perk_engine *engine;
+    perk_service *service = NULL;
+    perk_answer got = {0};
+    uint64_t id = 0;
+    int32_t tokens[3];
+    size_t count = 0;
+    perk_status status = perk_engine_open(&engine, folder, &options, &err);
+    if (!status) status = perk_service_open(&service, engine, NULL, &err);
+    CHECK((status == PERK_OK) == (service != NULL));
+    if (!status) status = perk_service_submit(service, prompt, 3, &sampling, &id, &err);
+    CHECK((status == PERK_OK) == (id != 0));
+    while (!status && got.finish == PERK_FINISH_NONE) {
+        status = perk_service_wait(service, id, tokens + count, 3 - count, -1, &got, &err);
+        count += got.count;
+    }
+    CHECK(status || count == 3);
+    if (id) CHECK(perk_service_release(service, id, NULL) == PERK_OK);
+    perk_service_free(service);
     return status;
 }
 
@@ -436,6 +462,7 @@ static void sweep_engines(void) {
     sweep("several files", use_engine);
     choose(FIXTURES "/single", PERK_BACKEND_REFERENCE, true);
     sweep("random weights", use_engine);
+    sweep("service", use_service);
     choose(EXPERTS, PERK_BACKEND_REFERENCE, false);
     sweep("experts", use_engine);
     choose(EXPERTS, PERK_BACKEND_REFERENCE, true);
