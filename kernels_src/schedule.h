@@ -55,8 +55,9 @@ typedef struct perk_slot {
 typedef struct perk_schedule_state {
     int32_t unfinished, running; /* of `order` */
     int32_t free_slots, free_rows;
-    uint32_t changes; /* moves when a page is given back or listed: a refused request may now be admitted */
+    uint32_t changes; /* moves when a page is given back, or what a refused request did not find is there */
     int32_t reserved;
+    uint64_t wanted; /* hash of the first page that the last refused request did not find; 0: none */
     uint64_t steps, step_tokens, answer_tokens, found_tokens, set_backs, finished; /* since the beginning */
 } perk_schedule_state;
 
@@ -256,18 +257,25 @@ PERK_SHARED_CODE void perk_schedule_share(perk_schedule *s, int32_t slot) {
 PERK_SHARED_CODE void perk_schedule_offer(perk_schedule *s, int32_t slot) {
     perk_slot *r = &s->slots[slot];
     int32_t full = perk_lesser(r->hash_count, r->cached >> s->page_shift);
-    for (; r->offered < full; r->offered++)
-        if (perk_pool_list(&s->pool, perk_slot_pages(s, r)[r->offered], perk_slot_hashes(s, slot)[r->offered]))
+    for (; r->offered < full; r->offered++) {
+        uint64_t hash = perk_slot_hashes(s, slot)[r->offered];
+        if (perk_pool_list(&s->pool, perk_slot_pages(s, r)[r->offered], hash) && hash == s->state->wanted)
             s->state->changes++;
+    }
 }
 
 /* Pages that the request would need now: those in the hands of others come for free. */
-PERK_SHARED_CODE int32_t perk_schedule_price(const perk_schedule *s, int32_t slot) {
+PERK_SHARED_CODE int32_t perk_schedule_price(perk_schedule *s, int32_t slot) {
     const perk_slot *r = &s->slots[slot];
     int32_t price = perk_pieces(r->length, s->limits.page_size), most = perk_slot_shareable(s, r);
+    s->state->wanted = 0;
     for (int32_t i = 0; i < most; i++) {
-        int32_t page = perk_pool_find(&s->pool, perk_slot_hashes(s, slot)[i]);
-        if (page < 0) break;
+        uint64_t hash = perk_slot_hashes(s, slot)[i];
+        int32_t page = perk_pool_find(&s->pool, hash);
+        if (page < 0) {
+            s->state->wanted = hash;
+            break;
+        }
         if (s->pool.pages[page].owners > 0) price--;
     }
     return price;
