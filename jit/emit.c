@@ -44,10 +44,13 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
         {"batch_query_tiles", batch.query_tiles},
         {"batch_attention_items", batch.attention_items},
     };
+    bool has_experts = false;
+    for (int i = 0; i < plan->stage_count; i++) has_experts |= plan->stages[i].stream.experts > 0;
     perk_buffer_printf(out, "namespace program {\n");
     for (size_t i = 0; i < PERK_COUNT(constants); i++)
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
     perk_buffer_printf(out, "constexpr bool waits_are_limited = %s;\n", plan->unlimited_waits ? "false" : "true");
+    perk_buffer_printf(out, "constexpr bool has_experts = %s;\n", has_experts ? "true" : "false");
     perk_buffer_printf(out, "} // namespace program\n\n");
 }
 
@@ -74,7 +77,7 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
                        plan->device.portable, plan->profiled);
     emit_constants(plan, source);
     perk_buffer_printf(source, "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
-                               "#include \"linear.cuh\"\n#include \"attention.cuh\"\n\n");
+                               "#include \"linear.cuh\"\n#include \"attention.cuh\"\n#include \"moe.cuh\"\n\n");
     emit_switch(plan, source);
     perk_buffer_printf(source,
                        "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
@@ -135,6 +138,12 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
         record.stream_base = (uint32_t)(plan->tensors[stage->stream.tensor].offset / PERK_WEIGHT_BLOCK_BYTES);
         record.stream_tiles = (uint32_t)stage->stream.tile_count;
         record.stream_blocks = (uint32_t)stage->stream.blocks_per_tile;
+    }
+    if (stage->stream.tensor >= 0 && stage->stream.experts > 0) {
+        record.routing_experts = (uint32_t)stage->stream.experts;
+        record.routing_counter = (uint32_t)stage->stream.routed.counter;
+        record.routing_per_step = (uint32_t)plan->counter_per_step[stage->stream.routed.counter];
+        record.routing = (uint32_t)(plan->tensors[stage->stream.routing].offset / 256);
     }
     return record;
 }

@@ -52,6 +52,19 @@ enum {
  * the width and the stride is zero from the start and never written. */
 #define PERK_ROW_STRIDE(columns) (((columns) + 63) / 64 * 64)
 
+/* The weights of experts: the experts' packed matrices follow each other, and in each of them the tiles, whole. Which of
+ * them a step needs is known when its tokens have been routed. */
+
+/* ---- the routing of a step: 32-bit words ----
+ * Pairs of a token and a slot, numbered token * slots + slot, in the order of their experts. Experts that got a pair are
+ * hit; a token picks an expert at most once. After the header:
+ *
+ *     hit experts, rising | the place of each one's first pair in the order, and the end | pairs in that order
+ *
+ * A stage over them has hits * tiles units, the tiles of the first hit expert first. Its tasks take every n-th. */
+enum { PERK_ROUTING_HITS = 0, PERK_ROUTING_HEADER = 4 };
+#define PERK_ROUTING_WORDS(hits, pairs) (PERK_ROUTING_HEADER + 2 * (hits) + 1 + (pairs)) /* at most so many of each */
+
 /* ---- attention ---- */
 enum {
     PERK_QUERY_ROWS = 8, /* rows of a query tile */
@@ -83,7 +96,12 @@ typedef struct perk_task_record {
     uint32_t stream_base;   /* packed weights of the stage: byte offset / 1024 */
     uint32_t stream_tiles;  /* row tiles of the stage; 0: streams nothing */
     uint32_t stream_blocks; /* blocks a tile */
-    uint32_t reserved[PERK_RECORD_WORDS - 28];
+    /* Where the weights are those of experts: stream_tiles are those of one expert, and the step's routing says whose
+     * the task's units are. */
+    uint32_t routing_experts;  /* matrices of the stage; 0: no experts */
+    uint32_t routing_counter;  /* the routing is there at value >= (step + 1) * per_step */
+    uint32_t routing_per_step; /* */
+    uint32_t routing;          /* perk_routing: byte offset / 256 among the activations */
 } perk_task_record;
 
 /* ---- the batch of a step, as it lies in device memory: 32-bit words ----

@@ -11,6 +11,13 @@ enum class Epilogue {
     residual, // + residual, bf16
     silu,     // the tile holds 8 gate rows, then the 8 up rows that belong to them: silu(gate) * up, bf16
     logits,   // fp32, and the tile's largest value of each row as a candidate for argmax
+    scores,   // fp32
+};
+
+// Which rows of the input and of the output belong to the rows of a product.
+struct SameRows {
+    __device__ __forceinline__ uint32_t input(uint32_t row) const { return row; }
+    __device__ __forceinline__ uint32_t output(uint32_t row) const { return row; }
 };
 
 // Operands of a linear stage, by role.
@@ -260,7 +267,7 @@ struct Linear {
             auto store = [&](uint32_t column, float value) {
                 if (column >= kOut) return;
                 const uint64_t index = uint64_t(row) * kOutStride + column;
-                if constexpr (kEpilogue == Epilogue::logits)
+                if constexpr (kEpilogue == Epilogue::logits || kEpilogue == Epilogue::scores)
                     reinterpret_cast<float *>(f.out)[index] = value;
                 else
                     reinterpret_cast<uint16_t *>(f.out)[index] = to_bf16(value);
@@ -285,9 +292,10 @@ struct Linear {
         }
     }
 
+    template <class RowsOf>
     static __device__ __forceinline__ void finish_tile(const Worker &w, const Finish &f, uint32_t tile,
                                                        uint32_t column_tile, uint32_t buffer, uint32_t rows, float eps,
-                                                       const float (&residual)[4]) {
+                                                       const float (&residual)[4], const RowsOf &rows_of) {
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f}; // low row 2q, low row 2q+1, high row 2q, high row 2q+1
 #pragma unroll
         for (uint32_t warp = 0; warp < PERK_CONSUMER_WARPS; warp++) {
@@ -308,12 +316,25 @@ struct Linear {
 #pragma unroll
         for (uint32_t r = 0; r < 2; r++) {
             const uint32_t row = column_tile * 8 + w.lane % 4 * 2 + r;
-            const float scale = kFoldedNorm && row < rows ? norm_scale(w, row, eps) : 1.0f;
+            const float scale = kFoldedNorm && row < rows ? norm_scale(w, rows_of.input(row), eps) : 1.0f;
             const float low = sum[r] * scale + bias[0] + residual[r],
                         high = sum[2 + r] * scale + bias[1] + residual[2 + r];
-            if (row < rows) store_row(w, f, tile, row, low, high);
+            if (row < rows) store_row(w, f, tile, rows_of.output(row), low, high);
             if constexpr (kEpilogue == Epilogue::logits) store_candidate(w, f, tile, row, rows, low, high);
         }
+    }
+
+    // All warps leave their sums of a tile where finish_tile finds them.
+    static __device__ __forceinline__ void share_sums(const Worker &w, uint32_t buffer, uint32_t rows,
+                                                      const float (&sums)[kColumnTiles][4]) {
+        if (kBuffers == 1) named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // the last tile is read
+#pragma unroll
+        for (uint32_t n = 0; n < kColumnTiles; n++)
+            if (n * 8 < rows)
+                store_shared16(partials(w, buffer, n, w.warp),
+                               {__float_as_uint(sums[n][0]), __float_as_uint(sums[n][1]), __float_as_uint(sums[n][2]),
+                                __float_as_uint(sums[n][3])});
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
     }
 
     // ---- the task ----
@@ -341,15 +362,8 @@ struct Linear {
             }
             float sums[kColumnTiles][4] = {};
             chunk = multiply_tile(w, input, rows, chunk, sums);
-            if (kBuffers == 1) named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // the last tile is read
-#pragma unroll
-            for (uint32_t n = 0; n < kColumnTiles; n++)
-                if (n * 8 < rows)
-                    store_shared16(partials(w, buffer, n, w.warp),
-                                   {__float_as_uint(sums[n][0]), __float_as_uint(sums[n][1]),
-                                    __float_as_uint(sums[n][2]), __float_as_uint(sums[n][3])});
-            named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-            if (finishes) finish_tile(w, f, tile, my_column_tile, buffer, rows, eps, residual);
+            share_sums(w, buffer, rows, sums);
+            if (finishes) finish_tile(w, f, tile, my_column_tile, buffer, rows, eps, residual, SameRows{});
         }
         return chunk;
     }

@@ -55,6 +55,10 @@ __device__ __forceinline__ void store_shared16(uint32_t address, Vec16 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 }
+// Sets bits, whoever else sets some in the same word.
+__device__ __forceinline__ void or_shared4(uint32_t address, uint32_t bits) {
+    asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
+}
 
 // Data that another SM wrote in this launch: served by L2, never by a stale line of L1.
 __device__ __forceinline__ Vec16 load_coherent16(const void *pointer) {
@@ -166,6 +170,20 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
                  : "memory");
     return done != 0;
 #endif
+}
+
+// ---- a warp ----
+
+// The largest and the smallest of all lanes' values, in every lane.
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+    uint32_t best;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(best) : "r"(value));
+    return best;
+}
+__device__ __forceinline__ uint32_t warp_min(uint32_t value) {
+    uint32_t best;
+    asm volatile("redux.sync.min.u32 %0, %1, 0xffffffff;" : "=r"(best) : "r"(value));
+    return best;
 }
 
 // ---- copies into shared memory ----

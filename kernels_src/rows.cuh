@@ -95,9 +95,9 @@ __device__ __forceinline__ float silu(float value) { return __fdividef(value, 1.
 
 // out[r][c] = silu(x[r][c]) * x[r][width + c]. A task owns the columns [8 first, 8 (first + count)).
 // Operands: 0 x, 1 out.
-template <Rows kRows, uint32_t kWidth, uint32_t kInStride, uint32_t kOutStride>
+template <Rows kRows, uint32_t kWidth, uint32_t kInStride, uint32_t kOutStride, uint32_t kSlots = 1>
 __device__ void silu_mul(Worker &w, const TaskView &task) {
-    const uint32_t rows = row_count<kRows>(w), first = task.first(), columns = task.count() * 8;
+    const uint32_t rows = row_count<kRows>(w) * kSlots, first = task.first(), columns = task.count() * 8;
     const uint8_t *x = w.args.activations + task.operand(0);
     uint8_t *out = w.args.activations + task.operand(1);
     await_inputs(w, task);

@@ -1,6 +1,7 @@
 // The worker: one thread block that stays on its SM and walks its static list of tasks. Warps 0 ... 7 (the consumers)
 // compute; warp 8 (the producer) streams the packed weights of the whole list through a ring in shared memory, across
-// task boundaries, and never looks at a dependency. Every wait has a limit by the global timer.
+// task boundaries. The one dependency that it ever looks at is the routing of experts. Every wait has a limit by the
+// global timer.
 #pragma once
 
 namespace perk {
@@ -167,8 +168,9 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
-    // Where all lanes copy, one that decides otherwise would wait at a __syncwarp for those that wait for its copies.
-    if (PERK_PORTABLE) is_behind = __any_sync(0xffffffffu, is_behind);
+    // Where all lanes copy, or share what they know of experts, one that decides otherwise would wait at a __syncwarp for
+    // those that wait for it elsewhere.
+    if (PERK_PORTABLE || program::has_experts) is_behind = __any_sync(0xffffffffu, is_behind);
     if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }
 
@@ -255,13 +257,57 @@ __device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTas
     return chunk;
 }
 
+// The expert whose tile the unit is, for a lane; `hit` is which of the hit experts.
+__device__ __forceinline__ uint32_t load_expert(const Worker &w, uint32_t hit) {
+    const perk_task_record *record = record_at(w, w.position);
+    const uint32_t experts = __ldg(&record->routing_experts);
+    const uint8_t *routing = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
+    return min(load_coherent4(routing + (PERK_ROUTING_HEADER + hit) * 4), experts - 1);
+}
+
+// Waits for the step's routing, and returns how many units it has for the stage.
+__device__ __forceinline__ uint32_t await_routing(const Worker &w, uint32_t tiles) {
+    const perk_task_record *record = record_at(w, w.position);
+    const uint32_t target = (w.args.step + 1) * __ldg(&record->routing_per_step);
+    if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), target);
+    __syncwarp();
+    const uint8_t *routing = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
+    return load_coherent4(routing + PERK_ROUTING_HITS * 4) * tiles;
+}
+
+// Streams this worker's chunks of a stage over experts: of its units, which the step's routing deals. A task without any
+// gets 16 bytes: its end then says that the producer has read the routing.
+__device__ __forceinline__ uint32_t stream_experts(const Worker &w, const StreamTask &task, uint32_t chunk) {
+    const uint32_t units = await_routing(w, task.tiles);
+    uint32_t count = 0, expert = 0;
+    for (uint32_t unit = task.lane_in_round; unit < units && count < task.rounds; unit += task.workers, count++) {
+        if (count % 32 == 0) { // a lane a unit: one trip to L2 for 32 of them
+            const uint32_t mine = unit + w.lane * task.workers;
+            if (mine < units && count + w.lane < task.rounds) expert = load_expert(w, mine / task.tiles);
+            __syncwarp();
+        }
+        const uint32_t tile = __shfl_sync(0xffffffffu, expert, count % 32) * task.tiles + unit % task.tiles;
+        const uint8_t *source =
+            w.args.weights + (task.base + uint64_t(tile) * task.blocks) * PERK_WEIGHT_BLOCK_BYTES;
+        for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++)
+            push_chunk(w, chunk, source + block * PERK_WEIGHT_BLOCK_BYTES,
+                       min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES);
+    }
+    if (count == 0)
+        push_chunk(w, chunk++, w.args.weights + uint64_t(task.base) * PERK_WEIGHT_BLOCK_BYTES, 16);
+    return chunk;
+}
+
 __device__ __forceinline__ void produce(Worker &w) {
     uint32_t chunk = 0;
     StreamTask next = load_stream_task(w, 0);
     for (w.position = 0; next.kind != PERK_TASK_END; w.position++) {
         const StreamTask task = next;
         next = load_stream_task(w, w.position + 1);
-        if (task.tiles != 0) chunk = stream_task(w, task, chunk);
+        if (program::has_experts && task.tiles != 0 && __ldg(&record_at(w, w.position)->routing_experts) != 0)
+            chunk = stream_experts(w, task, chunk);
+        else if (task.tiles != 0)
+            chunk = stream_task(w, task, chunk);
     }
 }
 

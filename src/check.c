@@ -84,6 +84,22 @@ static perk_status check_tensor(const perk_plan *plan, int index, perk_error *er
     return PERK_OK;
 }
 
+/* What deals the units of a stage over experts, apart from what its tasks do: see check_routing. */
+static perk_status check_routed_units(const perk_plan *plan, const perk_stage *stage, perk_error *err) {
+    const perk_stream *stream = &stage->stream;
+    if (stream->routing < 0 || stream->routing >= plan->tensor_count)
+        return UNSAFE(err, "stage %.*s: its units are dealt by tensor %d of %d", NAME_LENGTH, stage->name,
+                      stream->routing, plan->tensor_count);
+    if (stream->routed.counter < 0 || stream->routed.counter >= plan->counter_count)
+        return UNSAFE(err, "stage %.*s: its weights wait for counter %d of %d", NAME_LENGTH, stage->name,
+                      stream->routed.counter, plan->counter_count);
+    if (stream->tile_count < 1 || stage->unit_count % stream->tile_count != 0 ||
+        stage->unit_count / stream->tile_count > stream->experts)
+        return UNSAFE(err, "stage %.*s: %d units are not the %d tiles of up to %d experts", NAME_LENGTH, stage->name,
+                      stage->unit_count, stream->tile_count, stream->experts);
+    return PERK_OK;
+}
+
 static perk_status check_stream(const perk_plan *plan, const perk_stage *stage, perk_error *err) {
     const perk_stream *stream = &stage->stream;
     if (stream->tensor == -1) return PERK_OK;
@@ -91,11 +107,14 @@ static perk_status check_stream(const perk_plan *plan, const perk_stage *stage, 
         return UNSAFE(err, "stage %.*s: it streams tensor %d of %d", NAME_LENGTH, stage->name, stream->tensor,
                       plan->tensor_count);
     const perk_plan_tensor *t = &plan->tensors[stream->tensor];
+    uint64_t matrices = (uint64_t)PERK_MAX(1, stream->experts), blocks = t->bytes / PERK_WEIGHT_BLOCK_BYTES;
     if (t->space != PERK_SPACE_WEIGHTS || stream->tile_count < 0 || stream->blocks_per_tile < 0 ||
-        (uint64_t)stream->tile_count * (uint64_t)stream->blocks_per_tile != t->bytes / PERK_WEIGHT_BLOCK_BYTES)
+        blocks % matrices != 0 ||
+        (uint64_t)stream->tile_count * (uint64_t)stream->blocks_per_tile != blocks / matrices)
         return UNSAFE(err, "stage %.*s: %d tiles of %d blocks of 1 KB are not the %llu bytes of weights of %.*s",
                       NAME_LENGTH, stage->name, stream->tile_count, stream->blocks_per_tile,
                       (unsigned long long)t->bytes, NAME_LENGTH, t->name);
+    if (stream->experts > 0) return check_routed_units(plan, stage, err);
     if (stream->tile_count != stage->unit_count)
         return UNSAFE(err, "stage %.*s: it streams %d tiles for %d units: its tasks would wait for weights forever",
                       NAME_LENGTH, stage->name, stream->tile_count, stage->unit_count);
@@ -117,6 +136,11 @@ static perk_status check_stage(const perk_plan *plan, int index, perk_error *err
             return UNSAFE(err, "stage %.*s: operand %d is tensor %d of %d", NAME_LENGTH, stage->name, i,
                           stage->operands[i], plan->tensor_count);
     return check_stream(plan, stage, err);
+}
+
+static bool is_whole(const perk_plan *plan, const perk_region *r) {
+    const perk_plan_tensor *t = &plan->tensors[r->tensor];
+    return r->row_begin == 0 && r->row_end == t->rows && r->col_begin == 0 && r->repeat == 1 && r->col_count == t->cols;
 }
 
 static perk_status check_region(const perk_plan *plan, int index, perk_error *err) {
@@ -250,6 +274,94 @@ static perk_status check_thresholds(const perk_plan *plan, perk_error *err) {
     return PERK_OK;
 }
 
+/* ---- stages over experts ---- */
+
+/* The routing is there when the producers of the stage go on: one task writes it, and they wait for all that its counter
+ * gets in a step, which is that task's alone. That the task comes before those of the stage, so that nobody waits for
+ * ever, and that none of them is over when the next step's routing is written, follows from their reading it, as
+ * everything else does: a task ends after its producer has streamed for it. */
+static perk_status check_routing(const perk_plan *plan, const perk_stage *stage, perk_error *err) {
+    const perk_stream *stream = &stage->stream;
+    int writer = -1, others = 0, signals = 0;
+    for (int i = 0; i < plan->task_count; i++) {
+        const perk_task *task = &plan->tasks[i];
+        bool writes = false;
+        for (int j = task->write_begin; j < task->write_end; j++)
+            writes |= plan->regions[j].tensor == stream->routing;
+        others += writes && writer >= 0;
+        if (writes) writer = i;
+    }
+    for (int j = writer < 0 ? 0 : plan->tasks[writer].signal_begin;
+         writer >= 0 && j < plan->tasks[writer].signal_end; j++)
+        if (plan->signals[j].counter == stream->routed.counter) signals += plan->signals[j].amount;
+    if (writer >= 0 && others == 0 && signals > 0 && signals == plan->counter_per_step[stream->routed.counter] &&
+        signals == stream->routed.needed)
+        return PERK_OK;
+    return UNSAFE(err, "stage %.*s: its weights wait for %d on %s, which does not prove that one task has written %.*s",
+                  NAME_LENGTH, stage->name, stream->routed.needed,
+                  perk_check_counter_text(plan, stream->routed.counter).text, NAME_LENGTH,
+                  plan->tensors[stream->routing].name);
+}
+
+/* The same task stands for every n-th unit on both sides of the ring. */
+static perk_status check_deal(const perk_plan *plan, int index, perk_error *err) {
+    const perk_task *task = &plan->tasks[index];
+    const perk_stage *stage = &plan->stages[task->stage];
+    int count = (stage->unit_count - task->first + stage->task_count - 1) / stage->task_count;
+    bool reads = false;
+    for (int j = task->read_begin; j < task->read_end; j++)
+        reads |= plan->regions[j].tensor == stage->stream.routing && is_whole(plan, &plan->regions[j]);
+    if (task->stride == stage->task_count && task->first < stage->task_count && task->count == count && reads)
+        return PERK_OK;
+    return UNSAFE(err, "%s: units %d, step %d, up to %d of them, are not every %d-th of its stage, or it does not read "
+                       "%.*s, which deals them",
+                  perk_check_task_text(plan, index).text, task->first, task->stride, task->count, stage->task_count,
+                  NAME_LENGTH, plan->tensors[stage->stream.routing].name);
+}
+
+/* Where a stage over experts writes is data; its tasks declare shares of the tensor. So whoever else uses it must mean
+ * all of it. */
+static perk_status check_shares(const perk_plan *plan, const int *dealt_by, perk_error *err) {
+    for (int i = 0; i < plan->task_count; i++) {
+        const perk_task *task = &plan->tasks[i];
+        for (int pass = 0; pass < 2; pass++)
+            for (int j = pass ? task->write_begin : task->read_begin; j < (pass ? task->write_end : task->read_end);
+                 j++) {
+                int stage = dealt_by[plan->regions[j].tensor];
+                if (stage < 0 || is_whole(plan, &plan->regions[j]) || (pass == 1 && stage == task->stage)) continue;
+                return UNSAFE(err, "%s uses %s: which part of it tasks of %.*s write is known in the step alone",
+                              perk_check_task_text(plan, i).text,
+                              perk_check_region_text(plan, &plan->regions[j]).text, NAME_LENGTH,
+                              plan->stages[stage].name);
+            }
+    }
+    return PERK_OK;
+}
+
+static perk_status check_experts(const perk_plan *plan, perk_error *err) {
+    int *dealt_by = perk_calloc((size_t)plan->tensor_count, sizeof *dealt_by);
+    perk_status status = PERK_OK;
+    if (!dealt_by) return perk_fail_memory(err, "the plan checker");
+    for (int i = 0; i < plan->tensor_count; i++) dealt_by[i] = -1;
+    bool has_experts = false;
+    for (int i = 0; i < plan->stage_count && !status; i++) {
+        const perk_stream *stream = &plan->stages[i].stream;
+        if (stream->tensor < 0 || stream->experts <= 0) continue;
+        has_experts = true;
+        status = check_routing(plan, &plan->stages[i], err);
+    }
+    for (int i = 0; i < plan->task_count && has_experts && !status; i++) {
+        const perk_task *task = &plan->tasks[i];
+        const perk_stream *stream = &plan->stages[task->stage].stream;
+        if (stream->tensor < 0 || stream->experts <= 0) continue;
+        status = check_deal(plan, i, err);
+        for (int j = task->write_begin; j < task->write_end; j++) dealt_by[plan->regions[j].tensor] = task->stage;
+    }
+    if (has_experts && !status) status = check_shares(plan, dealt_by, err);
+    free(dealt_by);
+    return status;
+}
+
 perk_status perk_check_structure(const perk_plan *plan, perk_error *err) {
     if (check_counts(plan, err)) return PERK_UNSAFE_PLAN;
     for (int i = 0; i < plan->tensor_count; i++)
@@ -270,6 +382,7 @@ perk_status perk_check_structure(const perk_plan *plan, perk_error *err) {
     perk_status status = check_uses(plan, err);
     if (!status) status = check_sums(plan, err);
     if (!status) status = check_thresholds(plan, err);
+    if (!status) status = check_experts(plan, err);
     return status;
 }
 

@@ -168,7 +168,7 @@ static void find_results(perk_gpu *gpu) {
     gpu->argmax_tensor = gpu->logits_tensor = -1;
     for (int i = 0; i < graph->op_count; i++) {
         const perk_tensor *out = graph->ops[i]->output;
-        if (out->dtype == PERK_I32) gpu->argmax_tensor = plan_tensor_of(gpu->plan, out);
+        if (graph->ops[i]->type == &perk_op_argmax) gpu->argmax_tensor = plan_tensor_of(gpu->plan, out);
         if (out->dtype == PERK_F32) gpu->logits_tensor = plan_tensor_of(gpu->plan, out);
     }
 }

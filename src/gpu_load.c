@@ -2,6 +2,7 @@
  * order of the stream. Reading from the files, copying to the device and packing overlap; the host never holds a second
  * copy of the weights. */
 #include "gpu_state.h"
+#include "stored_weight.h"
 #include "threads.h"
 
 #include <stdio.h>
@@ -214,6 +215,8 @@ typedef struct destination {
     uint32_t first_row;   /* of the stored tensor in the stack */
     uint32_t paired_half; /* rows of each half of a paired matrix */
     uint32_t tiles, blocks;
+    uint32_t interleaved; /* workers whose tiles lie side by side: 1 for experts, whose tiles lie whole */
+    uint64_t expert;      /* whose matrix it is, of the tensor's */
 } destination;
 
 static perk_status issue_slice(loader *l, const perk_checkpoint_tensor *stored, const destination *to, uint64_t row,
@@ -233,7 +236,8 @@ static perk_status issue_slice(loader *l, const perk_checkpoint_tensor *stored, 
     if (status != PERK_OK) return status;
 
     pack_args args = {.source = buffer->device,
-                      .target = l->gpu->spaces[to->tensor->space].address + to->tensor->offset,
+                      .target = l->gpu->spaces[to->tensor->space].address + to->tensor->offset +
+                                to->expert * to->tiles * to->blocks * PERK_WEIGHT_BLOCK_BYTES,
                       .stored = (uint32_t)stored->dtype,
                       .rows = (uint32_t)rows,
                       .cols = (uint32_t)cols,
@@ -241,7 +245,7 @@ static perk_status issue_slice(loader *l, const perk_checkpoint_tensor *stored, 
                       .paired_half = to->paired_half,
                       .tiles = to->tiles,
                       .blocks = to->blocks,
-                      .workers = (uint32_t)l->gpu->plan->device.worker_count,
+                      .workers = to->interleaved,
                       .target_stride = (uint32_t)to->tensor->row_stride};
     bool is_tiled = to->tensor->layout != PERK_LAYOUT_ROWS;
     uint64_t pieces = is_tiled ? (uint64_t)to->blocks * (PERK_BLOCK_COLS / 8) : perk_ceil_div(cols, 8);
@@ -273,28 +277,23 @@ static perk_status load_matrix_part(loader *l, const perk_checkpoint_tensor *sto
     return PERK_OK;
 }
 
-static perk_status find_stored(const perk_checkpoint *checkpoint, const perk_tensor *weight,
-                               const perk_checkpoint_tensor **stored, perk_error *err) {
-    int64_t matrix[] = {weight->rows, weight->cols}, vector[] = {weight->cols};
-    return perk_checkpoint_require(checkpoint, weight->name, weight->is_vector ? 1 : 2,
-                                   weight->is_vector ? vector : matrix, stored, err);
-}
-
-static perk_status load_tensor(loader *l, const perk_checkpoint *checkpoint, const perk_plan_tensor *tensor,
-                               perk_error *err) {
+/* A weight, or that of one expert. */
+static perk_status load_matrix(loader *l, const perk_checkpoint *checkpoint, const perk_plan_tensor *tensor,
+                               uint64_t expert, perk_error *err) {
     const perk_tensor *weight = l->gpu->plan->graph->tensors[tensor->graph_tensor];
     int parts = weight->kind == PERK_TENSOR_STACK ? weight->part_count : 1;
-    destination to = {.tensor = tensor};
+    destination to = {.tensor = tensor, .expert = expert};
     if (tensor->layout != PERK_LAYOUT_ROWS) {
-        to.tiles = (uint32_t)tensor->rows / PERK_TILE_ROWS;
+        to.tiles = (uint32_t)(tensor->rows / PERK_TILE_ROWS / perk_weight_count(weight));
         to.blocks = (uint32_t)tensor->cols / PERK_BLOCK_COLS;
         to.paired_half = tensor->layout == PERK_LAYOUT_PAIRED_TILES ? (uint32_t)weight->rows / 2 : 0;
+        to.interleaved = weight->experts ? 1 : (uint32_t)l->gpu->plan->device.worker_count;
     }
     perk_plan_tensor shifted = *tensor; /* the parts of a stacked vector follow each other in its one row */
     for (int i = 0; i < parts; i++) {
         const perk_tensor *part = weight->kind == PERK_TENSOR_STACK ? weight->parts[i] : weight;
         const perk_checkpoint_tensor *stored;
-        perk_status status = find_stored(checkpoint, part, &stored, err);
+        perk_status status = perk_weight_require(checkpoint, part, (int64_t)expert, &stored, err);
         if (status != PERK_OK) return status;
         if (weight->is_vector && parts > 1 && part->cols % 8 != 0)
             return perk_fail(err, PERK_UNSUPPORTED,
@@ -309,6 +308,15 @@ static perk_status load_tensor(loader *l, const perk_checkpoint *checkpoint, con
             to.first_row += (uint32_t)part->rows;
     }
     return PERK_OK;
+}
+
+static perk_status load_tensor(loader *l, const perk_checkpoint *checkpoint, const perk_plan_tensor *tensor,
+                               perk_error *err) {
+    int64_t count = perk_weight_count(l->gpu->plan->graph->tensors[tensor->graph_tensor]);
+    perk_status status = PERK_OK;
+    for (int64_t i = 0; i < count && status == PERK_OK; i++)
+        status = load_matrix(l, checkpoint, tensor, (uint64_t)i, err);
+    return status;
 }
 
 static perk_status load_rope(loader *l, const perk_plan_tensor *tensor, perk_error *err) {
@@ -357,7 +365,7 @@ perk_status perk_gpu_load_weights(perk_gpu *gpu, const perk_checkpoint *checkpoi
         const perk_plan_tensor *tensor = &gpu->plan->tensors[i];
         if (tensor->graph_tensor < 0 || tensor->space == PERK_SPACE_ACTIVATIONS) continue;
         const perk_tensor *weight = gpu->plan->graph->tensors[tensor->graph_tensor];
-        l.total_bytes += (uint64_t)weight->rows * (uint64_t)weight->cols * 2;
+        l.total_bytes += (uint64_t)(perk_weight_count(weight) * weight->rows) * (uint64_t)weight->cols * 2;
         l.staging_bytes = PERK_MAX(l.staging_bytes, (uint64_t)weight->cols * 4); /* a row of any dtype fits */
     }
     uint64_t wanted = PERK_MAX(l.total_bytes / 8, (uint64_t)STAGING_BYTES_MIN);

@@ -42,8 +42,9 @@ static bool grow(perk_lowering *l, void *list, int *capacity, int count, size_t 
 
 /* ---- tensors ---- */
 
-int perk_lower_rows(const perk_lowering *l, perk_rows rows) {
-    return rows == PERK_ROWS_TOKENS ? l->plan->config.max_num_batched_tokens : l->plan->config.max_num_logit_rows;
+int perk_lower_rows(const perk_lowering *l, const perk_tensor *tensor) {
+    const perk_config *config = &l->plan->config;
+    return (int)perk_tensor_rows(tensor, config->max_num_batched_tokens, config->max_num_logit_rows);
 }
 
 static int add_tensor(perk_lowering *l, perk_plan_tensor tensor) {
@@ -62,6 +63,7 @@ static perk_plan_tensor describe_matrix(const perk_tensor *tensor, perk_layout l
     uint64_t tiles = perk_ceil_div((uint64_t)tensor->rows, PERK_TILE_ROWS);
     if (layout == PERK_LAYOUT_PAIRED_TILES) tiles = perk_ceil_div((uint64_t)tensor->rows / 2, PERK_TILE_ROWS / 2);
     uint64_t blocks = perk_ceil_div((uint64_t)tensor->cols, PERK_BLOCK_COLS);
+    tiles *= (uint64_t)PERK_MAX((int64_t)1, tensor->experts);
     return (perk_plan_tensor){.space = PERK_SPACE_WEIGHTS,
                               .rows = (int32_t)(tiles * PERK_TILE_ROWS),
                               .cols = (int32_t)(blocks * PERK_BLOCK_COLS),
@@ -89,8 +91,7 @@ int perk_lower_tensor(perk_lowering *l, const perk_tensor *tensor, perk_layout l
 
     perk_plan_tensor described;
     if (!perk_tensor_is_weight(tensor)) {
-        described =
-            describe_rows(PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, tensor->row_kind), tensor->cols, tensor->dtype);
+        described = describe_rows(PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, tensor), tensor->cols, tensor->dtype);
         described.external_input = tensor->kind == PERK_TENSOR_INPUT;
     } else if (layout == PERK_LAYOUT_ROWS) {
         described = describe_rows(PERK_SPACE_CONSTANTS, tensor->rows, tensor->cols, PERK_BF16);
@@ -114,15 +115,35 @@ int perk_lower_scratch(perk_lowering *l, const char *name, perk_space space, int
     return add_tensor(l, described);
 }
 
+/* The plan's own tensor of that name; -1: there is none yet. */
+static int find_scratch(const perk_lowering *l, const char *name) {
+    for (int i = 0; i < l->plan->tensor_count; i++)
+        if (l->plan->tensors[i].graph_tensor < 0 && !strcmp(l->plan->tensors[i].name, name)) return i;
+    return -1;
+}
+
 int perk_lower_candidates(perk_lowering *l, const perk_tensor *logits) {
     if (!logits->producer || logits->producer->type != &perk_op_linear || logits->dtype != PERK_F32) return -1;
     char name[128];
     snprintf(name, sizeof name, "%.78s.candidates", logits->name);
-    for (int i = 0; i < l->plan->tensor_count; i++)
-        if (!strcmp(l->plan->tensors[i].name, name)) return i;
+    int known = find_scratch(l, name);
+    if (known >= 0) return known;
     int tiles = (int)perk_ceil_div((uint64_t)logits->cols, PERK_TILE_ROWS);
-    return perk_lower_scratch(l, name, PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, logits->row_kind), 2 * tiles,
-                              PERK_F32);
+    return perk_lower_scratch(l, name, PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, logits), 2 * tiles, PERK_F32);
+}
+
+int perk_lower_most_hits(const perk_lowering *l, const perk_tensor *experts) {
+    int64_t all = experts->producer->inputs[PERK_IN_X]->cols;
+    return (int)PERK_MIN(all, perk_lower_rows(l, experts) * experts->cols);
+}
+
+int perk_lower_routing(perk_lowering *l, const perk_tensor *experts) {
+    char name[128];
+    snprintf(name, sizeof name, "%.78s.routing", experts->name);
+    int known = find_scratch(l, name), pairs = perk_lower_rows(l, experts) * (int)experts->cols;
+    if (known >= 0) return known;
+    return perk_lower_scratch(l, name, PERK_SPACE_ACTIVATIONS, 1,
+                              PERK_ROUTING_WORDS(perk_lower_most_hits(l, experts), pairs), PERK_I32);
 }
 
 /* ---- stages and tasks ---- */
@@ -271,13 +292,15 @@ static int reader_count(const perk_graph *graph, const perk_tensor *tensor, cons
     return readers;
 }
 
-static bool is_linear(const perk_op *op) { return op && op->type == &perk_op_linear; }
+static bool is_linear(const perk_op *op) {
+    return op && (op->type == &perk_op_linear || op->type == &perk_op_moe_linear);
+}
 
 /* A norm is folded when every reader takes it as the input of a linear whose staging holds all rows: the gain goes into
  * the staged input, the scale into the finished sums. */
 static bool norm_is_foldable(const perk_lowering *l, const perk_op *norm) {
     const perk_tensor *out = norm->output;
-    int rows = perk_lower_rows(l, out->row_kind), readers = 0;
+    int rows = perk_lower_rows(l, out), readers = 0;
     if (out->kept || perk_linear_staged_bytes(rows, out->cols) > l->staging_limit) return false;
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
@@ -350,15 +373,18 @@ int perk_plan_batch_shared_bytes(const perk_plan *plan) {
 
 /* ---- shared memory ---- */
 
+static int reduction_bytes_of(const perk_lowering *l, const perk_op *op) {
+    if (op->type == &perk_op_linear) return perk_linear_reduction_bytes(perk_lower_rows(l, op->output));
+    if (op->type == &perk_op_attention) return perk_attention_reduction_bytes(op);
+    if (op->type == &perk_op_moe_route) return perk_moe_route_bytes(l, op);
+    return op->type == &perk_op_moe_linear ? perk_moe_linear_bytes(l, op) : 0;
+}
+
 static perk_status plan_shared_memory(perk_lowering *l) {
     perk_plan *plan = l->plan;
     int reduction = 256;
-    for (int i = 0; i < l->graph->op_count; i++) {
-        const perk_op *op = l->graph->ops[i];
-        if (is_linear(op))
-            reduction = PERK_MAX(reduction, perk_linear_reduction_bytes(perk_lower_rows(l, op->output->row_kind)));
-        if (op->type == &perk_op_attention) reduction = PERK_MAX(reduction, perk_attention_reduction_bytes(op));
-    }
+    for (int i = 0; i < l->graph->op_count; i++)
+        reduction = PERK_MAX(reduction, reduction_bytes_of(l, l->graph->ops[i]));
     int batch = perk_plan_batch_shared_bytes(plan), fixed = reduction + batch + PERK_TASK_SLOTS_BYTES;
     int room = plan->device.shared_memory - fixed;
     int slots_wanted = PERK_MIN(RING_SLOTS_WANTED, PERK_MAX(RING_SLOTS_MIN, room * 3 / 4 / SLOT_BYTES));
@@ -367,7 +393,7 @@ static perk_status plan_shared_memory(perk_lowering *l) {
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
         if (!is_linear(op)) continue;
-        int all = perk_linear_staged_bytes(perk_lower_rows(l, op->output->row_kind), op->inputs[PERK_IN_X]->cols);
+        int all = perk_linear_staged_bytes(perk_lower_rows(l, op->inputs[PERK_IN_X]), op->inputs[PERK_IN_X]->cols);
         if (all <= l->staging_limit)
             staging = PERK_MAX(staging, all);
         else

@@ -26,7 +26,7 @@ struct perk_lowering {
 };
 
 /* Rows of an activation in this configuration. */
-int perk_lower_rows(const perk_lowering *lowering, perk_rows rows);
+int perk_lower_rows(const perk_lowering *lowering, const perk_tensor *tensor);
 
 /* The plan tensor of a graph tensor: an activation in its arena, a vector or (`layout` ROWS) a table among the
  * constants, a matrix in the packed stream. Made on first use; -1 on failure. */
@@ -38,6 +38,20 @@ int perk_lower_scratch(perk_lowering *lowering, const char *name, perk_space spa
 /* The candidates for argmax that the linear of these logits leaves: a value and an index a row tile. -1 when `logits`
  * is not a linear's fp32 output. */
 int perk_lower_candidates(perk_lowering *lowering, const perk_tensor *logits);
+
+/* The routing (kernels_src/abi.h) that goes with `experts`, the output of a moe_route. Its experts and pairs at most. */
+int perk_lower_routing(perk_lowering *lowering, const perk_tensor *experts);
+int perk_lower_most_hits(const perk_lowering *lowering, const perk_tensor *experts);
+
+/* What the stage of a linear, or of a linear of experts, does besides the product: work of neighbouring ops that is
+ * folded into it. */
+typedef struct perk_linear_form {
+    const perk_op *norm, *silu;
+    const perk_tensor *x, *out;
+    const char *epilogue;
+    int tile_width; /* outputs of a tile */
+} perk_linear_form;
+perk_linear_form perk_linear_form_of(const perk_lowering *lowering, const perk_op *op);
 
 /* Opens a stage "<output's name><suffix>"; `statement` is the C++ that runs one of its tasks. NULL on failure. */
 perk_stage *perk_lower_begin(perk_lowering *lowering, const perk_op *op, const char *suffix, const char *statement, ...)
@@ -73,6 +87,10 @@ perk_status perk_attention_plan_shape(perk_lowering *lowering, const perk_op *op
 
 /* Shared memory in which the warps of a worker put the pieces of a row of attention together. */
 int perk_attention_reduction_bytes(const perk_op *op);
+
+/* Shared memory in which the tasks of moe_route, and of a linear of experts, work. */
+int perk_moe_route_bytes(const perk_lowering *lowering, const perk_op *op);
+int perk_moe_linear_bytes(const perk_lowering *lowering, const perk_op *op);
 
 /* Shared memory of a linear op with `rows` rows of `cols` (kernels_src/linear.cuh has the same formulas). */
 int perk_linear_staged_bytes(int rows, int64_t cols);

@@ -82,11 +82,19 @@ typedef struct perk_task {
     uint64_t stream_bytes;            /* packed weights that this task consumes */
 } perk_task;
 
-/* The weights of a stage in the packed stream: see kernels_src/abi.h for the layout. */
+/* The weights of a stage in the packed stream: see kernels_src/abi.h for the layout.
+ *
+ * Where they are those of experts, the step's routing deals the units: which tasks have which of them, and how many there
+ * are, is data. A task's units are then the most that it may get. Its write region is a share of the output that is its
+ * alone, not the place that it writes: the tasks' shares make up the whole, and all other stages must declare the whole
+ * (src/check.c holds plans to that). */
 typedef struct perk_stream {
     int tensor;          /* plan tensor of the packed weights; -1: the stage streams none */
-    int tile_count;      /* row tiles */
+    int tile_count;      /* row tiles; of one expert */
     int blocks_per_tile; /* 1 KB blocks of 16 rows x 32 columns */
+    int experts;         /* 0: the weights are no experts' */
+    int routing;         /* experts: plan tensor of the routing (kernels_src/abi.h), which one task writes */
+    perk_wait routed;    /* experts: what the producer waits for before it reads that */
 } perk_stream;
 
 enum { PERK_STAGE_OPERANDS = 6 };
@@ -103,6 +111,9 @@ typedef enum perk_stage_work {
     PERK_WORK_PARTIAL, /* attention: partial, merge, append */
     PERK_WORK_MERGE,
     PERK_WORK_APPEND,
+    PERK_WORK_MOE_ROUTE,
+    PERK_WORK_MOE_LINEAR,
+    PERK_WORK_MOE_SUM,
 } perk_stage_work;
 
 typedef struct perk_stage {

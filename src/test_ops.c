@@ -208,8 +208,8 @@ static void build_moe_sum(op_graph *g, const perk_op_case *c) {
 /* ---- the grid ---- */
 
 #define OPS(X)                                                                                                         \
-    X(embed) X(rmsnorm) X(linear) X(silu_mul) X(attention) X(select_rows) X(argmax) X(mlp) X(vocabulary) X(decoder)
-#define REFERENCE_OPS(X) X(moe_route) X(moe_linear) X(moe_sum)
+    X(embed) X(rmsnorm) X(linear) X(silu_mul) X(attention) X(select_rows) X(argmax) X(mlp) X(vocabulary) X(decoder)    \
+    X(moe_route) X(moe_linear) X(moe_sum)
 
 #define OP_NAME(name) #name,
 const char *const perk_op_case_names[] = {OPS(OP_NAME) NULL};
@@ -218,7 +218,7 @@ const char *const perk_op_case_names[] = {OPS(OP_NAME) NULL};
 static const struct {
     const char *op;
     void (*build)(op_graph *g, const perk_op_case *c);
-} builders[] = {OPS(OP_BUILD) REFERENCE_OPS(OP_BUILD)};
+} builders[] = {OPS(OP_BUILD)};
 #undef OP_BUILD
 
 /* clang-format off */
@@ -281,14 +281,22 @@ static const perk_op_case grid[] = {
      .context = 70, .requests = 4, .norms = true, .quick = true},
     {.op = "decoder", .rows = 3, .in = 72, .out = 500, .heads = 3, .kv_heads = 1, .head_dim = 32, .context = 20,
      .requests = 2},
-};
 
-static const perk_op_case reference_grid[] = {
     {.op = "moe_route", .rows = 8, .live = 7, .in = 256, .experts = 128, .top_k = 8, .quick = true},
+    {.op = "moe_route", .rows = 64, .live = 61, .in = 128, .experts = 128, .top_k = 8},
+    {.op = "moe_route", .rows = 3, .in = 72, .experts = 5, .top_k = 5},
+    {.op = "moe_route", .rows = 33, .in = 64, .experts = 513, .top_k = 32},
+
     {.op = "moe_linear", .rows = 8, .live = 7, .in = 256, .out = 96, .experts = 16, .top_k = 4, .quick = true},
+    {.op = "moe_linear", .rows = 1, .in = 1001, .out = 35, .experts = 40, .top_k = 6},
+    {.op = "moe_linear", .rows = 16, .live = 14, .in = 520, .out = 100, .experts = 3, .top_k = 2},
+    {.op = "moe_linear", .rows = 64, .live = 60, .in = 768, .out = 40, .experts = 2, .top_k = 1},
+
     {.op = "moe_sum", .rows = 8, .live = 7, .in = 256, .out = 96, .experts = 16, .top_k = 4, .quick = true},
     {.op = "moe_sum", .rows = 3, .in = 72, .out = 101, .experts = 5, .top_k = 5},
+    {.op = "moe_sum", .rows = 64, .live = 50, .in = 256, .out = 328, .experts = 9, .top_k = 3},
     {.op = "moe_sum", .rows = 1, .in = 2048, .out = 768, .experts = 128, .top_k = 8},      /* 30B-A3B */
+    {.op = "moe_sum", .rows = 16, .in = 2048, .out = 768, .experts = 128, .top_k = 8},
 };
 /* clang-format on */
 
@@ -297,20 +305,10 @@ const perk_op_case *perk_op_grid(size_t *count) {
     return grid;
 }
 
-const perk_op_case *perk_op_reference_grid(size_t *count) {
-    *count = PERK_COUNT(reference_grid);
-    return reference_grid;
-}
-
-static const perk_op_case *first_of(const perk_op_case *cases, size_t count, const char *op) {
-    for (size_t i = 0; i < count; i++)
-        if (!strcmp(cases[i].op, op)) return &cases[i];
-    return NULL;
-}
-
 const perk_op_case *perk_op_case_of(const char *op) {
-    const perk_op_case *found = first_of(grid, PERK_COUNT(grid), op);
-    return found ? found : first_of(reference_grid, PERK_COUNT(reference_grid), op);
+    for (size_t i = 0; i < PERK_COUNT(grid); i++)
+        if (!strcmp(grid[i].op, op)) return &grid[i];
+    return NULL;
 }
 
 const char *perk_op_case_shape(const perk_op_case *c, char *text, size_t size) {
@@ -365,8 +363,6 @@ static perk_status open_case(perk_test **out, const perk_op_case *c, const perk_
     o.requests = requests;
     o.request_count = c->requests ? c->requests : 1;
     o.max_positions = 0;
-    if (first_of(reference_grid, PERK_COUNT(reference_grid), c->op) && o.backend == PERK_BACKEND_AUTO)
-        o.backend = PERK_BACKEND_REFERENCE;
     status = perk_test_create(out, &o, err);
     if (status) return status;
     *g = (op_graph){.graph = perk_test_graph(*out)};

@@ -25,10 +25,7 @@ extern const char *const perk_op_case_names[];
 
 /* The grid: every op over rows, odd widths and the widths of models. */
 const perk_op_case *perk_op_grid(size_t *count);
-/* Cases of ops that have no device code yet: not in the grid and not among the names, they run in the reference
- * executor alone, and the GPU is refused. */
-const perk_op_case *perk_op_reference_grid(size_t *count);
-/* The first of either grid for this op; NULL: there is no such op. */
+/* The first of the grid for this op; NULL: there is no such op. */
 const perk_op_case *perk_op_case_of(const char *op);
 
 /* "8 x 4096 -> 1024 bias"; returns `text`. */

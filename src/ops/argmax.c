@@ -53,7 +53,7 @@ static perk_status argmax_lower(perk_lowering *l, const perk_op *op, perk_error 
     stage->work = PERK_WORK_ARGMAX;
     stage->operands[0] = candidates;
     stage->operands[1] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
-    if (l->error.status == PERK_OK) perk_lower_runs(l, perk_lower_rows(l, logits->row_kind), add_rows, stage);
+    if (l->error.status == PERK_OK) perk_lower_runs(l, perk_lower_rows(l, logits), add_rows, stage);
     perk_lower_end(l);
     return l->error.status;
 }

@@ -109,16 +109,14 @@ static perk_status linear_reference(perk_reference *reference, const perk_op *op
 
 enum { IN, OUT, RESIDUAL, NORM_WEIGHT, BIAS, CANDIDATES }; /* operands of the stage */
 
-/* What the stage does besides the product: work of neighbouring ops that is folded into it. */
-typedef struct linear_form {
-    const perk_op *norm, *silu;
-    const perk_tensor *x, *out;
-    const char *epilogue;
-    int tile_width; /* outputs of a tile */
-} linear_form;
+static bool has_argmax(const perk_graph *graph, const perk_tensor *logits) {
+    for (int i = 0; i < graph->op_count; i++)
+        if (graph->ops[i]->type == &perk_op_argmax && graph->ops[i]->inputs[PERK_IN_X] == logits) return true;
+    return false;
+}
 
-static linear_form linear_form_of(const perk_lowering *l, const perk_op *op) {
-    linear_form form = {
+perk_linear_form perk_linear_form_of(const perk_lowering *l, const perk_op *op) {
+    perk_linear_form form = {
         .x = op->inputs[PERK_IN_X], .out = op->output, .epilogue = "store", .tile_width = PERK_TILE_ROWS};
     if (form.x->producer && form.x->producer->type == &perk_op_rmsnorm && perk_lower_is_folded(l, form.x->producer)) {
         form.norm = form.x->producer;
@@ -131,7 +129,7 @@ static linear_form linear_form_of(const perk_lowering *l, const perk_op *op) {
         form.epilogue = "silu";
         form.tile_width = PERK_TILE_ROWS / 2;
     } else if (op->output->dtype == PERK_F32) {
-        form.epilogue = "logits";
+        form.epilogue = has_argmax(l->graph, op->output) ? "logits" : "scores";
     } else if (op->inputs[PERK_IN_RESIDUAL]) {
         form.epilogue = "residual";
     }
@@ -163,14 +161,14 @@ static void add_tiles(perk_lowering *l, const perk_stage *stage, int worker, int
     if (stage->operands[CANDIDATES] >= 0) each_tile_region(l, stage->operands[CANDIDATES], 2, &task, perk_lower_write);
 }
 
-static void choose_operands(perk_lowering *l, const perk_op *op, const linear_form *form, perk_stage *stage) {
+static void choose_operands(perk_lowering *l, const perk_op *op, const perk_linear_form *form, perk_stage *stage) {
     stage->operands[IN] = perk_lower_tensor(l, form->x, PERK_LAYOUT_ROWS);
     stage->operands[OUT] = perk_lower_tensor(l, form->out, PERK_LAYOUT_ROWS);
     stage->operands[RESIDUAL] = perk_lower_tensor(l, op->inputs[PERK_IN_RESIDUAL], PERK_LAYOUT_ROWS);
     stage->operands[BIAS] = perk_lower_tensor(l, op->inputs[PERK_IN_BIAS], PERK_LAYOUT_ROWS);
     if (form->norm)
         stage->operands[NORM_WEIGHT] = perk_lower_tensor(l, form->norm->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
-    if (form->out->dtype == PERK_F32) stage->operands[CANDIDATES] = perk_lower_candidates(l, form->out);
+    if (!strcmp(form->epilogue, "logits")) stage->operands[CANDIDATES] = perk_lower_candidates(l, form->out);
     stage->stream.tensor =
         perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT], form->silu ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
     if (stage->stream.tensor < 0) return;
@@ -181,11 +179,11 @@ static void choose_operands(perk_lowering *l, const perk_op *op, const linear_fo
 static perk_status linear_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
     (void)err;
     const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
-    linear_form form = linear_form_of(l, op);
+    perk_linear_form form = perk_linear_form_of(l, op);
     bool of_tokens = op->output->row_kind == PERK_ROWS_TOKENS;
     perk_stage *stage = perk_lower_begin(
         l, op, "", "chunk = Linear<Rows::%s, %d, %d, %d, %s, Epilogue::%s, %s>::run(worker, task, chunk, %.9ef);",
-        of_tokens ? "tokens" : "logits", perk_lower_rows(l, op->output->row_kind), (int)weight->cols, (int)weight->rows,
+        of_tokens ? "tokens" : "logits", perk_lower_rows(l, op->output), (int)weight->cols, (int)weight->rows,
         form.norm ? "true" : "false", form.epilogue, op->inputs[PERK_IN_BIAS] ? "true" : "false",
         form.norm ? (double)form.norm->eps : 0.0);
     if (!stage) return l->error.status;

@@ -1,5 +1,6 @@
 /* moe_linear: a linear whose weight is that of the expert that each pair of token and slot goes to. Only the experts
  * that were picked are read, each once. */
+#include "kernels_src/abi.h"
 #include "lower.h"
 #include "ops/op.h"
 #include "reference_math.h"
@@ -132,11 +133,74 @@ static perk_status moe_linear_reference(perk_reference *reference, const perk_op
     return status;
 }
 
+/* ---- lowering: tiles of the experts that are hit, dealt by the step's routing; device code in kernels_src/moe.cuh ---- */
+
+enum { IN, OUT, ROUTING, NORM_WEIGHT }; /* operands of the stage */
+
+int perk_moe_linear_bytes(const perk_lowering *l, const perk_op *op) {
+    const perk_tensor *experts = op->inputs[PERK_IN_EXPERTS];
+    int rows = perk_lower_rows(l, experts), pairs = rows * (int)experts->cols;
+    int words = PERK_ROUTING_WORDS(perk_lower_most_hits(l, experts), pairs);
+    return perk_linear_reduction_bytes(rows) + (int)perk_round_up((uint64_t)words * 4, 32);
+}
+
+/* The stage that leaves the routing. */
+static const perk_stage *route_stage(const perk_plan *plan, const perk_tensor *experts) {
+    for (int s = 0; s < plan->stage_count; s++)
+        if (plan->stages[s].op == experts->producer->index) return &plan->stages[s];
+    return NULL;
+}
+
+static void choose_stream(perk_lowering *l, const perk_op *op, const perk_linear_form *form, perk_stage *stage) {
+    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
+    int tensor = perk_lower_tensor(l, weight, form->silu ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
+    const perk_stage *route = route_stage(l->plan, op->inputs[PERK_IN_EXPERTS]);
+    if (tensor < 0 || !route) return;
+    const perk_plan_tensor *packed = &l->plan->tensors[tensor];
+    stage->stream = (perk_stream){.tensor = tensor,
+                                  .tile_count = packed->rows / PERK_TILE_ROWS / (int)weight->experts,
+                                  .blocks_per_tile = packed->cols / PERK_BLOCK_COLS,
+                                  .experts = (int)weight->experts,
+                                  .routing = stage->operands[ROUTING],
+                                  .routed = {route->counter, route->task_count}};
+}
+
+/* Task `i` of `tasks`: with the most units that it may get, and its share of the output. */
+static void add_units(perk_lowering *l, const perk_stage *stage, int units, int i, int tasks) {
+    int64_t cols = l->plan->tensors[stage->operands[OUT]].cols;
+    int begin = (int)(cols * i / tasks), width = (int)(cols * (i + 1) / tasks) - begin;
+    perk_lower_task(l, (l->rotation + i) % l->plan->device.worker_count, i, tasks, (units - i + tasks - 1) / tasks);
+    perk_lower_read(l, perk_lower_whole(l, stage->operands[IN]));
+    perk_lower_read(l, perk_lower_whole(l, stage->operands[ROUTING]));
+    perk_lower_read(l, perk_lower_whole(l, stage->stream.tensor));
+    if (stage->operands[NORM_WEIGHT] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[NORM_WEIGHT]));
+    perk_lower_write(l, perk_lower_columns(l, stage->operands[OUT], begin, width, width, 1));
+}
+
 static perk_status moe_linear_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
-    (void)l;
-    return perk_fail(err, PERK_UNSUPPORTED,
-                     "%s: moe_linear has no device code: mixtures of experts run on the reference backend alone",
-                     op->output->name);
+    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT], *experts = op->inputs[PERK_IN_EXPERTS];
+    perk_linear_form form = perk_linear_form_of(l, op);
+    (void)err;
+    perk_stage *stage = perk_lower_begin(
+        l, op, "",
+        "chunk = ExpertLinear<Routing<%d, %d, %d>, %s, %d, %d, %s, Epilogue::%s>::run(worker, task, chunk, %.9ef);",
+        (int)weight->experts, (int)experts->cols, perk_lower_rows(l, experts),
+        form.x->row_kind == PERK_ROWS_PAIRS ? "true" : "false", (int)weight->cols, (int)weight->rows,
+        form.norm ? "true" : "false", form.epilogue, form.norm ? (double)form.norm->eps : 0.0);
+    if (!stage) return l->error.status;
+    stage->work = PERK_WORK_MOE_LINEAR;
+    stage->operands[IN] = perk_lower_tensor(l, form.x, PERK_LAYOUT_ROWS);
+    stage->operands[OUT] = perk_lower_tensor(l, form.out, PERK_LAYOUT_ROWS);
+    stage->operands[ROUTING] = perk_lower_routing(l, experts);
+    if (form.norm)
+        stage->operands[NORM_WEIGHT] = perk_lower_tensor(l, form.norm->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
+    choose_stream(l, op, &form, stage);
+    if (l->error.status != PERK_OK) return l->error.status;
+    int units = perk_lower_most_hits(l, experts) * stage->stream.tile_count;
+    int tasks = PERK_MIN(PERK_MIN(units, l->plan->device.worker_count), (int)form.out->cols);
+    for (int i = 0; i < tasks; i++) add_units(l, stage, units, i, tasks);
+    perk_lower_end(l);
+    return l->error.status;
 }
 
 const perk_op_type perk_op_moe_linear = {"moe_linear", moe_linear_reference, moe_linear_lower};

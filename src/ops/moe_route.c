@@ -68,11 +68,44 @@ static perk_status moe_route_reference(perk_reference *reference, const perk_op 
     return PERK_OK;
 }
 
+/* ---- lowering: one task; device code in kernels_src/moe.cuh ---- */
+
+enum { LOGITS, EXPERTS, SHARES, ROUTING };         /* operands of the stage */
+enum { MAX_DEVICE_EXPERTS = 1024, MAX_SLOTS = 32 }; /* of a token: a lane keeps 32 logits, and one slot */
+
+int perk_moe_route_bytes(const perk_lowering *l, const perk_op *op) {
+    int experts = (int)op->inputs[PERK_IN_X]->cols, tokens = perk_lower_rows(l, op->output);
+    int words = experts * ((tokens + 31) / 32 + 1) + tokens * (int)op->output->cols;
+    return (int)perk_round_up((uint64_t)words * 4, 32);
+}
+
+static void add_all(perk_lowering *l, void *user, int worker, int first, int count) {
+    const int *operands = ((const perk_stage *)user)->operands;
+    perk_lower_task(l, worker, first, 1, count);
+    perk_lower_read(l, perk_lower_whole(l, operands[LOGITS]));
+    for (int role = EXPERTS; role <= ROUTING; role++) perk_lower_write(l, perk_lower_whole(l, operands[role]));
+}
+
 static perk_status moe_route_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
-    (void)l;
-    return perk_fail(err, PERK_UNSUPPORTED,
-                     "%s: moe_route has no device code: mixtures of experts run on the reference backend alone",
-                     op->output->name);
+    const perk_tensor *logits = op->inputs[PERK_IN_X];
+    if (logits->dtype != PERK_F32 || logits->cols > MAX_DEVICE_EXPERTS || op->output->cols > MAX_SLOTS)
+        return perk_fail(err, PERK_UNSUPPORTED,
+                         "%s: the GPU picks up to %d of up to %d experts by the fp32 logits of perk_logits, not %lld "
+                         "of %lld",
+                         op->output->name, MAX_SLOTS, MAX_DEVICE_EXPERTS, (long long)op->output->cols,
+                         (long long)logits->cols);
+    perk_stage *stage =
+        perk_lower_begin(l, op, "", "MoeRoute<Routing<%d, %d, %d>, %s>::run(worker, task);", (int)logits->cols,
+                         (int)op->output->cols, perk_lower_rows(l, op->output), op->normalises ? "true" : "false");
+    if (!stage) return l->error.status;
+    stage->work = PERK_WORK_MOE_ROUTE;
+    stage->operands[LOGITS] = perk_lower_tensor(l, logits, PERK_LAYOUT_ROWS);
+    stage->operands[EXPERTS] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
+    stage->operands[SHARES] = perk_lower_tensor(l, op->second, PERK_LAYOUT_ROWS);
+    stage->operands[ROUTING] = perk_lower_routing(l, op->output);
+    if (l->error.status == PERK_OK) perk_lower_runs(l, 1, add_all, stage);
+    perk_lower_end(l);
+    return l->error.status;
 }
 
 const perk_op_type perk_op_moe_route = {"moe_route", moe_route_reference, moe_route_lower};

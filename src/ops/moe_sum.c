@@ -44,11 +44,35 @@ static perk_status moe_sum_reference(perk_reference *reference, const perk_op *o
     return PERK_OK;
 }
 
+/* ---- lowering: column groups of 8 elements, dealt in runs; device code in kernels_src/moe.cuh ---- */
+
+enum { X, SHARES, RESIDUAL, OUT }; /* operands of the stage */
+
+static void add_columns(perk_lowering *l, void *user, int worker, int first, int count) {
+    const int *operands = ((const perk_stage *)user)->operands;
+    int begin = first * 8, part = PERK_MIN(count * 8, l->plan->tensors[operands[OUT]].cols - begin);
+    perk_lower_task(l, worker, first, 1, count);
+    perk_lower_read(l, perk_lower_whole(l, operands[X]));
+    perk_lower_read(l, perk_lower_whole(l, operands[SHARES]));
+    perk_lower_read(l, perk_lower_columns(l, operands[RESIDUAL], begin, part, part, 1));
+    perk_lower_write(l, perk_lower_columns(l, operands[OUT], begin, part, part, 1));
+}
+
 static perk_status moe_sum_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
-    (void)l;
-    return perk_fail(err, PERK_UNSUPPORTED,
-                     "%s: moe_sum has no device code: mixtures of experts run on the reference backend alone",
-                     op->output->name);
+    const perk_tensor *x = op->inputs[PERK_IN_X];
+    (void)err;
+    perk_stage *stage =
+        perk_lower_begin(l, op, "", "moe_sum<%d, %d>(worker, task);", x->slots, (int)op->output->cols);
+    if (!stage) return l->error.status;
+    stage->work = PERK_WORK_MOE_SUM;
+    stage->operands[X] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);
+    stage->operands[SHARES] = perk_lower_tensor(l, op->inputs[PERK_IN_SHARES], PERK_LAYOUT_ROWS);
+    stage->operands[RESIDUAL] = perk_lower_tensor(l, op->inputs[PERK_IN_RESIDUAL], PERK_LAYOUT_ROWS);
+    stage->operands[OUT] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
+    if (l->error.status == PERK_OK)
+        perk_lower_runs(l, (int)perk_ceil_div((uint64_t)op->output->cols, 8), add_columns, stage);
+    perk_lower_end(l);
+    return l->error.status;
 }
 
 const perk_op_type perk_op_moe_sum = {"moe_sum", moe_sum_reference, moe_sum_lower};

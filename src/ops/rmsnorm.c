@@ -63,7 +63,7 @@ static perk_status rmsnorm_lower(perk_lowering *l, const perk_op *op, perk_error
     stage->operands[0] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);
     stage->operands[1] = perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
     stage->operands[2] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
-    if (l->error.status == PERK_OK) perk_lower_runs(l, perk_lower_rows(l, x->row_kind), add_rows, stage);
+    if (l->error.status == PERK_OK) perk_lower_runs(l, perk_lower_rows(l, x), add_rows, stage);
     perk_lower_end(l);
     return l->error.status;
 }

@@ -5,6 +5,7 @@
 #include "reference_state.h"
 
 #include <math.h>
+#include <stdio.h>
 
 perk_tensor *perk_silu_mul(perk_graph *graph, const char *name, perk_tensor *x) {
     if (!perk_graph_owns(graph, name, &x, 1)) return NULL;
@@ -53,7 +54,9 @@ static void add_columns(perk_lowering *l, void *user, int worker, int first, int
     const int *operands = stage->operands;
     int width = l->plan->tensors[operands[1]].cols, begin = first * 8, part = PERK_MIN(count * 8, width - begin);
     perk_lower_task(l, worker, first, 1, count);
-    perk_lower_read(l, perk_lower_columns(l, operands[0], begin, part, width, 2));
+    bool of_experts = l->graph->tensors[l->plan->tensors[operands[0]].graph_tensor]->row_kind == PERK_ROWS_PAIRS;
+    perk_lower_read(l, of_experts ? perk_lower_whole(l, operands[0])
+                                  : perk_lower_columns(l, operands[0], begin, part, width, 2));
     perk_lower_write(l, perk_lower_columns(l, operands[1], begin, part, width, 1));
 }
 
@@ -62,9 +65,11 @@ static perk_status silu_mul_lower(perk_lowering *l, const perk_op *op, perk_erro
     if (perk_lower_is_folded(l, op)) return PERK_OK;
     const perk_tensor *x = op->inputs[PERK_IN_X];
     int width = (int)op->output->cols;
-    perk_stage *stage = perk_lower_begin(l, op, "", "silu_mul<Rows::%s, %d, %d, %d>(worker, task);",
-                                         x->row_kind == PERK_ROWS_TOKENS ? "tokens" : "logits", width,
-                                         (int)PERK_ROW_STRIDE(x->cols), PERK_ROW_STRIDE(width));
+    char slots[16] = "";
+    if (x->row_kind == PERK_ROWS_PAIRS) snprintf(slots, sizeof slots, ", %d", x->slots);
+    perk_stage *stage = perk_lower_begin(l, op, "", "silu_mul<Rows::%s, %d, %d, %d%s>(worker, task);",
+                                         x->row_kind == PERK_ROWS_LOGITS ? "logits" : "tokens", width,
+                                         (int)PERK_ROW_STRIDE(x->cols), PERK_ROW_STRIDE(width), slots);
     if (!stage) return l->error.status;
     stage->work = PERK_WORK_SILU_MUL;
     stage->operands[0] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);

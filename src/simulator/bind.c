@@ -13,6 +13,9 @@ static perk_status check_stage(const perk_simulator *sim, const perk_stage *stag
         [PERK_WORK_APPEND] = {&perk_op_attention},
         [PERK_WORK_PARTIAL] = {&perk_op_attention},
         [PERK_WORK_MERGE] = {&perk_op_attention},
+        [PERK_WORK_MOE_ROUTE] = {&perk_op_moe_route},
+        [PERK_WORK_MOE_LINEAR] = {&perk_op_moe_linear},
+        [PERK_WORK_MOE_SUM] = {&perk_op_moe_sum},
     };
     const perk_op *op = sim->graph->ops[stage->op];
     if ((int)stage->work <= PERK_WORK_NONE || (size_t)stage->work >= PERK_COUNT(types) ||

@@ -59,7 +59,7 @@ typedef struct perk_sim_pending {
 
 /* A matrix as the stream holds it: bf16 numbers, columns padded with zeros to whole blocks. */
 typedef struct perk_sim_matrix {
-    float *values; /* [rows][cols] */
+    float *values; /* [rows][cols], of experts: one after the other */
     size_t cols;
 } perk_sim_matrix;
 
@@ -161,6 +161,9 @@ void perk_sim_linear(perk_sim_task *t);
 void perk_sim_append(perk_sim_task *t);
 void perk_sim_partial(perk_sim_task *t);
 void perk_sim_merge(perk_sim_task *t);
+void perk_sim_moe_route(perk_sim_task *t);
+void perk_sim_moe_linear(perk_sim_task *t);
+void perk_sim_moe_sum(perk_sim_task *t);
 
 static inline float perk_sim_silu(float value) { return value / (1 + expf(-value)); }
 

@@ -2,6 +2,7 @@
 #include "checkpoint.h"
 #include "reference_math.h"
 #include "simulator/machine.h"
+#include "stored_weight.h"
 
 #include <xxhash.h>
 
@@ -26,15 +27,14 @@ static perk_status load_matrix(perk_simulator *sim, const perk_checkpoint *check
                                perk_error *err) {
     perk_sim_matrix *matrix = &sim->matrices[tensor->index];
     matrix->cols = perk_round_up((uint64_t)tensor->cols, 64);
-    matrix->values = perk_calloc((size_t)tensor->rows * matrix->cols, sizeof *matrix->values);
+    matrix->values = perk_calloc((size_t)(perk_weight_count(tensor) * tensor->rows) * matrix->cols, sizeof(float));
     if (!matrix->values) return perk_fail_memory(err, tensor->name);
     float *to = matrix->values;
-    for (int i = 0; i < PERK_MAX(1, tensor->part_count); i++) {
-        const perk_tensor *part = tensor->part_count ? tensor->parts[i] : tensor;
+    int parts = PERK_MAX(1, tensor->part_count);
+    for (int64_t i = 0; i < perk_weight_count(tensor) * parts; i++) {
+        const perk_tensor *part = tensor->part_count ? tensor->parts[i % parts] : tensor;
         const perk_checkpoint_tensor *stored;
-        int64_t dims[] = {part->rows, part->cols};
-        perk_status status = perk_checkpoint_require(checkpoint, part->name, part->is_vector ? 1 : 2,
-                                                     part->is_vector ? dims + 1 : dims, &stored, err);
+        perk_status status = perk_weight_require(checkpoint, part, i / parts, &stored, err);
         if (status) return status;
         widen_rows(to, matrix->cols, stored, (size_t)part->rows, (size_t)part->cols);
         to += part->is_vector ? (size_t)part->cols : (size_t)part->rows * matrix->cols;

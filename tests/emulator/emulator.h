@@ -560,6 +560,7 @@ static inline void __threadfence_system() {}
 static inline void __threadfence_block() {}
 static inline void __syncwarp() { emulator::collect(emulator::combine_nothing, {}); }
 static inline void __syncthreads() { emulator::barrier(0, emulator::launch->dim.x); }
+static inline uint32_t __popc(uint32_t value) { return uint32_t(__builtin_popcount(value)); }
 static inline bool __any_sync(uint32_t, bool value) {
     return emulator::collect(emulator::combine_any, {{value}}).of[0] != 0;
 }

@@ -25,6 +25,10 @@ static inline Vec16 load_shared16(uint32_t address) { return load_shared<Vec16>(
 static inline uint32_t load_shared4(uint32_t address) { return load_shared<uint32_t>(address); }
 static inline void store_shared4(uint32_t address, uint32_t v) { store_shared(address, v); }
 static inline void store_shared16(uint32_t address, Vec16 v) { store_shared(address, v); }
+static inline void or_shared4(uint32_t address, uint32_t bits) {
+    yield_sometimes();
+    *reinterpret_cast<uint32_t *>(shared_at(*self->block, address, 4)) |= bits;
+}
 
 static inline Vec16 load_coherent16(const void *pointer) { return load_global<Vec16>(pointer); }
 static inline uint2 load_coherent8(const void *pointer) {
@@ -70,6 +74,17 @@ static inline void mbarrier_arrive_after(uint32_t address, uint32_t lane, uint32
 }
 static inline bool mbarrier_peek(uint32_t address, uint32_t parity) { return mbarrier_has_completed(address, parity); }
 static inline bool mbarrier_test(uint32_t address, uint32_t parity) { return mbarrier_has_completed(address, parity); }
+
+// ---- a warp ----
+
+static inline uint32_t warp_max(uint32_t value) {
+    for (uint32_t with = 1; with < kWarpLanes; with *= 2) {
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, value, with);
+        value = other > value ? other : value;
+    }
+    return value;
+}
+static inline uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
 
 // ---- copies into shared memory ----
 

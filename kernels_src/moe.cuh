@@ -1,0 +1,345 @@
+// Mixture of experts: moe_route picks the experts of each token, ExpertLinear multiplies rows by the weights of theirs,
+// moe_sum adds up what they made. Between the first and the last, activations have a row for each pair of a token and a
+// slot: token * slots + slot. Only the weights of experts that were hit are read.
+#pragma once
+
+namespace perk {
+
+// How many experts, slots, and tokens a step at most; where its routing (abi.h) has what.
+template <uint32_t kExpertCount, uint32_t kSlotCount, uint32_t kMaxTokens>
+struct Routing {
+    static constexpr uint32_t kExperts = kExpertCount, kSlots = kSlotCount, kTokens = kMaxTokens;
+    static constexpr uint32_t kMaxPairs = kTokens * kSlots, kMaxHits = kExperts < kMaxPairs ? kExperts : kMaxPairs;
+    static constexpr uint32_t kHits = PERK_ROUTING_HITS, kExpert = PERK_ROUTING_HEADER, kBegin = kExpert + kMaxHits,
+                              kOrder = kBegin + kMaxHits + 1, kWords = kOrder + kMaxPairs;
+    static_assert(kWords == PERK_ROUTING_WORDS(kMaxHits, kMaxPairs), "abi.h says otherwise");
+};
+
+// ---- routing ----
+
+// One task. The experts with the largest logits of each token, the lowest number among equals, in falling order; their
+// shares of a softmax over all experts, or over those that were picked; and the step's routing.
+// Operands: 0 logits, fp32; 1 experts; 2 shares, fp32; 3 routing.
+template <class R, bool kNormalises>
+struct MoeRoute {
+    static constexpr uint32_t kLaneExperts = (R::kExperts + 31) / 32; // lane l has experts l, l + 32, ...
+    static constexpr uint32_t kTokenWords = (R::kTokens + 31) / 32;   // of a set of tokens
+    static constexpr uint32_t kInStride = PERK_ROW_STRIDE(R::kExperts), kOutStride = PERK_ROW_STRIDE(R::kSlots);
+    static_assert(R::kSlots <= 32, "a lane a slot");
+
+    // Shared memory: who picked each expert, where its pairs begin in the order, whom each pair picked.
+    static constexpr uint32_t kPicked = R::kExperts * kTokenWords * 4, kBegins = R::kExperts * 4,
+                              kBytes = kPicked + kBegins + R::kMaxPairs * 4;
+    static_assert(kBytes <= program::reduction_bytes, "the plan gave this stage too little scratch");
+    static __device__ __forceinline__ uint32_t picked(const Worker &w, uint32_t expert, uint32_t word) {
+        return w.reduction() + (expert * kTokenWords + word) * 4;
+    }
+    static __device__ __forceinline__ uint32_t begin(const Worker &w, uint32_t expert) {
+        return w.reduction() + kPicked + expert * 4;
+    }
+    static __device__ __forceinline__ uint32_t choice(const Worker &w, uint32_t pair) {
+        return w.reduction() + kPicked + kBegins + pair * 4;
+    }
+
+    // A number that grows with the logit: 1 for what is no number, so that as many as wanted can always be picked.
+    static __device__ __forceinline__ uint32_t rank(float logit) {
+        const uint32_t bits = __float_as_uint(logit + 0.0f); // -0 is 0
+        return logit != logit ? 1 : bits >> 31 ? ~bits : bits | 0x80000000u;
+    }
+
+    // By a warp.
+    static __device__ __forceinline__ void route_token(const Worker &w, uint32_t token, const uint8_t *logits,
+                                                       uint32_t *experts, float *shares) {
+        float values[kLaneExperts];
+        uint32_t ranks[kLaneExperts]; // 0: taken, or no expert
+#pragma unroll
+        for (uint32_t i = 0; i < kLaneExperts; i++) {
+            const uint32_t expert = i * 32 + w.lane;
+            const bool exists = expert < R::kExperts;
+            const uint64_t place = uint64_t(token) * kInStride + (exists ? expert : 0);
+            values[i] = __uint_as_float(load_coherent4(logits + place * 4));
+            ranks[i] = exists ? rank(values[i]) : 0;
+        }
+        float largest = 0.0f, mine = 0.0f; // of all; of this lane's slot
+        uint32_t my_expert = 0;
+#pragma unroll 1
+        for (uint32_t slot = 0; slot < R::kSlots; slot++) {
+            uint32_t best = 0, expert = 0xffffffffu;
+            float value = 0.0f;
+#pragma unroll
+            for (uint32_t i = 0; i < kLaneExperts; i++)
+                if (ranks[i] > best) {
+                    best = ranks[i];
+                    expert = i * 32 + w.lane;
+                    value = values[i];
+                }
+            const uint32_t all = warp_max(best);
+            const uint32_t pick = warp_min(best == all ? expert : 0xffffffffu);
+#pragma unroll
+            for (uint32_t i = 0; i < kLaneExperts; i++)
+                if (i * 32 + w.lane == pick) ranks[i] = 0;
+            value = __shfl_sync(0xffffffffu, value, pick % 32);
+            if (slot == 0) largest = value;
+            if (slot == w.lane) {
+                mine = value;
+                my_expert = pick;
+            }
+        }
+        float sum = 0.0f;
+        const float share = w.lane < R::kSlots ? __expf(mine - largest) : 0.0f;
+        if constexpr (kNormalises) {
+            sum = warp_sum(share);
+        } else {
+#pragma unroll
+            for (uint32_t i = 0; i < kLaneExperts; i++)
+                if (i * 32 + w.lane < R::kExperts) sum += __expf(values[i] - largest);
+            sum = warp_sum(sum);
+        }
+        if (w.lane >= R::kSlots) return;
+        experts[uint64_t(token) * kOutStride + w.lane] = my_expert;
+        shares[uint64_t(token) * kOutStride + w.lane] = share / sum;
+        store_shared4(choice(w, token * R::kSlots + w.lane), my_expert);
+        or_shared4(picked(w, my_expert, token / 32), 1u << token % 32);
+    }
+
+    static __device__ __forceinline__ uint32_t pairs_of(const Worker &w, uint32_t expert) {
+        uint32_t count = 0;
+#pragma unroll
+        for (uint32_t word = 0; word < kTokenWords; word++) count += __popc(load_shared4(picked(w, expert, word)));
+        return count;
+    }
+
+    // Sum over the lanes before this one.
+    static __device__ __forceinline__ uint32_t sum_before(const Worker &w, uint32_t value) {
+        uint32_t sum = value;
+        for (uint32_t offset = 1; offset < 32; offset *= 2) {
+            const uint32_t other = __shfl_sync(0xffffffffu, sum, (w.lane - offset) % 32);
+            if (w.lane >= offset) sum += other;
+        }
+        return sum - value;
+    }
+
+    // By one warp: a lane has neighbouring experts, so that hits come out in rising order.
+    static __device__ __forceinline__ void list_hits(const Worker &w, uint32_t *routing) {
+        const uint32_t first = w.lane * kLaneExperts;
+        uint32_t counts[kLaneExperts], pairs = 0, hits = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < kLaneExperts; i++) {
+            counts[i] = first + i < R::kExperts ? pairs_of(w, first + i) : 0;
+            pairs += counts[i];
+            hits += counts[i] != 0;
+        }
+        uint32_t place = sum_before(w, pairs), hit = sum_before(w, hits);
+#pragma unroll
+        for (uint32_t i = 0; i < kLaneExperts; i++) {
+            if (counts[i] == 0) continue;
+            store_shared4(begin(w, first + i), place);
+            routing[R::kExpert + hit] = first + i;
+            routing[R::kBegin + hit] = place;
+            place += counts[i];
+            hit++;
+        }
+        if (w.lane == 31) {
+            routing[R::kHits] = hit;
+            routing[R::kBegin + hit] = place;
+        }
+    }
+
+    // A pair's place among those of its expert: the tokens before its own that picked it, too.
+    static __device__ __forceinline__ uint32_t place_of(const Worker &w, uint32_t pair) {
+        const uint32_t expert = load_shared4(choice(w, pair)), token = pair / R::kSlots;
+        uint32_t place = load_shared4(begin(w, expert));
+#pragma unroll
+        for (uint32_t word = 0; word < kTokenWords; word++) {
+            const uint32_t before = token >= (word + 1) * 32 ? 0xffffffffu
+                                    : token > word * 32      ? (1u << (token - word * 32)) - 1
+                                                             : 0;
+            place += __popc(load_shared4(picked(w, expert, word)) & before);
+        }
+        return place;
+    }
+
+    static __device__ __forceinline__ void run(Worker &w, const TaskView &task) {
+        const uint32_t tokens = w.num_tokens();
+        const uint8_t *logits = w.args.activations + task.operand(0);
+        uint32_t *experts = reinterpret_cast<uint32_t *>(w.args.activations + task.operand(1));
+        float *shares = reinterpret_cast<float *>(w.args.activations + task.operand(2));
+        uint32_t *routing = reinterpret_cast<uint32_t *>(w.args.activations + task.operand(3));
+        for (uint32_t i = w.thread; i < R::kExperts * kTokenWords; i += PERK_CONSUMER_THREADS)
+            store_shared4(w.reduction() + i * 4, 0);
+        await_inputs(w, task); // with a barrier
+#pragma unroll 1
+        for (uint32_t token = w.warp; token < tokens; token += PERK_CONSUMER_WARPS)
+            route_token(w, token, logits, experts, shares);
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+        if (w.warp == 0) list_hits(w, routing);
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+        for (uint32_t pair = w.thread; pair < tokens * R::kSlots; pair += PERK_CONSUMER_THREADS)
+            routing[R::kOrder + place_of(w, pair)] = pair;
+    }
+};
+
+// ---- linears of experts ----
+
+// out[pair] = x[pair, or its token] W[expert of the pair]^T. A unit is a tile of one hit expert, for all of its pairs;
+// units first, first + stride, ... of the step's are the task's. Linear makes the products.
+// Operands: kInput, kOutput, kNormWeight as of a linear, kRouting.
+enum ExpertOperand { kRouting = 2 };
+
+template <class R, bool kFromPairs, uint32_t kIn, uint32_t kOut, bool kFoldedNorm, Epilogue kEpilogue>
+struct ExpertLinear {
+    using Product = Linear<Rows::tokens, R::kTokens, kIn, kOut, kFoldedNorm, kEpilogue, false>;
+    static constexpr uint32_t kUnitTiles = kEpilogue == Epilogue::silu ? (kOut / 2 + 7) / 8 : Product::kTiles;
+    static constexpr uint32_t kShared = Product::kBuffers * Product::kPartialBytes + PERK_CONSUMER_WARPS * R::kTokens * 4;
+    static_assert(kShared + R::kWords * 4 <= program::reduction_bytes, "the plan gave this stage too little scratch");
+    static_assert(!kFromPairs || !kFoldedNorm, "a norm is of tokens");
+
+    // The step's routing, in shared memory. What a wait that was given up leaves there stays within bounds.
+    struct Copy {
+        uint32_t address;
+        __device__ __forceinline__ explicit Copy(const Worker &w) : address(w.reduction() + kShared) {}
+        __device__ __forceinline__ void fetch(const Worker &w, const uint8_t *routing) const {
+            for (uint32_t i = w.thread; i < R::kWords; i += PERK_CONSUMER_THREADS)
+                copy_async4(address + i * 4, routing + i * 4);
+        }
+        __device__ __forceinline__ uint32_t hits() const { return min(get(R::kHits), R::kMaxHits); }
+        __device__ __forceinline__ uint32_t begin(uint32_t hit) const {
+            return min(get(R::kBegin + hit), R::kMaxPairs - 1);
+        }
+        __device__ __forceinline__ uint32_t count(uint32_t hit) const {
+            const uint32_t first = begin(hit);
+            return min(get(R::kBegin + hit + 1) - first, min(R::kTokens, R::kMaxPairs - first));
+        }
+        __device__ __forceinline__ uint32_t pair(uint32_t place) const {
+            return min(get(R::kOrder + place), R::kMaxPairs - 1);
+        }
+        __device__ __forceinline__ uint32_t get(uint32_t word) const { return load_shared4(address + word * 4); }
+    };
+
+    // Rows of a hit expert.
+    struct ExpertRows {
+        const Copy &routing;
+        uint32_t first;
+        __device__ __forceinline__ uint32_t output(uint32_t row) const { return routing.pair(first + row); }
+        __device__ __forceinline__ uint32_t input(uint32_t row) const {
+            return kFromPairs ? output(row) : output(row) / R::kSlots;
+        }
+    };
+
+    // The right operand, as in Linear, of which each lane knows its rows.
+    struct LaneRows {
+        uint32_t of[Product::kColumnTiles];
+        __device__ __forceinline__ LaneRows(const Worker &w, const ExpertRows &rows_of, uint32_t rows) {
+#pragma unroll
+            for (uint32_t n = 0; n < Product::kColumnTiles; n++)
+                of[n] = n * 8 < rows ? rows_of.input(min(n * 8 + w.lane / 4, rows - 1)) : 0;
+        }
+    };
+    struct StagedRows {
+        static constexpr uint32_t kGroupsAhead = 0;
+        uint32_t base, staged;
+        LaneRows rows;
+        __device__ __forceinline__ StagedRows(const Worker &w, const uint8_t *, uint32_t staged_rows, LaneRows lane_rows)
+            : base(w.staging() + w.warp * Product::kWarpBlocks * staged_rows * 64 + w.lane % 4 * 16),
+              staged(staged_rows), rows(lane_rows) {}
+        __device__ __forceinline__ Vec16 load(const Worker &, uint32_t kb, uint32_t column_tile) const {
+            return load_shared16(base + (kb / PERK_CONSUMER_WARPS * staged + rows.of[column_tile]) * 64);
+        }
+    };
+    struct DirectRows {
+        static constexpr uint32_t kGroupsAhead = Product::DirectInput::kGroupsAhead;
+        const uint8_t *base;
+        LaneRows rows;
+        __device__ __forceinline__ DirectRows(const Worker &w, const uint8_t *x, uint32_t, LaneRows lane_rows)
+            : base(x + w.lane % 4 * 16), rows(lane_rows) {}
+        __device__ __forceinline__ Vec16 load(const Worker &, uint32_t kb, uint32_t column_tile) const {
+            return load_cached16(base + (uint64_t(rows.of[column_tile]) * Product::kInStride + kb * PERK_BLOCK_COLS) * 2);
+        }
+    };
+
+    struct Units {
+        uint32_t first, stride, end;
+    };
+
+    template <class Input>
+    static __device__ __forceinline__ uint32_t run_units(const Worker &w, const Units &units, const Copy &routing,
+                                                         const uint8_t *x, uint32_t staged,
+                                                         const typename Product::Finish &finish, uint32_t chunk,
+                                                         float eps) {
+#pragma unroll 1
+        for (uint32_t unit = units.first, i = 0; unit < units.end; unit += units.stride, i++) {
+            const uint32_t hit = unit / kUnitTiles, tile = unit % kUnitTiles, rows = routing.count(hit);
+            const ExpertRows rows_of{routing, routing.begin(hit)};
+            const uint32_t buffer = i % Product::kBuffers, my_column_tile = (w.warp - i) % PERK_CONSUMER_WARPS;
+            float sums[Product::kColumnTiles][4] = {};
+            chunk = Product::multiply_tile(w, Input(w, x, staged, LaneRows(w, rows_of, rows)), rows, chunk, sums);
+            Product::share_sums(w, buffer, rows, sums);
+            if (my_column_tile < Product::kColumnTiles && my_column_tile * 8 < rows)
+                Product::finish_tile(w, finish, tile, my_column_tile, buffer, rows, eps, {0.0f, 0.0f, 0.0f, 0.0f},
+                                     rows_of);
+        }
+        return chunk;
+    }
+
+    // What the producer leaves where the task has no units.
+    static __device__ __forceinline__ uint32_t take_empty(const Worker &w, uint32_t chunk) {
+        wait_full(w, chunk);
+        release_chunk(w, chunk, load_shared4(w.ring_slot(chunk)));
+        return chunk + 1;
+    }
+
+    static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk, float eps) {
+        const uint32_t x_rows = w.num_tokens() * (kFromPairs ? R::kSlots : 1);
+        const uint32_t first = task.first(), stride = task.stride();
+        const uint8_t *x = w.args.activations + task.operand(kInput);
+        const uint8_t *table = w.args.activations + task.operand(kRouting);
+        const typename Product::Finish finish{nullptr, nullptr, w.args.activations + task.operand(kOutput), nullptr};
+        const Copy routing(w);
+        const typename Product::Gains gains = Product::load_gains(w, w.args.constants + task.operand(kNormWeight));
+        await_inputs(w, task);
+        routing.fetch(w, table); // under way while rows are staged
+        const bool is_staged = Product::staged_bytes(x_rows) <= program::staging_bytes;
+        if (is_staged) Product::stage_input(w, x, gains, x_rows);
+        copy_async_wait();
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+        const Units units{first, stride, routing.hits() * kUnitTiles};
+        if (units.first >= units.end) return take_empty(w, chunk);
+        if (is_staged) return run_units<StagedRows>(w, units, routing, x, x_rows, finish, chunk, eps);
+        if constexpr (!kFoldedNorm) return run_units<DirectRows>(w, units, routing, x, x_rows, finish, chunk, eps);
+        return chunk;
+    }
+};
+
+// ---- the sum ----
+
+// out[t] = residual[t] + the sum over slots of share * x[pair]. A task owns the columns [8 first, 8 (first + count)).
+// Operands: 0 x, of pairs; 1 shares; 2 residual; 3 out.
+template <uint32_t kSlots, uint32_t kWidth>
+__device__ __forceinline__ void moe_sum(Worker &w, const TaskView &task) {
+    constexpr uint32_t kStride = PERK_ROW_STRIDE(kWidth), kShareStride = PERK_ROW_STRIDE(kSlots);
+    const uint32_t rows = w.num_tokens(), first = task.first(), count = task.count();
+    const uint8_t *x = w.args.activations + task.operand(0), *shares = w.args.activations + task.operand(1),
+                  *residual = w.args.activations + task.operand(2);
+    uint8_t *out = w.args.activations + task.operand(3);
+    await_inputs(w, task);
+    for (uint32_t i = w.thread; i < rows * count * 4; i += PERK_CONSUMER_THREADS) { // a pair of columns a thread
+        const uint32_t row = i / (count * 4), column = first * 8 + i % (count * 4) * 2;
+        if (column >= kWidth) continue;
+        const uint64_t place = (uint64_t(row) * kStride + column) * 2;
+        const uint32_t add = load_coherent4(residual + place);
+        float low = 0.0f, high = 0.0f;
+#pragma unroll 8 // loads in flight
+        for (uint32_t slot = 0; slot < kSlots; slot++) {
+            const uint64_t pair = uint64_t(row) * kSlots + slot;
+            const uint32_t value = load_coherent4(x + (pair * kStride + column) * 2);
+            const float share = __uint_as_float(load_coherent4(shares + (uint64_t(row) * kShareStride + slot) * 4));
+            low += share * low_bf16(value);
+            high += share * high_bf16(value);
+        }
+        uint32_t sum = pack_bf16(low + low_bf16(add), high + high_bf16(add));
+        if (column + 1 >= kWidth) sum &= 0xffffu; // what lies beyond the width stays zero
+        *reinterpret_cast<uint32_t *>(out + place) = sum;
+    }
+}
+
+} // namespace perk
