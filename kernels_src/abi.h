@@ -52,12 +52,12 @@ enum {
  * the width and the stride is zero from the start and never written. */
 #define PERK_ROW_STRIDE(columns) (((columns) + 63) / 64 * 64)
 
-/* The weights of experts: the experts' packed matrices follow each other, and in each of them the tiles, whole. Which of
- * them a step needs is known when its tokens have been routed. */
+/* The weights of experts: the experts' packed matrices follow each other, and in each of them the tiles, whole. Which
+ * of them a step needs is known when its tokens have been routed. */
 
 /* ---- the routing of a step: 32-bit words ----
- * Pairs of a token and a slot, numbered token * slots + slot, in the order of their experts. Experts that got a pair are
- * hit; a token picks an expert at most once. After the header:
+ * Pairs of a token and a slot, numbered token * slots + slot, in the order of their experts. Experts that got a pair
+ * are hit; a token picks an expert at most once. After the header:
  *
  *     hit experts, rising | the place of each one's first pair in the order, and the end | pairs in that order
  *

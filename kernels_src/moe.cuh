@@ -190,7 +190,8 @@ template <class R, bool kFromPairs, uint32_t kIn, uint32_t kOut, bool kFoldedNor
 struct ExpertLinear {
     using Product = Linear<Rows::tokens, R::kTokens, kIn, kOut, kFoldedNorm, kEpilogue, false>;
     static constexpr uint32_t kUnitTiles = kEpilogue == Epilogue::silu ? (kOut / 2 + 7) / 8 : Product::kTiles;
-    static constexpr uint32_t kShared = Product::kBuffers * Product::kPartialBytes + PERK_CONSUMER_WARPS * R::kTokens * 4;
+    static constexpr uint32_t kShared =
+        Product::kBuffers * Product::kPartialBytes + PERK_CONSUMER_WARPS * R::kTokens * 4;
     static_assert(kShared + R::kWords * 4 <= program::reduction_bytes, "the plan gave this stage too little scratch");
     static_assert(!kFromPairs || !kFoldedNorm, "a norm is of tokens");
 
@@ -239,7 +240,8 @@ struct ExpertLinear {
         static constexpr uint32_t kGroupsAhead = 0;
         uint32_t base, staged;
         LaneRows rows;
-        __device__ __forceinline__ StagedRows(const Worker &w, const uint8_t *, uint32_t staged_rows, LaneRows lane_rows)
+        __device__ __forceinline__ StagedRows(const Worker &w, const uint8_t *, uint32_t staged_rows,
+                                              LaneRows lane_rows)
             : base(w.staging() + w.warp * Product::kWarpBlocks * staged_rows * 64 + w.lane % 4 * 16),
               staged(staged_rows), rows(lane_rows) {}
         __device__ __forceinline__ Vec16 load(const Worker &, uint32_t kb, uint32_t column_tile) const {
@@ -253,7 +255,8 @@ struct ExpertLinear {
         __device__ __forceinline__ DirectRows(const Worker &w, const uint8_t *x, uint32_t, LaneRows lane_rows)
             : base(x + w.lane % 4 * 16), rows(lane_rows) {}
         __device__ __forceinline__ Vec16 load(const Worker &, uint32_t kb, uint32_t column_tile) const {
-            return load_cached16(base + (uint64_t(rows.of[column_tile]) * Product::kInStride + kb * PERK_BLOCK_COLS) * 2);
+            return load_cached16(base +
+                                 (uint64_t(rows.of[column_tile]) * Product::kInStride + kb * PERK_BLOCK_COLS) * 2);
         }
     };
 

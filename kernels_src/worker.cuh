@@ -168,8 +168,8 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
-    // Where all lanes copy, or share what they know of experts, one that decides otherwise would wait at a __syncwarp for
-    // those that wait for it elsewhere.
+    // Where all lanes copy, or share what they know of experts, one that decides otherwise would wait at a __syncwarp
+    // for those that wait for it elsewhere.
     if (PERK_PORTABLE || program::has_experts) is_behind = __any_sync(0xffffffffu, is_behind);
     if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }
@@ -275,8 +275,8 @@ __device__ __forceinline__ uint32_t await_routing(const Worker &w, uint32_t tile
     return load_coherent4(routing + PERK_ROUTING_HITS * 4) * tiles;
 }
 
-// Streams this worker's chunks of a stage over experts: of its units, which the step's routing deals. A task without any
-// gets 16 bytes: its end then says that the producer has read the routing.
+// Streams this worker's chunks of a stage over experts: of its units, which the step's routing deals. A task without
+// any gets 16 bytes: its end then says that the producer has read the routing.
 __device__ __forceinline__ uint32_t stream_experts(const Worker &w, const StreamTask &task, uint32_t chunk) {
     const uint32_t units = await_routing(w, task.tiles);
     uint32_t count = 0, expert = 0;
@@ -287,14 +287,12 @@ __device__ __forceinline__ uint32_t stream_experts(const Worker &w, const Stream
             __syncwarp();
         }
         const uint32_t tile = __shfl_sync(0xffffffffu, expert, count % 32) * task.tiles + unit % task.tiles;
-        const uint8_t *source =
-            w.args.weights + (task.base + uint64_t(tile) * task.blocks) * PERK_WEIGHT_BLOCK_BYTES;
+        const uint8_t *source = w.args.weights + (task.base + uint64_t(tile) * task.blocks) * PERK_WEIGHT_BLOCK_BYTES;
         for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++)
             push_chunk(w, chunk, source + block * PERK_WEIGHT_BLOCK_BYTES,
                        min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES);
     }
-    if (count == 0)
-        push_chunk(w, chunk++, w.args.weights + uint64_t(task.base) * PERK_WEIGHT_BLOCK_BYTES, 16);
+    if (count == 0) push_chunk(w, chunk++, w.args.weights + uint64_t(task.base) * PERK_WEIGHT_BLOCK_BYTES, 16);
     return chunk;
 }
 

@@ -109,8 +109,7 @@ static perk_status check_stream(const perk_plan *plan, const perk_stage *stage, 
     const perk_plan_tensor *t = &plan->tensors[stream->tensor];
     uint64_t matrices = (uint64_t)PERK_MAX(1, stream->experts), blocks = t->bytes / PERK_WEIGHT_BLOCK_BYTES;
     if (t->space != PERK_SPACE_WEIGHTS || stream->tile_count < 0 || stream->blocks_per_tile < 0 ||
-        blocks % matrices != 0 ||
-        (uint64_t)stream->tile_count * (uint64_t)stream->blocks_per_tile != blocks / matrices)
+        blocks % matrices != 0 || (uint64_t)stream->tile_count * (uint64_t)stream->blocks_per_tile != blocks / matrices)
         return UNSAFE(err, "stage %.*s: %d tiles of %d blocks of 1 KB are not the %llu bytes of weights of %.*s",
                       NAME_LENGTH, stage->name, stream->tile_count, stream->blocks_per_tile,
                       (unsigned long long)t->bytes, NAME_LENGTH, t->name);
@@ -276,23 +275,22 @@ static perk_status check_thresholds(const perk_plan *plan, perk_error *err) {
 
 /* ---- stages over experts ---- */
 
-/* The routing is there when the producers of the stage go on: one task writes it, and they wait for all that its counter
- * gets in a step, which is that task's alone. That the task comes before those of the stage, so that nobody waits for
- * ever, and that none of them is over when the next step's routing is written, follows from their reading it, as
- * everything else does: a task ends after its producer has streamed for it. */
+/* The routing is there when the producers of the stage go on: one task writes it, and they wait for all that its
+ * counter gets in a step, which is that task's alone. That the task comes before those of the stage, so that nobody
+ * waits for ever, and that none of them is over when the next step's routing is written, follows from their reading it,
+ * as everything else does: a task ends after its producer has streamed for it. */
 static perk_status check_routing(const perk_plan *plan, const perk_stage *stage, perk_error *err) {
     const perk_stream *stream = &stage->stream;
     int writer = -1, others = 0, signals = 0;
     for (int i = 0; i < plan->task_count; i++) {
         const perk_task *task = &plan->tasks[i];
         bool writes = false;
-        for (int j = task->write_begin; j < task->write_end; j++)
-            writes |= plan->regions[j].tensor == stream->routing;
+        for (int j = task->write_begin; j < task->write_end; j++) writes |= plan->regions[j].tensor == stream->routing;
         others += writes && writer >= 0;
         if (writes) writer = i;
     }
-    for (int j = writer < 0 ? 0 : plan->tasks[writer].signal_begin;
-         writer >= 0 && j < plan->tasks[writer].signal_end; j++)
+    for (int j = writer < 0 ? 0 : plan->tasks[writer].signal_begin; writer >= 0 && j < plan->tasks[writer].signal_end;
+         j++)
         if (plan->signals[j].counter == stream->routed.counter) signals += plan->signals[j].amount;
     if (writer >= 0 && others == 0 && signals > 0 && signals == plan->counter_per_step[stream->routed.counter] &&
         signals == stream->routed.needed)
@@ -313,8 +311,9 @@ static perk_status check_deal(const perk_plan *plan, int index, perk_error *err)
         reads |= plan->regions[j].tensor == stage->stream.routing && is_whole(plan, &plan->regions[j]);
     if (task->stride == stage->task_count && task->first < stage->task_count && task->count == count && reads)
         return PERK_OK;
-    return UNSAFE(err, "%s: units %d, step %d, up to %d of them, are not every %d-th of its stage, or it does not read "
-                       "%.*s, which deals them",
+    return UNSAFE(err,
+                  "%s: units %d, step %d, up to %d of them, are not every %d-th of its stage, or it does not read "
+                  "%.*s, which deals them",
                   perk_check_task_text(plan, index).text, task->first, task->stride, task->count, stage->task_count,
                   NAME_LENGTH, plan->tensors[stage->stream.routing].name);
 }
@@ -330,9 +329,8 @@ static perk_status check_shares(const perk_plan *plan, const int *dealt_by, perk
                 int stage = dealt_by[plan->regions[j].tensor];
                 if (stage < 0 || is_whole(plan, &plan->regions[j]) || (pass == 1 && stage == task->stage)) continue;
                 return UNSAFE(err, "%s uses %s: which part of it tasks of %.*s write is known in the step alone",
-                              perk_check_task_text(plan, i).text,
-                              perk_check_region_text(plan, &plan->regions[j]).text, NAME_LENGTH,
-                              plan->stages[stage].name);
+                              perk_check_task_text(plan, i).text, perk_check_region_text(plan, &plan->regions[j]).text,
+                              NAME_LENGTH, plan->stages[stage].name);
             }
     }
     return PERK_OK;

@@ -39,7 +39,8 @@ int perk_lower_scratch(perk_lowering *lowering, const char *name, perk_space spa
  * is not a linear's fp32 output. */
 int perk_lower_candidates(perk_lowering *lowering, const perk_tensor *logits);
 
-/* The routing (kernels_src/abi.h) that goes with `experts`, the output of a moe_route. Its experts and pairs at most. */
+/* The routing (kernels_src/abi.h) that goes with `experts`, the output of a moe_route. Its experts and pairs at most.
+ */
 int perk_lower_routing(perk_lowering *lowering, const perk_tensor *experts);
 int perk_lower_most_hits(const perk_lowering *lowering, const perk_tensor *experts);
 

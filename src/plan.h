@@ -84,10 +84,10 @@ typedef struct perk_task {
 
 /* The weights of a stage in the packed stream: see kernels_src/abi.h for the layout.
  *
- * Where they are those of experts, the step's routing deals the units: which tasks have which of them, and how many there
- * are, is data. A task's units are then the most that it may get. Its write region is a share of the output that is its
- * alone, not the place that it writes: the tasks' shares make up the whole, and all other stages must declare the whole
- * (src/check.c holds plans to that). */
+ * Where they are those of experts, the step's routing deals the units: which tasks have which of them, and how many
+ * there are, is data. A task's units are then the most that it may get. Its write region is a share of the output that
+ * is its alone, not the place that it writes: the tasks' shares make up the whole, and all other stages must declare
+ * the whole (src/check.c holds plans to that). */
 typedef struct perk_stream {
     int tensor;          /* plan tensor of the packed weights; -1: the stage streams none */
     int tile_count;      /* row tiles; of one expert */

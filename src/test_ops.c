@@ -208,8 +208,9 @@ static void build_moe_sum(op_graph *g, const perk_op_case *c) {
 /* ---- the grid ---- */
 
 #define OPS(X)                                                                                                         \
-    X(embed) X(rmsnorm) X(linear) X(silu_mul) X(attention) X(select_rows) X(argmax) X(mlp) X(vocabulary) X(decoder)    \
-    X(moe_route) X(moe_linear) X(moe_sum)
+    X(embed)                                                                                                           \
+    X(rmsnorm) X(linear) X(silu_mul) X(attention) X(select_rows) X(argmax) X(mlp) X(vocabulary) X(decoder)             \
+        X(moe_route) X(moe_linear) X(moe_sum)
 
 #define OP_NAME(name) #name,
 const char *const perk_op_case_names[] = {OPS(OP_NAME) NULL};

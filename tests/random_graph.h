@@ -21,7 +21,7 @@ typedef struct random_graph {
     perk_tensor *logits;
     perk_tensor *kept[RANDOM_GRAPH_KEPT];
     int kept_count;
-    int vocab;
+    int vocab, most_experts;
     char names[4][128];
     unsigned next_name;
     /* a few steps: prompts in chunks, single tokens */
@@ -32,6 +32,7 @@ typedef struct random_graph {
 /* How large it may become. */
 typedef struct random_graph_limits {
     int layers, hidden, heads, workers, tokens, steps;
+    int experts; /* 0: no layer has any */
 } random_graph_limits;
 
 static inline int random_graph_below(random_graph *g, int bound) {
@@ -109,6 +110,32 @@ static inline perk_tensor *random_graph_attention(random_graph *g, int layer, pe
     return perk_attention(g->graph, random_graph_name(g, layer, "attention"), qkv, &params);
 }
 
+/* A layer's mixture of experts. */
+static inline perk_tensor *random_graph_experts(random_graph *g, int layer, perk_tensor *x, perk_tensor *normed,
+                                                int hidden) {
+    int experts = random_graph_between(g, 1, g->most_experts), top = random_graph_between(g, 1, PERK_MIN(4, experts));
+    int ffn = random_graph_between(g, 3, hidden);
+    perk_tensor *weight = perk_attach_matrix(g->graph, random_graph_name(g, layer, "router.weight"), experts, hidden);
+    perk_tensor *router = perk_logits(g->graph, random_graph_name(g, layer, "router"), normed, weight);
+    perk_routing routing =
+        perk_moe_route(g->graph, random_graph_name(g, layer, "route"), router, top, random_graph_chance(g, 50));
+    random_graph_keep(g, routing.experts, 100);
+    perk_tensor *parts[2];
+    for (int i = 0; i < 2; i++)
+        parts[i] =
+            perk_attach_experts(g->graph, random_graph_name(g, layer, i ? "*.up" : "*.gate"), experts, ffn, hidden);
+    perk_tensor *stack = perk_stack(g->graph, random_graph_name(g, layer, "gate_up.weight"), parts, 2);
+    perk_tensor *wide =
+        perk_moe_linear(g->graph, random_graph_name(g, layer, "gate_up"), normed, stack, routing.experts);
+    random_graph_keep(g, wide, 20);
+    perk_tensor *product = perk_silu_mul(g->graph, random_graph_name(g, layer, "product"), wide);
+    weight = perk_attach_experts(g->graph, random_graph_name(g, layer, "*.down"), experts, hidden, ffn);
+    perk_tensor *down =
+        perk_moe_linear(g->graph, random_graph_name(g, layer, "down"), product, weight, routing.experts);
+    random_graph_keep(g, down, 20);
+    return perk_moe_sum(g->graph, random_graph_name(g, layer, "sum"), down, routing.shares, x);
+}
+
 static inline perk_tensor *random_graph_layer(random_graph *g, int layer, perk_tensor *x, int hidden,
                                               const perk_attention_params *params) {
     perk_tensor *normed = random_graph_norm(g, layer, "norm", x, hidden);
@@ -122,6 +149,7 @@ static inline perk_tensor *random_graph_layer(random_graph *g, int layer, perk_t
     random_graph_keep(g, x, 20);
     if (random_graph_chance(g, 15)) return x;
     normed = random_graph_norm(g, layer, "mlp_norm", x, hidden);
+    if (g->most_experts && random_graph_chance(g, 80)) return random_graph_experts(g, layer, x, normed, hidden);
     int ffn = random_graph_between(g, 17, 2 * hidden), rows[] = {ffn, ffn};
     weight = random_graph_weight(g, layer, "gate_up.weight", rows, 2, hidden);
     perk_tensor *bias = random_graph_chance(g, 20) ? random_graph_weight(g, layer, "gate_up.bias", rows, 2, 0) : NULL;
@@ -208,6 +236,7 @@ static inline void random_graph_free(random_graph *g) {
 static inline void random_graph_make(random_graph *g, uint64_t seed, const random_graph_limits *most) {
     perk_error err = {0};
     memset(g, 0, sizeof *g);
+    g->most_experts = most->experts;
     g->state = 0x853c49e6748fea9bu * (2 * seed + 1);
     for (int i = 0; i < 8; i++) random_graph_below(g, 2);
     CHECK_OK(perk_graph_create(&g->graph, "random", &err));

@@ -307,8 +307,7 @@ static void read_outcome(const random_graph *g, const perk_executor *simulator, 
     for (int s = 0; s < g->step_count; s++)
         for (int i = -2; i < g->kept_count; i++) {
             const perk_tensor *tensor = i == -2 ? perk_graph_find(g->graph, "next") : i == -1 ? g->logits : g->kept[i];
-            bool of_tokens = tensor->row_kind == PERK_ROWS_TOKENS;
-            int64_t rows = of_tokens ? g->batches[s]->num_tokens : g->batches[s]->num_logit_rows;
+            int64_t rows = perk_tensor_rows(tensor, g->batches[s]->num_tokens, g->batches[s]->num_logit_rows);
             size_t size = (size_t)rows * (size_t)tensor->cols;
             if (size == 0) continue;
             if (count + size > out->count) {
@@ -419,9 +418,9 @@ static void corrupt_and_judge(random_graph *g, oracle *o, const perk_plan *sound
 }
 
 /* One sound plan, corrupted PLANS_PER_GRAPH times. Plan `number` depends on its graph and those before it alone. */
-static void run_graph(long graph, uint64_t seed, long plans) {
-    static const random_graph_limits most = {
-        .layers = 2, .hidden = 48, .heads = 4, .workers = 6, .tokens = 4, .steps = 3};
+static void run_graph(long graph, uint64_t seed, long plans, int experts) {
+    const random_graph_limits most = {
+        .layers = 2, .hidden = 48, .heads = 4, .workers = 6, .tokens = 4, .steps = 3, .experts = experts};
     random_graph g;
     random_graph_make(&g, seed * 1000003u + (uint64_t)graph, &most);
     oracle o = {.g = &g, .step = g.step_count / 2};
@@ -471,7 +470,8 @@ int main(int argc, char **argv) {
     verbose = argc > 3;
     double begin = perk_now();
     for (long graph = 0; graph * PLANS_PER_GRAPH < plans; graph++)
-        run_graph(graph, seed, PERK_MIN((long)PLANS_PER_GRAPH, plans - graph * PLANS_PER_GRAPH));
+        run_graph(graph, seed, PERK_MIN((long)PLANS_PER_GRAPH, plans - graph * PLANS_PER_GRAPH), 0);
+    for (long graph = 0; graph * PLANS_PER_GRAPH < plans / 2; graph++) run_graph(graph, seed, PLANS_PER_GRAPH, 7);
     print_tallies(perk_now() - begin);
     return 0;
 }

@@ -24,7 +24,7 @@ enum { ROUNDINGS = 3 };
 static int tensor_count(const random_graph *g) { return g->kept_count + 1; }
 static const perk_tensor *tensor_at(const random_graph *g, int i) { return i < g->kept_count ? g->kept[i] : g->logits; }
 static int64_t rows_of(const perk_batch *batch, const perk_tensor *tensor) {
-    return tensor->row_kind == PERK_ROWS_TOKENS ? batch->num_tokens : batch->num_logit_rows;
+    return perk_tensor_rows(tensor, batch->num_tokens, batch->num_logit_rows);
 }
 static size_t size_of(const perk_batch *batch, const perk_tensor *tensor) {
     return (size_t)rows_of(batch, tensor) * (size_t)tensor->cols;
@@ -63,6 +63,11 @@ static double relative_error(const float *got, const float *want, size_t count) 
     return sqrt(difference / fmax(norm, 1e-30));
 }
 
+/* Whether rounding sent tokens to other experts: what comes after that has another meaning. */
+static bool routes_differ(const float *got, const float *want, const perk_tensor *tensor, size_t count) {
+    return tensor->dtype == PERK_I32 && memcmp(got, want, count * sizeof *got) != 0;
+}
+
 static double rounding_error(const random_graph *g, const expected *rounded, const expected *exact) {
     double worst = 0;
     for (int s = 0; s < g->step_count; s++)
@@ -73,7 +78,7 @@ static double rounding_error(const random_graph *g, const expected *rounded, con
 }
 
 /* The worst relative error over all steps and tensors; argmax must be the largest of the simulator's own logits. */
-static double compare(const random_graph *g, const expected *want, perk_executor *simulator) {
+static double compare(const random_graph *g, const expected *want, perk_executor *simulator, bool *rerouted) {
     const perk_tensor *next = perk_graph_find(g->graph, "next");
     double worst = 0;
     for (int s = 0; s < g->step_count; s++)
@@ -84,6 +89,7 @@ static double compare(const random_graph *g, const expected *want, perk_executor
             float *got = perk_calloc(count, sizeof *got), *chosen = perk_calloc((size_t)rows, sizeof *chosen);
             CHECK(got && chosen);
             CHECK_OK(perk_simulator_read(simulator, s, tensor, got, rows, &err));
+            *rerouted |= routes_differ(got, want->values[s][i], tensor, count);
             worst = fmax(worst, relative_error(got, want->values[s][i], count));
             if (tensor == g->logits) {
                 CHECK_OK(perk_simulator_read(simulator, s, next, chosen, rows, &err));
@@ -100,10 +106,12 @@ static double compare(const random_graph *g, const expected *want, perk_executor
     return worst;
 }
 
-static void run_in_orders(random_graph *g, const expected *want, double rounding, perk_executor *simulator, int seed) {
+/* Returns false when tokens went to other experts than in the reference. */
+static bool run_in_orders(random_graph *g, const expected *want, double rounding, perk_executor *simulator, int seed) {
     const perk_plan *plan = perk_simulator_plan(simulator);
     perk_simulator_order order = {.seed = (uint64_t)seed};
     double worst = 0;
+    bool rerouted = false;
     CHECK_OK(perk_plan_check(plan, &err));
     CHECK_OK(perk_simulator_begin(simulator, (const perk_batch *const *)g->batches, g->step_count, &err));
     CHECK(!perk_simulator_undeclared(simulator), "graph %d: %s", seed, perk_simulator_undeclared(simulator)->message);
@@ -116,9 +124,9 @@ static void run_in_orders(random_graph *g, const expected *want, double rounding
         CHECK_OK(perk_simulator_compute(simulator, &order, &err));
         CHECK(i == 0 || perk_simulator_kv_digest(simulator) == digest, "graph %d: order %d", seed, i);
         digest = perk_simulator_kv_digest(simulator);
-        worst = fmax(worst, compare(g, want, simulator));
+        worst = fmax(worst, compare(g, want, simulator, &rerouted));
     }
-    CHECK(worst <= ROUNDINGS * rounding, "graph %d: error %.3g, rounding %.3g", seed, worst, rounding);
+    CHECK(worst <= ROUNDINGS * rounding || rerouted, "graph %d: error %.3g, rounding %.3g", seed, worst, rounding);
     for (int task = 0; task < plan->task_count; task++)
         for (int i = 0; i < 4; i++, order.seed++) {
             order = (perk_simulator_order){.seed = order.seed,
@@ -132,11 +140,12 @@ static void run_in_orders(random_graph *g, const expected *want, double rounding
         printf("graph %d: %d stages, %d tasks, %d workers, %d steps of up to %d tokens, error %.2e, rounding %.2e\n",
                seed, plan->stage_count, plan->task_count, plan->device.worker_count, g->step_count,
                plan->config.max_num_batched_tokens, worst, rounding);
+    return !rerouted;
 }
 
-static void test_graph(int seed) {
-    static const random_graph_limits most = {
-        .layers = 3, .hidden = 100, .heads = 4, .workers = 12, .tokens = 16, .steps = 5};
+static bool test_graph(int seed, int experts) {
+    const random_graph_limits most = {
+        .layers = 3, .hidden = 100, .heads = 4, .workers = 12, .tokens = 16, .steps = 5, .experts = experts};
     random_graph g;
     perk_executor *simulator;
     random_graph_make(&g, (uint64_t)seed, &most);
@@ -146,11 +155,12 @@ static void test_graph(int seed) {
     expected want = {{{NULL}}}, exact = {{{NULL}}};
     compute_expected(&g, PERK_PRECISION_BF16, &want);
     compute_expected(&g, PERK_PRECISION_FP32, &exact);
-    run_in_orders(&g, &want, rounding_error(&g, &want, &exact), simulator, seed);
+    bool is_compared = run_in_orders(&g, &want, rounding_error(&g, &want, &exact), simulator, seed);
     free_expected(&want);
     free_expected(&exact);
     simulator->type->free(simulator);
     random_graph_free(&g);
+    return is_compared;
 }
 
 /* ---- broken plans ---- */
@@ -326,7 +336,10 @@ static void test_model(const char *arch, int workers) {
 int main(int argc, char **argv) {
     int graphs = argc > 1 ? atoi(argv[1]) : 24, first = argc > 2 ? atoi(argv[2]) : 0;
     verbose = argc > 3;
-    for (int i = first; i < first + graphs; i++) test_graph(i);
+    for (int i = first; i < first + graphs; i++) CHECK(test_graph(i, 0));
+    int compared = 0;
+    for (int i = first; i < first + graphs / 2; i++) compared += test_graph(i, 9);
+    CHECK(2 * compared >= graphs / 2, "%d of %d graphs with experts were compared", compared, graphs / 2);
     test_faults();
     test_scrambled(1000);
     test_model("sm_90a", 12);

@@ -133,7 +133,8 @@ static perk_status moe_linear_reference(perk_reference *reference, const perk_op
     return status;
 }
 
-/* ---- lowering: tiles of the experts that are hit, dealt by the step's routing; device code in kernels_src/moe.cuh ---- */
+/* ---- lowering: tiles of the experts that are hit, dealt by the step's routing; device code in kernels_src/moe.cuh
+ * ---- */
 
 enum { IN, OUT, ROUTING, NORM_WEIGHT }; /* operands of the stage */
 

@@ -70,7 +70,7 @@ static perk_status moe_route_reference(perk_reference *reference, const perk_op 
 
 /* ---- lowering: one task; device code in kernels_src/moe.cuh ---- */
 
-enum { LOGITS, EXPERTS, SHARES, ROUTING };         /* operands of the stage */
+enum { LOGITS, EXPERTS, SHARES, ROUTING };          /* operands of the stage */
 enum { MAX_DEVICE_EXPERTS = 1024, MAX_SLOTS = 32 }; /* of a token: a lane keeps 32 logits, and one slot */
 
 int perk_moe_route_bytes(const perk_lowering *l, const perk_op *op) {

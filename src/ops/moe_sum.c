@@ -61,8 +61,7 @@ static void add_columns(perk_lowering *l, void *user, int worker, int first, int
 static perk_status moe_sum_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
     const perk_tensor *x = op->inputs[PERK_IN_X];
     (void)err;
-    perk_stage *stage =
-        perk_lower_begin(l, op, "", "moe_sum<%d, %d>(worker, task);", x->slots, (int)op->output->cols);
+    perk_stage *stage = perk_lower_begin(l, op, "", "moe_sum<%d, %d>(worker, task);", x->slots, (int)op->output->cols);
     if (!stage) return l->error.status;
     stage->work = PERK_WORK_MOE_SUM;
     stage->operands[X] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);

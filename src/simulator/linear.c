@@ -46,8 +46,8 @@ static bool stage_input(linear_run *run) {
 
 /* `count` rows of the weight from `first` on, into the sums from `place` on. */
 static void multiply(const linear_run *run, int64_t first, int64_t count, int place) {
-    perk_math_dots(run->sums + place, PERK_TILE_ROWS, run->values + (size_t)first * run->weight->cols,
-                   (size_t)count, run->x, (size_t)run->rows, run->weight->cols);
+    perk_math_dots(run->sums + place, PERK_TILE_ROWS, run->values + (size_t)first * run->weight->cols, (size_t)count,
+                   run->x, (size_t)run->rows, run->weight->cols);
 }
 
 static float bias_at(const linear_run *run, int64_t output) {

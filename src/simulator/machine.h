@@ -142,8 +142,9 @@ void perk_sim_stream(perk_sim_task *t, int tile);
 float *perk_sim_scratch(perk_sim_task *t, size_t count);
 
 static inline int perk_sim_unit(const perk_sim_task *t, int i) { return t->task->first + i * t->task->stride; }
+/* Tokens or rows of logits of the step. */
 static inline int perk_sim_rows(const perk_sim_task *t, perk_rows rows) {
-    return t->words[rows == PERK_ROWS_TOKENS ? PERK_BATCH_NUM_TOKENS : PERK_BATCH_NUM_LOGIT_ROWS];
+    return t->words[rows == PERK_ROWS_LOGITS ? PERK_BATCH_NUM_LOGIT_ROWS : PERK_BATCH_NUM_TOKENS];
 }
 static inline int perk_sim_page_of(const perk_sim_task *t, int request, int position) {
     const perk_config *config = &t->sim->config;

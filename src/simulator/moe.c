@@ -36,7 +36,8 @@ static void route_token(perk_sim_task *t, int token, int32_t *picks) {
 }
 
 /* As kernels_src/abi.h says, with room for so many hits and pairs. */
-static void write_routing(perk_sim_task *t, const int32_t *picks, int32_t pairs, int32_t most_hits, int32_t most_pairs) {
+static void write_routing(perk_sim_task *t, const int32_t *picks, int32_t pairs, int32_t most_hits,
+                          int32_t most_pairs) {
     int32_t words = PERK_ROUTING_WORDS(most_hits, most_pairs), hits = 0, placed = 0;
     int32_t *routing = perk_sim_write(t, ROUTING, PERK_I32, 0, 0, words);
     if (!routing) return;
@@ -58,7 +59,8 @@ void perk_sim_moe_route(perk_sim_task *t) {
     int32_t tokens = perk_sim_rows(t, PERK_ROWS_TOKENS), slots = (int32_t)t->op->output->cols;
     int32_t most_pairs = t->sim->config.max_num_batched_tokens * slots;
     int32_t *picks = (int32_t *)(void *)perk_sim_scratch(t, (size_t)(tokens * slots));
-    for (int32_t token = 0; picks && token < tokens && !t->status; token++) route_token(t, token, picks + token * slots);
+    for (int32_t token = 0; picks && token < tokens && !t->status; token++)
+        route_token(t, token, picks + token * slots);
     if (!picks || t->status) return;
     write_routing(t, picks, tokens * slots, (int32_t)PERK_MIN(t->op->inputs[PERK_IN_X]->cols, most_pairs), most_pairs);
 }

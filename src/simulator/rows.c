@@ -39,7 +39,8 @@ void perk_sim_rmsnorm(perk_sim_task *t) {
 void perk_sim_silu_mul(perk_sim_task *t) {
     int64_t width = t->op->output->cols, begin = (int64_t)t->task->first * 8;
     int64_t count = PERK_MIN((int64_t)t->task->count * 8, width - begin);
-    int rows = count > 0 ? perk_sim_rows(t, t->op->output->row_kind) : 0;
+    const perk_tensor *x = t->op->inputs[PERK_IN_X];
+    int rows = count > 0 ? perk_sim_rows(t, x->row_kind) * (x->row_kind == PERK_ROWS_PAIRS ? x->slots : 1) : 0;
     for (int row = 0; row < rows; row++) {
         const uint16_t *gate = perk_sim_read(t, 0, PERK_BF16, row, begin, count);
         const uint16_t *up = gate ? perk_sim_read(t, 0, PERK_BF16, row, width + begin, count) : NULL;
