@@ -336,3 +336,29 @@ perk_status perk_gpu_task_times(perk_executor *executor, perk_task_time *times, 
     free(stamps);
     return status;
 }
+
+/* ---- what a step read ---- */
+
+/* Experts that the last step's routing hit. */
+static perk_status read_hits(const perk_gpu *gpu, const perk_plan_tensor *routing, uint32_t *hits, perk_error *err) {
+    CUdeviceptr from = gpu->spaces[routing->space].address + routing->offset + PERK_ROUTING_HITS * sizeof *hits;
+    return perk_driver_check(gpu->driver, gpu->driver->cuMemcpyDtoH(hits, from, sizeof *hits), err, "reading %s",
+                             routing->name);
+}
+
+perk_status perk_gpu_streamed_bytes(perk_executor *executor, uint64_t *bytes, perk_error *err) {
+    perk_gpu *gpu = (perk_gpu *)executor;
+    const perk_plan *plan = gpu->plan;
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (status != PERK_OK) return status;
+    *bytes = 0;
+    for (int i = 0; i < plan->stage_count && status == PERK_OK; i++) {
+        const perk_stream *stream = &plan->stages[i].stream;
+        uint32_t matrices = 1;
+        if (stream->tensor < 0) continue;
+        if (stream->experts > 0) status = read_hits(gpu, &plan->tensors[stream->routing], &matrices, err);
+        *bytes += (uint64_t)stream->tile_count * (uint64_t)stream->blocks_per_tile * PERK_WEIGHT_BLOCK_BYTES * matrices;
+    }
+    perk_gpu_leave(gpu);
+    return status;
+}

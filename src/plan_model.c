@@ -39,6 +39,9 @@ static const struct {
     {&perk_op_select_rows, "", 1.3},
     {&perk_op_argmax, "", 5.9},
     {&perk_op_silu_mul, "", 1.5},
+    {&perk_op_moe_route, "", 3.0}, /* these three are estimates */
+    {&perk_op_moe_linear, "", 2.0},
+    {&perk_op_moe_sum, "", 1.7},
 };
 
 /* Data sheets, TB/s. Of a data sheet's bandwidth a kernel that only reads gets about 94 %: measured on the H100. */
@@ -114,9 +117,20 @@ static void run_linear(const machine_run *run, worker *w, const perk_stage *stag
     const perk_tensor *x = op->inputs[PERK_IN_X];
     bool has_norm = x->producer && x->producer->type == &perk_op_rmsnorm && stage->operands[0] >= 0 &&
                     run->plan->tensors[stage->operands[0]].graph_tensor != x->index;
-    int rows = run->load.requests * (op->output->row_kind == PERK_ROWS_TOKENS ? run->load.tokens : 1);
+    int tokens = run->load.requests * run->load.tokens;
+    int rows = (int)perk_tensor_rows(x, tokens, run->load.requests);
     bool is_staged = perk_linear_staged_bytes(rows, x->cols) <= run->plan->staging_bytes;
     double input = (double)rows * (double)x->cols * 2 / machine.input;
+    int count = task->count;
+    if (stage->stream.experts >
+        0) { /* as many of its units as the load's tokens may need, and who has which is known late */
+        int hits = (int)PERK_MIN((int64_t)tokens * op->inputs[PERK_IN_EXPERTS]->cols, stage->stream.experts);
+        count = PERK_MIN(count, (hits * stage->stream.tile_count - task->first + task->stride - 1) / task->stride);
+        w->landed =
+            PERK_MAX(w->landed, run->signalled[stage->stream.routed.counter] + machine.signal + machine.latency);
+        rows = (tokens * (int)op->inputs[PERK_IN_EXPERTS]->cols + hits - 1) / hits; /* of an expert */
+        if (!is_staged) input = (double)rows * (double)x->cols * 2 / machine.input;
+    }
     int blocks = stage->stream.blocks_per_tile, chunks = (blocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS;
     int further_tiles = (rows - 1) / 8;
     double cost = machine.chunk + machine.column_tile * further_tiles;
@@ -125,7 +139,7 @@ static void run_linear(const machine_run *run, worker *w, const perk_stage *stag
         w->now += input;
     else
         cost += input / PERK_MAX(1, chunks); /* read again for every tile */
-    for (int i = 0; i < task->count; i++) {
+    for (int i = 0; i < count; i++) {
         for (int block = 0; block < blocks; block += PERK_CHUNK_BLOCKS)
             take_chunk(run, w, PERK_MIN(PERK_CHUNK_BLOCKS, blocks - block) * (double)PERK_WEIGHT_BLOCK_BYTES, cost);
         w->now += machine.tile;

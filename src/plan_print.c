@@ -28,7 +28,10 @@ static const char *layout_name(perk_layout layout) {
     return "unknown";
 }
 
-static const char *rows_name(perk_rows rows) { return rows == PERK_ROWS_TOKENS ? "tokens" : "logit rows"; }
+static const char *rows_name(perk_rows rows) {
+    if (rows == PERK_ROWS_PAIRS) return "pairs";
+    return rows == PERK_ROWS_TOKENS ? "tokens" : "logit rows";
+}
 
 /* ---- JSON ----------------------------------------------------------------------------------------------------------
  */
@@ -345,9 +348,12 @@ static void print_head(const perk_plan *plan, const perk_plan_facts *facts, perk
         out, "  device memory  weights %s, constants %s, KV cache %s, activations %s\n",
         size_of(facts->space_bytes[PERK_SPACE_WEIGHTS]).text, size_of(facts->space_bytes[PERK_SPACE_CONSTANTS]).text,
         size_of(facts->space_bytes[PERK_SPACE_KV]).text, size_of(facts->space_bytes[PERK_SPACE_ACTIVATIONS]).text);
-    perk_buffer_printf(out, "  weights        %llu bytes streamed a step (%s); a worker %s to %s, imbalance %.1f%%\n",
-                       (unsigned long long)facts->stream_total, size_of(facts->stream_total).text,
-                       size_of(facts->stream_min).text, size_of(facts->stream_max).text, facts->imbalance_percent);
+    bool has_experts = false;
+    for (int i = 0; i < plan->stage_count; i++) has_experts |= plan->stages[i].stream.experts > 0;
+    perk_buffer_printf(out, "  weights        %s%llu bytes streamed a step (%s); a worker %s to %s, imbalance %.1f%%\n",
+                       has_experts ? "at most " : "", (unsigned long long)facts->stream_total,
+                       size_of(facts->stream_total).text, size_of(facts->stream_min).text,
+                       size_of(facts->stream_max).text, facts->imbalance_percent);
     perk_buffer_printf(out, "  tasks          %d; a worker %d to %d, median %d; %d counters\n", plan->task_count,
                        facts->tasks_min, facts->tasks_max, facts->tasks_median, plan->counter_count);
 }
@@ -386,7 +392,10 @@ static void print_ops(const perk_plan *plan, const perk_plan_facts *facts, rows 
         for (int j = 0; j < count; j++) {
             row_text(r, j ? ", " : " ");
             row_name(r, inputs[j]->name);
-            snprintf(text, sizeof text, " [%lld, %lld]", (long long)inputs[j]->rows, (long long)inputs[j]->cols);
+            char experts[32] = "";
+            if (inputs[j]->experts) snprintf(experts, sizeof experts, "%lld, ", (long long)inputs[j]->experts);
+            snprintf(text, sizeof text, " [%s%lld, %lld]", experts, (long long)inputs[j]->rows,
+                     (long long)inputs[j]->cols);
             if (perk_tensor_is_weight(inputs[j]) && !inputs[j]->is_vector) row_text(r, text);
         }
     }

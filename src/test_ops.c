@@ -25,6 +25,8 @@ static const perk_test_difference softmax = {.worst = 3, .relative = 5e-3};
  * the sums differ by about 3e-3; a product of two of them, one small and one large, by up to 9 units in a simulation.
  */
 static const perk_test_difference folded_norm = {.worst = 16, .relative = 1e-2};
+/* Products of products: what was rounded to a neighbour before moves them by about 1e-3. */
+static const perk_test_difference rounded_twice = {.worst = 4, .relative = 3e-3};
 /* Folded norms through two layers, and logits of them: 1.5e-2 and 16 units in a simulation. */
 static const perk_test_difference model = {.worst = 40, .relative = 3e-2};
 
@@ -201,16 +203,17 @@ static void build_moe_sum(op_graph *g, const perk_op_case *c) {
     perk_tensor *inner = perk_silu_mul(g->graph, "inner", add_experts(g, c, x, routing.experts));
     perk_tensor *weight = perk_attach_experts(g->graph, "experts.*.down", c->experts, c->in, c->out);
     perk_tensor *down = perk_moe_linear(g->graph, "down", inner, weight, routing.experts);
-    add_output(g, down, &rounded_once);
-    add_output(g, perk_moe_sum(g->graph, "y", down, routing.shares, x), &rounded_once);
+    add_output(g, down, &rounded_twice);
+    add_output(g, perk_moe_sum(g->graph, "y", down, routing.shares, x), &rounded_twice);
 }
 
 /* ---- the grid ---- */
 
 #define OPS(X)                                                                                                         \
     X(embed)                                                                                                           \
-    X(rmsnorm) X(linear) X(silu_mul) X(attention) X(select_rows) X(argmax) X(mlp) X(vocabulary) X(decoder)             \
-        X(moe_route) X(moe_linear) X(moe_sum)
+    X(rmsnorm)                                                                                                         \
+    X(linear) X(silu_mul) X(attention) X(select_rows) X(argmax) X(mlp) X(vocabulary) X(decoder) X(moe_route)           \
+        X(moe_linear) X(moe_sum)
 
 #define OP_NAME(name) #name,
 const char *const perk_op_case_names[] = {OPS(OP_NAME) NULL};

@@ -237,18 +237,74 @@ static void test_odd_logits(void) {
     free_mlp(test, &v);
 }
 
-/* A plan says that it cannot be made, by the name of the first op that has no device code. */
-static void test_plan_refused(void) {
+/* ---- plans ---- */
+
+static perk_plan *plan_mlp(perk_graph *g) {
     perk_device_desc device;
     perk_plan *plan;
     perk_config config = {.max_num_batched_tokens = 4, .max_seq_length = 64};
     CHECK_OK(perk_device_describe_arch("sm_90a", &device, &err));
+    device.worker_count = 6;
     CHECK_OK(perk_config_resolve(&config, 0, &err));
-    perk_graph *g = new_graph();
     add_mlp(g, 1);
-    CHECK_FAILS(perk_plan_create(&plan, g, &device, &config, &err), PERK_UNSUPPORTED, "route.experts: moe_route");
-    CHECK(!plan);
+    CHECK_OK(perk_plan_create(&plan, g, &device, &config, &err));
+    CHECK_OK(perk_plan_check(plan, &err));
+    return plan;
+}
+
+static perk_stage *stage_of(perk_plan *plan, const char *name) {
+    for (int i = 0; i < plan->stage_count; i++)
+        if (!strcmp(plan->stages[i].name, name)) return &plan->stages[i];
+    CHECK(false, "no stage %s", name);
+    return NULL;
+}
+
+static perk_task *task_of(perk_plan *plan, const char *name) {
+    for (int i = 0; i < plan->task_count; i++)
+        if (plan->tasks[i].stage == stage_of(plan, name) - plan->stages) return &plan->tasks[i];
+    CHECK(false, "no task of %s", name);
+    return NULL;
+}
+
+static void test_plan(void) {
+    perk_graph *g = new_graph();
+    perk_plan *plan = plan_mlp(g);
+    const perk_stage *both = stage_of(plan, "gate_up"), *down = stage_of(plan, "down");
+    /* 12 pairs hit at most all of 5 experts; 11 rows of gate and of up are 2 tiles of 8 pairs of rows */
+    CHECK(both->stream.experts == EXPERTS && both->stream.tile_count == 2 && both->unit_count == 2 * EXPERTS);
+    CHECK(both->task_count == 6 && down->stream.routing == both->stream.routing && down->stream.tile_count == 2);
+    CHECK(plan->tensors[both->stream.tensor].bytes == 2 * EXPERTS * PERK_WEIGHT_BLOCK_BYTES);
+    CHECK(both->stream.routed.counter == stage_of(plan, "route.experts")->counter && both->stream.routed.needed == 1);
+    perk_plan_free(plan);
     perk_graph_free(g);
+}
+
+/* What is special about stages over experts, broken. */
+static void test_broken_plans(void) {
+    static const char *const messages[] = {"does not prove",  "does not prove",          "every 6-th",
+                                           "every 6-th",      "known in the step alone", "not the 2 tiles",
+                                           "dealt by tensor", "may still write it",      "nothing has written a part"};
+    for (int i = 0; i < (int)PERK_COUNT(messages); i++) {
+        perk_graph *g = new_graph();
+        perk_plan *plan = plan_mlp(g);
+        perk_stage *both = stage_of(plan, "gate_up");
+        perk_task *task = task_of(plan, "gate_up");
+        perk_region *share = &plan->regions[task->write_begin];
+        switch (i) {
+        case 0: both->stream.routed.counter = stage_of(plan, "router")->counter; break;
+        case 1: both->stream.routed.needed = 0; break;
+        case 2: task->stride = 5; break;
+        case 3: plan->regions[task->read_begin + 1].col_count--; break;
+        case 4: plan->regions[task_of(plan, "out")->read_begin].col_count--; break;
+        case 5: both->unit_count++; break;
+        case 6: both->stream.routing = plan->tensor_count; break;
+        case 7: *share = (perk_region){share->tensor, 0, 4 * TOP, 0, INNER, INNER, 1}; break;
+        default: share->row_end--;
+        }
+        CHECK_FAILS(perk_plan_check(plan, &err), PERK_UNSAFE_PLAN, messages[i]);
+        perk_plan_free(plan);
+        perk_graph_free(g);
+    }
 }
 
 /* ---- weights ---- */
@@ -315,7 +371,8 @@ int main(void) {
     test_values(0);
     test_values(1);
     test_odd_logits();
-    test_plan_refused();
+    test_plan();
+    test_broken_plans();
     test_no_copy();
     test_missing_expert();
     test_memory_of_30b();

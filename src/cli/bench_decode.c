@@ -17,7 +17,7 @@ typedef struct decode_result {
     double ceiling;                 /* bytes a second */
     double floor_ms;
     double check_error;              /* < 0: not made */
-    uint64_t stream_bytes, kv_bytes; /* read in a step at the measured context */
+    uint64_t stream_bytes, kv_bytes; /* read in a step: the last one; at the measured context */
 } decode_result;
 
 static int parse_list(const perk_bench_command *c, const char *option, const char *text, int32_t max,
@@ -36,10 +36,9 @@ static int parse_list(const perk_bench_command *c, const char *option, const cha
     }
 }
 
-static void count_bytes(const perk_bench *b, decode_result *result) {
+static void count_floor(const perk_bench *b, decode_result *result) {
     const perk_bench_options *o = b->options;
     const perk_plan *plan = perk_gpu_plan(b->gpu);
-    for (int i = 0; i < plan->task_count; i++) result->stream_bytes += plan->tasks[i].stream_bytes;
     uint64_t position_bytes = plan->kv_layer_bytes * (uint64_t)plan->graph->kv_layer_count /
                               ((uint64_t)plan->config.max_num_pages * (uint64_t)plan->config.page_size);
     result->kv_bytes = position_bytes * (uint64_t)o->batch * (uint64_t)(o->context + o->steps / 2);
@@ -54,11 +53,12 @@ static perk_status measure(const perk_bench_command *c, perk_bench *b, decode_re
         status = perk_bench_check(b, c->check_tokens ? c->check_tokens : 4, 1, &result->check_error, err);
     if (status == PERK_OK) status = perk_bench_prefill(b, err);
     if (status == PERK_OK) status = perk_bench_decode(b, err);
+    if (status == PERK_OK) status = perk_gpu_streamed_bytes(b->gpu, &result->stream_bytes, err);
     if (status == PERK_OK) status = perk_gpu_read_ceiling(b->gpu, 7, &result->ceiling, err);
     if (status != PERK_OK) return status;
     result->step = perk_bench_spread_of(b->wall_ms, steps);
     result->device = perk_bench_spread_of(b->device_ms, steps);
-    count_bytes(b, result);
+    count_floor(b, result);
     return PERK_OK;
 }
 

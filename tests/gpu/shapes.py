@@ -66,8 +66,7 @@ SHAPES = {
     "qwen2-gqa7-window": Shape("qwen2", dict(hidden_size=224, num_attention_heads=7, num_key_value_heads=1,
                                              rope_theta=1000000.0, use_sliding_window=True, sliding_window=24,
                                              max_window_layers=2)),
-    # Experts have no device code yet: with --device cpu --backend reference alone.
-    "moe-top4": Shape("qwen3-moe"),
+    "moe-top4": Shape("qwen3-moe", variants={**STEPS, "portable": step(16, "--portable")}, repeats=True),
     "moe-some-layers": Shape("qwen3-moe", dict(num_experts=8, num_experts_per_tok=2, norm_topk_prob=False,
                                                decoder_sparse_step=2, num_hidden_layers=4, mlp_only_layers=[1])),
     "qwen3-0.6b": Shape("qwen3-0.6b", variants={**STEPS, "portable": step(16, "--portable")},
@@ -81,14 +80,17 @@ SHAPES = {
     "qwen2.5-7b-2-layers": Shape("qwen2.5-7b", dict(num_hidden_layers=2), greedy=(17,),
                                  variants={**BASE, "step 1": step(1), "step 64": step(64)}),
     "mistral-7b-2-layers": Shape("mistral-7b-v0.3", dict(num_hidden_layers=2), greedy=(17,)),
+    "qwen3-30b-a3b-2-layers": Shape("qwen3-30b-a3b", dict(num_hidden_layers=2), greedy=(17,), repeats=True,
+                                    variants={**STEPS, "portable": step(16, "--portable")}),
     "qwen3-8b": Shape("qwen3-8b", variants={**BASE, "step 1": step(1)}, greedy=(17,), seconds=180),
 }
 ON_CPU = ["tiny", "gqa5-odd", "gqa8-head32-untied", "gqa3-head96-bias", "gqa1-head128-window", "llama-gqa2-llama3",
-          "llama-gqa4-biases", "mistral-gqa2-window", "mistral-gqa4-head128", "qwen2-gqa7-window"]
+          "llama-gqa4-biases", "mistral-gqa2-window", "mistral-gqa4-head128", "qwen2-gqa7-window", "moe-top4",
+          "moe-some-layers"]
 QUICK = [*ON_CPU, "qwen3-0.6b"]
 # Without qwen3-4b-2-layers and llama-3.1-8b-2-layers, which have nothing that these lack.
 LARGE = ["qwen3-14b-2-layers", "llama-3.2-1b", "qwen2.5-7b-2-layers", "mistral-7b-2-layers", "qwen3-32b-2-layers",
-         "qwen3-8b"]
+         "qwen3-30b-a3b-2-layers", "qwen3-8b"]
 
 
 def read_config(shape):
@@ -106,7 +108,8 @@ def count_bytes(config):
     hidden, query_heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // query_heads
     layer = 2 * hidden * (query_heads + config["num_key_value_heads"]) * head_dim
-    layer += 3 * hidden * config["intermediate_size"]
+    layer += 3 * hidden * (config["num_experts"] * config["moe_intermediate_size"] if config.get("num_experts")
+                           else config["intermediate_size"])
     tables = 1 if config["tie_word_embeddings"] else 2
     return 2 * (config["num_hidden_layers"] * layer + tables * config["vocab_size"] * hidden)
 
