@@ -45,7 +45,7 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
         {"batch_attention_items", batch.attention_items},
     };
     bool has_experts = false;
-    for (int i = 0; i < plan->stage_count; i++) has_experts |= plan->stages[i].stream.experts > 0;
+    for (int i = 0; i < plan->stage_count; i++) has_experts |= plan->stages[i].stream.deal != PERK_DEAL_NONE;
     perk_buffer_printf(out, "namespace program {\n");
     for (size_t i = 0; i < PERK_COUNT(constants); i++)
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
@@ -139,10 +139,11 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
         record.stream_tiles = (uint32_t)stage->stream.tile_count;
         record.stream_blocks = (uint32_t)stage->stream.blocks_per_tile;
     }
-    if (stage->stream.tensor >= 0 && stage->stream.experts > 0) {
+    if (stage->stream.tensor >= 0 && stage->stream.deal != PERK_DEAL_NONE) {
         record.routing_experts = (uint32_t)stage->stream.experts;
         record.routing_counter = (uint32_t)stage->stream.routed.counter;
-        record.routing_per_step = (uint32_t)plan->counter_per_step[stage->stream.routed.counter];
+        record.routing_most_hits =
+            (uint32_t)stage->stream.most_hits | (stage->stream.deal == PERK_DEAL_TILES ? PERK_ROUTING_OF_TILES : 0u);
         record.routing = (uint32_t)(plan->tensors[stage->stream.routing].offset / 256);
     }
     return record;

@@ -59,11 +59,15 @@ enum {
  * Pairs of a token and a slot, numbered token * slots + slot, in the order of their experts. Experts that got a pair
  * are hit; a token picks an expert at most once. After the header:
  *
- *     hit experts, rising | the place of each one's first pair in the order, and the end | pairs in that order
+ *     hit experts, rising | the place of each one's first pair in the order, and the end | pairs in that order |
+ *     their shares, fp32
  *
- * A stage over them has hits * tiles units, the tiles of the first hit expert first. Its tasks take every n-th. */
+ * Tasks of a stage over experts take either every n-th of its units, which are the tiles of the first hit expert, then
+ * those of the next; or, where they sum up what experts made, tiles like those of any linear, of all hit experts. */
 enum { PERK_ROUTING_HITS = 0, PERK_ROUTING_HEADER = 4 };
-#define PERK_ROUTING_WORDS(hits, pairs) (PERK_ROUTING_HEADER + 2 * (hits) + 1 + (pairs)) /* at most so many of each */
+#define PERK_ROUTING_OF_TILES 0x80000000u /* in a record: tiles of all hit experts */
+#define PERK_ROUTING_WORDS(hits, pairs)                                                                                \
+    (PERK_ROUTING_HEADER + 2 * (hits) + 1 + 2 * (pairs)) /* at most so many of each */
 
 /* ---- attention ---- */
 enum {
@@ -98,10 +102,10 @@ typedef struct perk_task_record {
     uint32_t stream_blocks; /* blocks a tile */
     /* Where the weights are those of experts: stream_tiles are those of one expert, and the step's routing says whose
      * the task's units are. */
-    uint32_t routing_experts;  /* matrices of the stage; 0: no experts */
-    uint32_t routing_counter;  /* the routing is there at value >= (step + 1) * per_step */
-    uint32_t routing_per_step; /* */
-    uint32_t routing;          /* perk_routing: byte offset / 256 among the activations */
+    uint32_t routing_experts;   /* matrices of the stage; 0: no experts */
+    uint32_t routing_most_hits; /* of them; | PERK_ROUTING_OF_TILES */
+    uint32_t routing_counter;   /* gets one signal a step, when the routing is there */
+    uint32_t routing;           /* byte offset / 256 among the activations */
 } perk_task_record;
 
 /* ---- the batch of a step, as it lies in device memory: 32-bit words ----

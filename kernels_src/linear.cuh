@@ -12,12 +12,7 @@ enum class Epilogue {
     silu,     // the tile holds 8 gate rows, then the 8 up rows that belong to them: silu(gate) * up, bf16
     logits,   // fp32, and the tile's largest value of each row as a candidate for argmax
     scores,   // fp32
-};
-
-// Which rows of the input and of the output belong to the rows of a product.
-struct SameRows {
-    __device__ __forceinline__ uint32_t input(uint32_t row) const { return row; }
-    __device__ __forceinline__ uint32_t output(uint32_t row) const { return row; }
+    sum,      // of experts: their shares of the outputs of a token, + residual, bf16
 };
 
 // Operands of a linear stage, by role.
@@ -319,10 +314,19 @@ struct Linear {
             const float scale = kFoldedNorm && row < rows ? norm_scale(w, rows_of.input(row), eps) : 1.0f;
             const float low = sum[r] * scale + bias[0] + residual[r],
                         high = sum[2 + r] * scale + bias[1] + residual[2 + r];
-            if (row < rows) store_row(w, f, tile, rows_of.output(row), low, high);
+            if (row < rows) rows_of.store(w, f, tile, row, low, high);
             if constexpr (kEpilogue == Epilogue::logits) store_candidate(w, f, tile, row, rows, low, high);
         }
     }
+
+    // Which row of the input, and where outputs belong, for a row of the product.
+    struct SameRows {
+        __device__ __forceinline__ uint32_t input(uint32_t row) const { return row; }
+        __device__ __forceinline__ void store(const Worker &w, const Finish &f, uint32_t tile, uint32_t row, float low,
+                                              float high) const {
+            store_row(w, f, tile, row, low, high);
+        }
+    };
 
     // All warps leave their sums of a tile where finish_tile finds them.
     static __device__ __forceinline__ void share_sums(const Worker &w, uint32_t buffer, uint32_t rows,

@@ -11,7 +11,8 @@ struct Routing {
     static constexpr uint32_t kExperts = kExpertCount, kSlots = kSlotCount, kTokens = kMaxTokens;
     static constexpr uint32_t kMaxPairs = kTokens * kSlots, kMaxHits = kExperts < kMaxPairs ? kExperts : kMaxPairs;
     static constexpr uint32_t kHits = PERK_ROUTING_HITS, kExpert = PERK_ROUTING_HEADER, kBegin = kExpert + kMaxHits,
-                              kOrder = kBegin + kMaxHits + 1, kWords = kOrder + kMaxPairs;
+                              kOrder = kBegin + kMaxHits + 1, kShares = kOrder + kMaxPairs,
+                              kWords = kShares + kMaxPairs;
     static_assert(kWords == PERK_ROUTING_WORDS(kMaxHits, kMaxPairs), "abi.h says otherwise");
 };
 
@@ -27,9 +28,9 @@ struct MoeRoute {
     static constexpr uint32_t kInStride = PERK_ROW_STRIDE(R::kExperts), kOutStride = PERK_ROW_STRIDE(R::kSlots);
     static_assert(R::kSlots <= 32, "a lane a slot");
 
-    // Shared memory: who picked each expert, where its pairs begin in the order, whom each pair picked.
+    // Shared memory: who picked each expert, where its pairs begin in the order, whom each pair picked, its share.
     static constexpr uint32_t kPicked = R::kExperts * kTokenWords * 4, kBegins = R::kExperts * 4,
-                              kBytes = kPicked + kBegins + R::kMaxPairs * 4;
+                              kBytes = kPicked + kBegins + R::kMaxPairs * 8;
     static_assert(kBytes <= program::reduction_bytes, "the plan gave this stage too little scratch");
     static __device__ __forceinline__ uint32_t picked(const Worker &w, uint32_t expert, uint32_t word) {
         return w.reduction() + (expert * kTokenWords + word) * 4;
@@ -38,7 +39,7 @@ struct MoeRoute {
         return w.reduction() + kPicked + expert * 4;
     }
     static __device__ __forceinline__ uint32_t choice(const Worker &w, uint32_t pair) {
-        return w.reduction() + kPicked + kBegins + pair * 4;
+        return w.reduction() + kPicked + kBegins + pair * 8;
     }
 
     // A number that grows with the logit: 1 for what is no number, so that as many as wanted can always be picked.
@@ -99,6 +100,7 @@ struct MoeRoute {
         experts[uint64_t(token) * kOutStride + w.lane] = my_expert;
         shares[uint64_t(token) * kOutStride + w.lane] = share / sum;
         store_shared4(choice(w, token * R::kSlots + w.lane), my_expert);
+        store_shared4(choice(w, token * R::kSlots + w.lane) + 4, __float_as_uint(share / sum));
         or_shared4(picked(w, my_expert, token / 32), 1u << token % 32);
     }
 
@@ -159,6 +161,12 @@ struct MoeRoute {
         return place;
     }
 
+    static __device__ __forceinline__ void place_pair(const Worker &w, uint32_t pair, uint32_t *routing) {
+        const uint32_t place = place_of(w, pair);
+        routing[R::kOrder + place] = pair;
+        routing[R::kShares + place] = load_shared4(choice(w, pair) + 4);
+    }
+
     static __device__ __forceinline__ void run(Worker &w, const TaskView &task) {
         const uint32_t tokens = w.num_tokens();
         const uint8_t *logits = w.args.activations + task.operand(0);
@@ -175,7 +183,7 @@ struct MoeRoute {
         if (w.warp == 0) list_hits(w, routing);
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
         for (uint32_t pair = w.thread; pair < tokens * R::kSlots; pair += PERK_CONSUMER_THREADS)
-            routing[R::kOrder + place_of(w, pair)] = pair;
+            place_pair(w, pair, routing);
     }
 };
 
@@ -183,16 +191,22 @@ struct MoeRoute {
 
 // out[pair] = x[pair, or its token] W[expert of the pair]^T. A unit is a tile of one hit expert, for all of its pairs;
 // units first, first + stride, ... of the step's are the task's. Linear makes the products.
-// Operands: kInput, kOutput, kNormWeight as of a linear, kRouting.
-enum ExpertOperand { kRouting = 2 };
+// With Epilogue::sum, out[token] = residual[token] + the sum over its pairs of share * that, rounded first: a task has
+// whole tiles of all hit experts then, and adds up in their order.
+// Operands: kInput, kOutput, kNormWeight as of a linear, kRouting, kSumResidual.
+enum ExpertOperand { kRouting = 2, kSumResidual = 4 };
 
 template <class R, bool kFromPairs, uint32_t kIn, uint32_t kOut, bool kFoldedNorm, Epilogue kEpilogue>
 struct ExpertLinear {
-    using Product = Linear<Rows::tokens, R::kTokens, kIn, kOut, kFoldedNorm, kEpilogue, false>;
+    static constexpr bool kSums = kEpilogue == Epilogue::sum;
+    using Product =
+        Linear<Rows::tokens, R::kTokens, kIn, kOut, kFoldedNorm, kSums ? Epilogue::store : kEpilogue, false>;
+    using Finish = typename Product::Finish;
     static constexpr uint32_t kUnitTiles = kEpilogue == Epilogue::silu ? (kOut / 2 + 7) / 8 : Product::kTiles;
     static constexpr uint32_t kShared =
         Product::kBuffers * Product::kPartialBytes + PERK_CONSUMER_WARPS * R::kTokens * 4;
-    static_assert(kShared + R::kWords * 4 <= program::reduction_bytes, "the plan gave this stage too little scratch");
+    static constexpr uint32_t kTotals = kShared + R::kWords * 4, kBytes = kTotals + R::kTokens * PERK_TILE_ROWS * 4;
+    static_assert(kBytes <= program::reduction_bytes, "the plan gave this stage too little scratch");
     static_assert(!kFromPairs || !kFoldedNorm, "a norm is of tokens");
 
     // The step's routing, in shared memory. What a wait that was given up leaves there stays within bounds.
@@ -214,16 +228,38 @@ struct ExpertLinear {
         __device__ __forceinline__ uint32_t pair(uint32_t place) const {
             return min(get(R::kOrder + place), R::kMaxPairs - 1);
         }
+        __device__ __forceinline__ float share(uint32_t place) const {
+            return __uint_as_float(get(R::kShares + min(place, R::kMaxPairs - 1)));
+        }
         __device__ __forceinline__ uint32_t get(uint32_t word) const { return load_shared4(address + word * 4); }
     };
 
-    // Rows of a hit expert.
+    // Of the tile that is being summed up: outputs of each token, fp32.
+    static __device__ __forceinline__ uint32_t total(const Worker &w, uint32_t token, uint32_t output) {
+        return w.reduction() + kTotals + (token * PERK_TILE_ROWS + output) * 4;
+    }
+    static __device__ __forceinline__ void add_to(uint32_t address, float value) {
+        store_shared4(address, __float_as_uint(__uint_as_float(load_shared4(address)) + value));
+    }
+
+    // Rows of a hit expert. No two are of one token.
     struct ExpertRows {
         const Copy &routing;
         uint32_t first;
-        __device__ __forceinline__ uint32_t output(uint32_t row) const { return routing.pair(first + row); }
+        __device__ __forceinline__ uint32_t pair(uint32_t row) const { return routing.pair(first + row); }
         __device__ __forceinline__ uint32_t input(uint32_t row) const {
-            return kFromPairs ? output(row) : output(row) / R::kSlots;
+            return kFromPairs ? pair(row) : pair(row) / R::kSlots;
+        }
+        __device__ __forceinline__ void store(const Worker &w, const Finish &f, uint32_t tile, uint32_t row, float low,
+                                              float high) const {
+            if constexpr (kSums) {
+                const float share = routing.share(first + row);
+                const uint32_t address = total(w, pair(row) / R::kSlots, w.lane / 4);
+                add_to(address, share * round_bf16(low));
+                add_to(address + 32, share * round_bf16(high));
+            } else {
+                Product::store_row(w, f, tile, pair(row), low, high);
+            }
         }
     };
 
@@ -260,28 +296,97 @@ struct ExpertLinear {
         }
     };
 
-    struct Units {
-        uint32_t first, stride, end;
+    // A step's work for this task, and where it is. Units and products are numbered by `i`.
+    struct Work {
+        const Copy &routing;
+        const uint8_t *x, *residual;
+        Finish finish;
+        uint32_t first, stride, count, x_rows, hits;
+        float eps;
+    };
+
+    // One tile of one hit expert.
+    template <class Input>
+    static __device__ __forceinline__ uint32_t run_unit(const Worker &w, const Work &work, uint32_t hit, uint32_t tile,
+                                                        uint32_t i, uint32_t chunk) {
+        const uint32_t rows = work.routing.count(hit);
+        const ExpertRows rows_of{work.routing, work.routing.begin(hit)};
+        const uint32_t buffer = i % Product::kBuffers, my_column_tile = (w.warp - i) % PERK_CONSUMER_WARPS;
+        float sums[Product::kColumnTiles][4] = {};
+        const Input input(w, work.x, work.x_rows, LaneRows(w, rows_of, rows));
+        chunk = Product::multiply_tile(w, input, rows, chunk, sums);
+        Product::share_sums(w, buffer, rows, sums);
+        if (my_column_tile < Product::kColumnTiles && my_column_tile * 8 < rows)
+            Product::finish_tile(w, work.finish, tile, my_column_tile, buffer, rows, work.eps, {0.0f, 0.0f, 0.0f, 0.0f},
+                                 rows_of);
+        return chunk;
+    }
+
+    template <class Input>
+    static __device__ __forceinline__ uint32_t run_units(const Worker &w, const Work &work, uint32_t chunk) {
+        const uint32_t end = work.hits * kUnitTiles;
+#pragma unroll 1
+        for (uint32_t unit = work.first, i = 0; unit < end; unit += work.stride, i++)
+            chunk = run_unit<Input>(w, work, unit / kUnitTiles, unit % kUnitTiles, i, chunk);
+        return chunk;
+    }
+
+    // A thread has neighbouring outputs of one token, or of a few.
+    static constexpr uint32_t kThreadPairs =
+        (R::kTokens * (PERK_TILE_ROWS / 2) + PERK_CONSUMER_THREADS - 1) / PERK_CONSUMER_THREADS;
+    struct Place {
+        uint32_t token, output, column;
+        bool is_inside;
+        __device__ __forceinline__ Place(const Worker &w, uint32_t p, uint32_t tile) {
+            const uint32_t index = w.thread + p * PERK_CONSUMER_THREADS;
+            token = index / (PERK_TILE_ROWS / 2);
+            output = index % (PERK_TILE_ROWS / 2) * 2;
+            column = tile * PERK_TILE_ROWS + output;
+            is_inside = token < w.num_tokens() && column < kOut;
+        }
+        __device__ __forceinline__ uint64_t offset() const {
+            return (uint64_t(token) * Product::kOutStride + column) * 2;
+        }
     };
 
     template <class Input>
-    static __device__ __forceinline__ uint32_t run_units(const Worker &w, const Units &units, const Copy &routing,
-                                                         const uint8_t *x, uint32_t staged,
-                                                         const typename Product::Finish &finish, uint32_t chunk,
-                                                         float eps) {
+    static __device__ __forceinline__ uint32_t run_sums(const Worker &w, const Work &work, uint32_t chunk) {
 #pragma unroll 1
-        for (uint32_t unit = units.first, i = 0; unit < units.end; unit += units.stride, i++) {
-            const uint32_t hit = unit / kUnitTiles, tile = unit % kUnitTiles, rows = routing.count(hit);
-            const ExpertRows rows_of{routing, routing.begin(hit)};
-            const uint32_t buffer = i % Product::kBuffers, my_column_tile = (w.warp - i) % PERK_CONSUMER_WARPS;
-            float sums[Product::kColumnTiles][4] = {};
-            chunk = Product::multiply_tile(w, Input(w, x, staged, LaneRows(w, rows_of, rows)), rows, chunk, sums);
-            Product::share_sums(w, buffer, rows, sums);
-            if (my_column_tile < Product::kColumnTiles && my_column_tile * 8 < rows)
-                Product::finish_tile(w, finish, tile, my_column_tile, buffer, rows, eps, {0.0f, 0.0f, 0.0f, 0.0f},
-                                     rows_of);
+        for (uint32_t t = 0; t < work.count; t++) {
+            const uint32_t tile = work.first + t * work.stride;
+            uint32_t residual[kThreadPairs];
+#pragma unroll
+            for (uint32_t p = 0; p < kThreadPairs; p++) { // early: in flight while the products are made
+                const Place place(w, p, tile);
+                residual[p] = place.is_inside ? load_coherent4(work.residual + place.offset()) : 0;
+            }
+#pragma unroll 1
+            for (uint32_t hit = 0; hit < work.hits; hit++)
+                chunk = run_unit<Input>(w, work, hit, tile, t * work.hits + hit, chunk);
+            named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // all are added
+#pragma unroll
+            for (uint32_t p = 0; p < kThreadPairs; p++) {
+                const Place place(w, p, tile);
+                if (!place.is_inside) continue;
+                const uint32_t address = total(w, place.token, place.output);
+                const float low = __uint_as_float(load_shared4(address)),
+                            high = __uint_as_float(load_shared4(address + 4));
+                uint32_t sum = pack_bf16(low + low_bf16(residual[p]), high + high_bf16(residual[p]));
+                if (place.column + 1 >= kOut) sum &= 0xffffu; // what lies beyond the width stays zero
+                *reinterpret_cast<uint32_t *>(work.finish.out + place.offset()) = sum;
+                store_shared4(address, 0); // for the next tile
+                store_shared4(address + 4, 0);
+            }
         }
         return chunk;
+    }
+
+    template <class Input>
+    static __device__ __forceinline__ uint32_t run_work(const Worker &w, const Work &work, uint32_t chunk) {
+        if constexpr (kSums)
+            return run_sums<Input>(w, work, chunk);
+        else
+            return run_units<Input>(w, work, chunk);
     }
 
     // What the producer leaves where the task has no units.
@@ -292,23 +397,32 @@ struct ExpertLinear {
     }
 
     static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk, float eps) {
-        const uint32_t x_rows = w.num_tokens() * (kFromPairs ? R::kSlots : 1);
-        const uint32_t first = task.first(), stride = task.stride();
-        const uint8_t *x = w.args.activations + task.operand(kInput);
-        const uint8_t *table = w.args.activations + task.operand(kRouting);
-        const typename Product::Finish finish{nullptr, nullptr, w.args.activations + task.operand(kOutput), nullptr};
         const Copy routing(w);
+        Work work{routing,
+                  w.args.activations + task.operand(kInput),
+                  w.args.activations + task.operand(kSumResidual),
+                  {nullptr, nullptr, w.args.activations + task.operand(kOutput), nullptr},
+                  task.first(),
+                  task.stride(),
+                  task.count(),
+                  w.num_tokens() * (kFromPairs ? R::kSlots : 1),
+                  0,
+                  eps};
+        const uint8_t *table = w.args.activations + task.operand(kRouting);
         const typename Product::Gains gains = Product::load_gains(w, w.args.constants + task.operand(kNormWeight));
+        if constexpr (kSums)
+            for (uint32_t i = w.thread; i < R::kTokens * PERK_TILE_ROWS; i += PERK_CONSUMER_THREADS)
+                store_shared4(total(w, 0, i), 0);
         await_inputs(w, task);
         routing.fetch(w, table); // under way while rows are staged
-        const bool is_staged = Product::staged_bytes(x_rows) <= program::staging_bytes;
-        if (is_staged) Product::stage_input(w, x, gains, x_rows);
+        const bool is_staged = Product::staged_bytes(work.x_rows) <= program::staging_bytes;
+        if (is_staged) Product::stage_input(w, work.x, gains, work.x_rows);
         copy_async_wait();
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-        const Units units{first, stride, routing.hits() * kUnitTiles};
-        if (units.first >= units.end) return take_empty(w, chunk);
-        if (is_staged) return run_units<StagedRows>(w, units, routing, x, x_rows, finish, chunk, eps);
-        if constexpr (!kFoldedNorm) return run_units<DirectRows>(w, units, routing, x, x_rows, finish, chunk, eps);
+        work.hits = routing.hits();
+        if (work.hits == 0 || (!kSums && work.first >= work.hits * kUnitTiles)) return take_empty(w, chunk);
+        if (is_staged) return run_work<StagedRows>(w, work, chunk);
+        if constexpr (!kFoldedNorm) return run_work<DirectRows>(w, work, chunk);
         return chunk;
     }
 };

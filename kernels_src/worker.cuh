@@ -257,42 +257,59 @@ __device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTas
     return chunk;
 }
 
-// The expert whose tile the unit is, for a lane; `hit` is which of the hit experts.
-__device__ __forceinline__ uint32_t load_expert(const Worker &w, uint32_t hit) {
-    const perk_task_record *record = record_at(w, w.position);
-    const uint32_t experts = __ldg(&record->routing_experts);
-    const uint8_t *routing = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
-    return min(load_coherent4(routing + (PERK_ROUTING_HEADER + hit) * 4), experts - 1);
-}
+// What the producer needs of the record of a stage over experts, beside that.
+struct RoutedTask {
+    uint32_t first, stride, tiles;
+    uint32_t hits;  // of the step's routing
+    uint32_t count; // tiles that this worker streams
+    bool of_tiles;
+};
 
-// Waits for the step's routing, and returns how many units it has for the stage.
-__device__ __forceinline__ uint32_t await_routing(const Worker &w, uint32_t tiles) {
+// Waits for the step's routing. What a wait that was given up leaves there stays within bounds.
+__device__ __forceinline__ RoutedTask await_routing(const Worker &w, const StreamTask &task) {
     const perk_task_record *record = record_at(w, w.position);
-    const uint32_t target = (w.args.step + 1) * __ldg(&record->routing_per_step);
-    if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), target);
+    const uint32_t most = __ldg(&record->routing_most_hits);
+    const uint8_t *routing = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
+    if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), w.args.step + 1);
     __syncwarp();
-    const uint8_t *routing = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
-    return load_coherent4(routing + PERK_ROUTING_HITS * 4) * tiles;
+    RoutedTask r{task.lane_in_round, task.workers, task.tiles, 0, 0, (most & PERK_ROUTING_OF_TILES) != 0};
+    r.hits = min(load_coherent4(routing + PERK_ROUTING_HITS * 4), most & ~PERK_ROUTING_OF_TILES);
+    const uint32_t units = r.hits * r.tiles;
+    if (r.of_tiles)
+        r.count = r.hits * task.rounds;
+    else if (r.first < units)
+        r.count = (units - r.first - 1) / r.stride + 1;
+    return r;
 }
 
-// Streams this worker's chunks of a stage over experts: of its units, which the step's routing deals. A task without
-// any gets 16 bytes: its end then says that the producer has read the routing.
+// Which of all experts' tiles is the i-th that this worker streams.
+__device__ __forceinline__ uint32_t find_tile(const Worker &w, const RoutedTask &r, uint32_t i) {
+    const perk_task_record *record = record_at(w, w.position);
+    const uint8_t *routing = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
+    const uint32_t unit = r.first + i * r.stride;
+    const uint32_t hit = r.of_tiles ? i % r.hits : unit / r.tiles;
+    const uint32_t tile = r.of_tiles ? r.first + i / r.hits * r.stride : unit % r.tiles;
+    const uint32_t expert = load_coherent4(routing + (PERK_ROUTING_HEADER + hit) * 4);
+    return min(expert, __ldg(&record->routing_experts) - 1) * r.tiles + tile;
+}
+
+// Streams this worker's chunks of a stage over experts, as the step's routing deals them. A task without any gets 16
+// bytes: its end then says that the producer has read the routing.
 __device__ __forceinline__ uint32_t stream_experts(const Worker &w, const StreamTask &task, uint32_t chunk) {
-    const uint32_t units = await_routing(w, task.tiles);
-    uint32_t count = 0, expert = 0;
-    for (uint32_t unit = task.lane_in_round; unit < units && count < task.rounds; unit += task.workers, count++) {
-        if (count % 32 == 0) { // a lane a unit: one trip to L2 for 32 of them
-            const uint32_t mine = unit + w.lane * task.workers;
-            if (mine < units && count + w.lane < task.rounds) expert = load_expert(w, mine / task.tiles);
+    const RoutedTask r = await_routing(w, task);
+    uint32_t mine = 0;
+    for (uint32_t i = 0; i < r.count; i++) {
+        if (i % 32 == 0) { // a lane a tile: one trip to L2 for 32 of them
+            if (i + w.lane < r.count) mine = find_tile(w, r, i + w.lane);
             __syncwarp();
         }
-        const uint32_t tile = __shfl_sync(0xffffffffu, expert, count % 32) * task.tiles + unit % task.tiles;
+        const uint32_t tile = __shfl_sync(0xffffffffu, mine, i % 32);
         const uint8_t *source = w.args.weights + (task.base + uint64_t(tile) * task.blocks) * PERK_WEIGHT_BLOCK_BYTES;
         for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++)
             push_chunk(w, chunk, source + block * PERK_WEIGHT_BLOCK_BYTES,
                        min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES);
     }
-    if (count == 0) push_chunk(w, chunk++, w.args.weights + uint64_t(task.base) * PERK_WEIGHT_BLOCK_BYTES, 16);
+    if (r.count == 0) push_chunk(w, chunk++, w.args.weights + uint64_t(task.base) * PERK_WEIGHT_BLOCK_BYTES, 16);
     return chunk;
 }
 

@@ -93,10 +93,12 @@ static perk_status check_routed_units(const perk_plan *plan, const perk_stage *s
     if (stream->routed.counter < 0 || stream->routed.counter >= plan->counter_count)
         return UNSAFE(err, "stage %.*s: its weights wait for counter %d of %d", NAME_LENGTH, stage->name,
                       stream->routed.counter, plan->counter_count);
-    if (stream->tile_count < 1 || stage->unit_count % stream->tile_count != 0 ||
-        stage->unit_count / stream->tile_count > stream->experts)
-        return UNSAFE(err, "stage %.*s: %d units are not the %d tiles of up to %d experts", NAME_LENGTH, stage->name,
-                      stage->unit_count, stream->tile_count, stream->experts);
+    int hits = stream->deal == PERK_DEAL_TILES ? 1 : stream->most_hits;
+    bool is_deal = stream->deal == PERK_DEAL_TILES || stream->deal == PERK_DEAL_UNITS;
+    if (!is_deal || stream->most_hits < 1 || stream->most_hits > stream->experts ||
+        stage->unit_count != (int64_t)hits * stream->tile_count)
+        return UNSAFE(err, "stage %.*s: %d units are not the %d tiles of up to %d of %d experts", NAME_LENGTH,
+                      stage->name, stage->unit_count, stream->tile_count, stream->most_hits, stream->experts);
     return PERK_OK;
 }
 
@@ -107,13 +109,14 @@ static perk_status check_stream(const perk_plan *plan, const perk_stage *stage, 
         return UNSAFE(err, "stage %.*s: it streams tensor %d of %d", NAME_LENGTH, stage->name, stream->tensor,
                       plan->tensor_count);
     const perk_plan_tensor *t = &plan->tensors[stream->tensor];
-    uint64_t matrices = (uint64_t)PERK_MAX(1, stream->experts), blocks = t->bytes / PERK_WEIGHT_BLOCK_BYTES;
+    uint64_t matrices = stream->deal == PERK_DEAL_NONE ? 1 : (uint64_t)PERK_MAX(1, stream->experts),
+             blocks = t->bytes / PERK_WEIGHT_BLOCK_BYTES;
     if (t->space != PERK_SPACE_WEIGHTS || stream->tile_count < 0 || stream->blocks_per_tile < 0 ||
         blocks % matrices != 0 || (uint64_t)stream->tile_count * (uint64_t)stream->blocks_per_tile != blocks / matrices)
         return UNSAFE(err, "stage %.*s: %d tiles of %d blocks of 1 KB are not the %llu bytes of weights of %.*s",
                       NAME_LENGTH, stage->name, stream->tile_count, stream->blocks_per_tile,
                       (unsigned long long)t->bytes, NAME_LENGTH, t->name);
-    if (stream->experts > 0) return check_routed_units(plan, stage, err);
+    if (stream->deal != PERK_DEAL_NONE) return check_routed_units(plan, stage, err);
     if (stream->tile_count != stage->unit_count)
         return UNSAFE(err, "stage %.*s: it streams %d tiles for %d units: its tasks would wait for weights forever",
                       NAME_LENGTH, stage->name, stream->tile_count, stage->unit_count);
@@ -183,6 +186,7 @@ static perk_status check_task(const perk_plan *plan, int index, int worker, perk
                       perk_check_task_text(plan, index).text, task->first, task->stride, task->count,
                       stage->unit_count);
     uint64_t blocks = stage->stream.tensor < 0 ? 0 : (uint64_t)stage->stream.blocks_per_tile * (uint64_t)task->count;
+    if (stage->stream.tensor >= 0 && stage->stream.deal == PERK_DEAL_TILES) blocks *= (uint64_t)stage->stream.most_hits;
     if (task->stream_bytes != blocks * PERK_WEIGHT_BLOCK_BYTES)
         return UNSAFE(err, "%s: it consumes %llu bytes of weights, its units are %llu bytes of the stream",
                       perk_check_task_text(plan, index).text, (unsigned long long)task->stream_bytes,
@@ -292,7 +296,7 @@ static perk_status check_routing(const perk_plan *plan, const perk_stage *stage,
     for (int j = writer < 0 ? 0 : plan->tasks[writer].signal_begin; writer >= 0 && j < plan->tasks[writer].signal_end;
          j++)
         if (plan->signals[j].counter == stream->routed.counter) signals += plan->signals[j].amount;
-    if (writer >= 0 && others == 0 && signals > 0 && signals == plan->counter_per_step[stream->routed.counter] &&
+    if (writer >= 0 && others == 0 && signals == 1 && signals == plan->counter_per_step[stream->routed.counter] &&
         signals == stream->routed.needed)
         return PERK_OK;
     return UNSAFE(err, "stage %.*s: its weights wait for %d on %s, which does not prove that one task has written %.*s",
@@ -309,8 +313,8 @@ static perk_status check_deal(const perk_plan *plan, int index, perk_error *err)
     bool reads = false;
     for (int j = task->read_begin; j < task->read_end; j++)
         reads |= plan->regions[j].tensor == stage->stream.routing && is_whole(plan, &plan->regions[j]);
-    if (task->stride == stage->task_count && task->first < stage->task_count && task->count == count && reads)
-        return PERK_OK;
+    bool is_nth = task->stride == stage->task_count && task->first < stage->task_count && task->count == count;
+    if (reads && (is_nth || stage->stream.deal == PERK_DEAL_TILES)) return PERK_OK;
     return UNSAFE(err,
                   "%s: units %d, step %d, up to %d of them, are not every %d-th of its stage, or it does not read "
                   "%.*s, which deals them",
@@ -344,16 +348,17 @@ static perk_status check_experts(const perk_plan *plan, perk_error *err) {
     bool has_experts = false;
     for (int i = 0; i < plan->stage_count && !status; i++) {
         const perk_stream *stream = &plan->stages[i].stream;
-        if (stream->tensor < 0 || stream->experts <= 0) continue;
+        if (stream->tensor < 0 || stream->deal == PERK_DEAL_NONE) continue;
         has_experts = true;
         status = check_routing(plan, &plan->stages[i], err);
     }
     for (int i = 0; i < plan->task_count && has_experts && !status; i++) {
         const perk_task *task = &plan->tasks[i];
         const perk_stream *stream = &plan->stages[task->stage].stream;
-        if (stream->tensor < 0 || stream->experts <= 0) continue;
+        if (stream->tensor < 0 || stream->deal == PERK_DEAL_NONE) continue;
         status = check_deal(plan, i, err);
-        for (int j = task->write_begin; j < task->write_end; j++) dealt_by[plan->regions[j].tensor] = task->stage;
+        for (int j = task->write_begin; j < task->write_end && stream->deal == PERK_DEAL_UNITS; j++)
+            dealt_by[plan->regions[j].tensor] = task->stage;
     }
     if (has_experts && !status) status = check_shares(plan, dealt_by, err);
     free(dealt_by);

@@ -200,7 +200,8 @@ void perk_lower_task(perk_lowering *l, int worker, int first, int stride, int co
         .read_end = plan->region_count,
         .write_begin = plan->region_count,
         .write_end = plan->region_count,
-        .stream_bytes = (uint64_t)count * (uint64_t)stage->stream.blocks_per_tile * PERK_WEIGHT_BLOCK_BYTES};
+        .stream_bytes = (uint64_t)count * (uint64_t)stage->stream.blocks_per_tile * PERK_WEIGHT_BLOCK_BYTES *
+                        (uint64_t)(stage->stream.deal == PERK_DEAL_TILES ? stage->stream.most_hits : 1)};
     stage->task_count++;
     stage->unit_count += count;
 }
@@ -322,10 +323,22 @@ static const perk_op *silu_host(const perk_lowering *l, const perk_op *silu) {
     return fits ? host : NULL;
 }
 
+/* moe_sum is folded into the linear of experts that makes its input, when nothing else reads that, the shares are of
+ * the same routing, and the residual is there by then. */
+static const perk_op *sum_host(const perk_lowering *l, const perk_op *sum) {
+    const perk_tensor *x = sum->inputs[PERK_IN_X], *residual = sum->inputs[PERK_IN_RESIDUAL];
+    const perk_op *host = x->producer;
+    bool fits = host && host->type == &perk_op_moe_linear && !x->kept && reader_count(l->graph, x, NULL) == 1 &&
+                sum->inputs[PERK_IN_SHARES] == host->inputs[PERK_IN_EXPERTS]->producer->second &&
+                (!residual->producer || residual->producer->index < host->index);
+    return fits ? host : NULL;
+}
+
 static void choose_folds(perk_lowering *l) {
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
         if (op->type == &perk_op_silu_mul) l->fold_into[i] = silu_host(l, op);
+        if (op->type == &perk_op_moe_sum) l->fold_into[i] = sum_host(l, op);
         if (op->type == &perk_op_rmsnorm && norm_is_foldable(l, op))
             reader_count(l->graph, op->output, &l->fold_into[i]);
     }

@@ -47,11 +47,14 @@ int perk_lower_most_hits(const perk_lowering *lowering, const perk_tensor *exper
 /* What the stage of a linear, or of a linear of experts, does besides the product: work of neighbouring ops that is
  * folded into it. */
 typedef struct perk_linear_form {
-    const perk_op *norm, *silu;
+    const perk_op *norm, *silu, *sum;
     const perk_tensor *x, *out;
     const char *epilogue;
     int tile_width; /* outputs of a tile */
 } perk_linear_form;
+/* Adds the columns that the tiles of `task` make, `width` outputs each; the last tile may be cut. */
+void perk_lower_tiles(perk_lowering *lowering, int tensor, int width, const perk_task *task,
+                      void (*add)(perk_lowering *, perk_region));
 perk_linear_form perk_linear_form_of(const perk_lowering *lowering, const perk_op *op);
 
 /* Opens a stage "<output's name><suffix>"; `statement` is the C++ that runs one of its tasks. NULL on failure. */

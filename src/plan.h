@@ -84,17 +84,23 @@ typedef struct perk_task {
 
 /* The weights of a stage in the packed stream: see kernels_src/abi.h for the layout.
  *
- * Where they are those of experts, the step's routing deals the units: which tasks have which of them, and how many
- * there are, is data. A task's units are then the most that it may get. Its write region is a share of the output that
- * is its alone, not the place that it writes: the tasks' shares make up the whole, and all other stages must declare
- * the whole (src/check.c holds plans to that). */
+ * Where they are those of experts, the step's routing says which are needed. PERK_DEAL_TILES: the stage sums up what
+ * experts make; a task has tiles of the output, and streams each of them of every expert that is hit. PERK_DEAL_UNITS:
+ * a unit is a tile of one hit expert; which tasks have which of them, and how many there are, is data. A task's units
+ * are then the most that it may get. Its write region is a share of the output that is its alone, not the place that it
+ * writes: the tasks' shares make up the whole, and all other stages must declare the whole (src/check.c holds plans to
+ * that). */
+typedef enum perk_deal { PERK_DEAL_NONE, PERK_DEAL_UNITS, PERK_DEAL_TILES } perk_deal;
+
 typedef struct perk_stream {
     int tensor;          /* plan tensor of the packed weights; -1: the stage streams none */
     int tile_count;      /* row tiles; of one expert */
     int blocks_per_tile; /* 1 KB blocks of 16 rows x 32 columns */
-    int experts;         /* 0: the weights are no experts' */
-    int routing;         /* experts: plan tensor of the routing (kernels_src/abi.h), which one task writes */
-    perk_wait routed;    /* experts: what the producer waits for before it reads that */
+    perk_deal deal;      /* of experts' weights; else PERK_DEAL_NONE, and the rest means nothing */
+    int experts;         /* matrices */
+    int most_hits;       /* of them, in a step */
+    int routing;         /* plan tensor of the routing (kernels_src/abi.h), which one task writes */
+    perk_wait routed;    /* what the producer waits for before it reads that */
 } perk_stream;
 
 enum { PERK_STAGE_OPERANDS = 6 };

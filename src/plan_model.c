@@ -112,6 +112,13 @@ static void take_chunk(const machine_run *run, worker *w, double bytes, double c
     w->chunks++;
 }
 
+/* Tiles of experts that a task multiplies by, when so many experts are hit. */
+static int units_of_hits(const perk_stage *stage, const perk_task *task, int hits) {
+    if (stage->stream.deal == PERK_DEAL_TILES) return task->count * hits;
+    int all = hits * stage->stream.tile_count;
+    return PERK_MIN(task->count, (all - task->first + task->stride - 1) / task->stride);
+}
+
 static void run_linear(const machine_run *run, worker *w, const perk_stage *stage, const perk_task *task) {
     const perk_op *op = run->plan->graph->ops[stage->op];
     const perk_tensor *x = op->inputs[PERK_IN_X];
@@ -122,14 +129,13 @@ static void run_linear(const machine_run *run, worker *w, const perk_stage *stag
     bool is_staged = perk_linear_staged_bytes(rows, x->cols) <= run->plan->staging_bytes;
     double input = (double)rows * (double)x->cols * 2 / machine.input;
     int count = task->count;
-    if (stage->stream.experts >
-        0) { /* as many of its units as the load's tokens may need, and who has which is known late */
+    if (stage->stream.deal != PERK_DEAL_NONE) {
         int hits = (int)PERK_MIN((int64_t)tokens * op->inputs[PERK_IN_EXPERTS]->cols, stage->stream.experts);
-        count = PERK_MIN(count, (hits * stage->stream.tile_count - task->first + task->stride - 1) / task->stride);
-        w->landed =
-            PERK_MAX(w->landed, run->signalled[stage->stream.routed.counter] + machine.signal + machine.latency);
+        count = units_of_hits(stage, task, hits);
         rows = (tokens * (int)op->inputs[PERK_IN_EXPERTS]->cols + hits - 1) / hits; /* of an expert */
         if (!is_staged) input = (double)rows * (double)x->cols * 2 / machine.input;
+        double routed = run->signalled[stage->stream.routed.counter] + machine.signal;
+        w->landed = PERK_MAX(w->landed, routed + machine.latency);
     }
     int blocks = stage->stream.blocks_per_tile, chunks = (blocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS;
     int further_tiles = (rows - 1) / 8;

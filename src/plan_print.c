@@ -349,7 +349,7 @@ static void print_head(const perk_plan *plan, const perk_plan_facts *facts, perk
         size_of(facts->space_bytes[PERK_SPACE_WEIGHTS]).text, size_of(facts->space_bytes[PERK_SPACE_CONSTANTS]).text,
         size_of(facts->space_bytes[PERK_SPACE_KV]).text, size_of(facts->space_bytes[PERK_SPACE_ACTIVATIONS]).text);
     bool has_experts = false;
-    for (int i = 0; i < plan->stage_count; i++) has_experts |= plan->stages[i].stream.experts > 0;
+    for (int i = 0; i < plan->stage_count; i++) has_experts |= plan->stages[i].stream.deal != PERK_DEAL_NONE;
     perk_buffer_printf(out, "  weights        %s%llu bytes streamed a step (%s); a worker %s to %s, imbalance %.1f%%\n",
                        has_experts ? "at most " : "", (unsigned long long)facts->stream_total,
                        size_of(facts->stream_total).text, size_of(facts->stream_min).text,

@@ -207,13 +207,27 @@ static void build_moe_sum(op_graph *g, const perk_op_case *c) {
     add_output(g, perk_moe_sum(g->graph, "y", down, routing.shares, x), &rounded_twice);
 }
 
+/* The same as in a model, where the norm before it is folded in, and the sum; but routed by what is before the norm:
+ * how that rounds must not decide who is picked. */
+static void build_experts(op_graph *g, const perk_op_case *c) {
+    perk_tensor *x = perk_input(g->graph, "x", c->in), *gain = perk_attach_vector(g->graph, "gain", c->in);
+    perk_tensor *normed = perk_rmsnorm(g->graph, "normed", x, gain, 1e-6f);
+    perk_routing routing = add_router(g, c, x);
+    perk_tensor *inner = perk_silu_mul(g->graph, "inner", add_experts(g, c, normed, routing.experts));
+    perk_tensor *weight = perk_attach_experts(g->graph, "experts.*.down", c->experts, c->in, c->out);
+    perk_tensor *down = perk_moe_linear(g->graph, "down", inner, weight, routing.experts);
+    add_output(g, perk_moe_sum(g->graph, "y", down, routing.shares, x), &folded_norm);
+}
+
 /* ---- the grid ---- */
 
 #define OPS(X)                                                                                                         \
     X(embed)                                                                                                           \
     X(rmsnorm)                                                                                                         \
-    X(linear) X(silu_mul) X(attention) X(select_rows) X(argmax) X(mlp) X(vocabulary) X(decoder) X(moe_route)           \
-        X(moe_linear) X(moe_sum)
+    X(linear)                                                                                                          \
+    X(silu_mul)                                                                                                        \
+    X(attention) X(select_rows) X(argmax) X(mlp) X(vocabulary) X(decoder) X(moe_route) X(moe_linear) X(moe_sum)        \
+        X(experts)
 
 #define OP_NAME(name) #name,
 const char *const perk_op_case_names[] = {OPS(OP_NAME) NULL};
@@ -299,8 +313,13 @@ static const perk_op_case grid[] = {
     {.op = "moe_sum", .rows = 8, .live = 7, .in = 256, .out = 96, .experts = 16, .top_k = 4, .quick = true},
     {.op = "moe_sum", .rows = 3, .in = 72, .out = 101, .experts = 5, .top_k = 5},
     {.op = "moe_sum", .rows = 64, .live = 50, .in = 256, .out = 328, .experts = 9, .top_k = 3},
-    {.op = "moe_sum", .rows = 1, .in = 2048, .out = 768, .experts = 128, .top_k = 8},      /* 30B-A3B */
-    {.op = "moe_sum", .rows = 16, .in = 2048, .out = 768, .experts = 128, .top_k = 8},
+
+    {.op = "experts", .rows = 8, .live = 7, .in = 256, .out = 96, .experts = 16, .top_k = 4, .quick = true},
+    {.op = "experts", .rows = 1, .in = 72, .out = 101, .experts = 40, .top_k = 6},
+    {.op = "experts", .rows = 64, .live = 50, .in = 200, .out = 40, .experts = 5, .top_k = 3},
+    {.op = "experts", .rows = 1, .in = 2048, .out = 768, .experts = 128, .top_k = 8},      /* 30B-A3B */
+    {.op = "experts", .rows = 16, .in = 2048, .out = 768, .experts = 128, .top_k = 8},
+    {.op = "experts", .rows = 64, .in = 2048, .out = 768, .experts = 128, .top_k = 8},
 };
 /* clang-format on */
 

@@ -272,7 +272,9 @@ static void test_plan(void) {
     const perk_stage *both = stage_of(plan, "gate_up"), *down = stage_of(plan, "down");
     /* 12 pairs hit at most all of 5 experts; 11 rows of gate and of up are 2 tiles of 8 pairs of rows */
     CHECK(both->stream.experts == EXPERTS && both->stream.tile_count == 2 && both->unit_count == 2 * EXPERTS);
-    CHECK(both->task_count == 6 && down->stream.routing == both->stream.routing && down->stream.tile_count == 2);
+    CHECK(both->stream.deal == PERK_DEAL_UNITS && both->task_count == 6);
+    CHECK(down->stream.deal == PERK_DEAL_TILES && down->stream.tile_count == 2 && down->unit_count == 2);
+    CHECK(down->stream.routing == both->stream.routing && down->stream.most_hits == EXPERTS);
     CHECK(plan->tensors[both->stream.tensor].bytes == 2 * EXPERTS * PERK_WEIGHT_BLOCK_BYTES);
     CHECK(both->stream.routed.counter == stage_of(plan, "route.experts")->counter && both->stream.routed.needed == 1);
     perk_plan_free(plan);
@@ -295,7 +297,7 @@ static void test_broken_plans(void) {
         case 1: both->stream.routed.needed = 0; break;
         case 2: task->stride = 5; break;
         case 3: plan->regions[task->read_begin + 1].col_count--; break;
-        case 4: plan->regions[task_of(plan, "out")->read_begin].col_count--; break;
+        case 4: plan->regions[task_of(plan, "down")->read_begin].col_count--; break;
         case 5: both->unit_count++; break;
         case 6: both->stream.routing = plan->tensor_count; break;
         case 7: *share = (perk_region){share->tensor, 0, 4 * TOP, 0, INNER, INNER, 1}; break;

@@ -122,9 +122,15 @@ perk_linear_form perk_linear_form_of(const perk_lowering *l, const perk_op *op) 
         form.norm = form.x->producer;
         form.x = form.norm->inputs[PERK_IN_X];
     }
-    for (int i = op->index + 1; i < l->graph->op_count; i++)
-        if (l->graph->ops[i]->type == &perk_op_silu_mul && l->fold_into[i] == op) form.silu = l->graph->ops[i];
-    if (form.silu) {
+    for (int i = op->index + 1; i < l->graph->op_count; i++) {
+        if (l->fold_into[i] != op) continue;
+        if (l->graph->ops[i]->type == &perk_op_silu_mul) form.silu = l->graph->ops[i];
+        if (l->graph->ops[i]->type == &perk_op_moe_sum) form.sum = l->graph->ops[i];
+    }
+    if (form.sum) {
+        form.out = form.sum->output;
+        form.epilogue = "sum";
+    } else if (form.silu) {
         form.out = form.silu->output;
         form.epilogue = "silu";
         form.tile_width = PERK_TILE_ROWS / 2;
@@ -136,9 +142,8 @@ perk_linear_form perk_linear_form_of(const perk_lowering *l, const perk_op *op) 
     return form;
 }
 
-/* The columns that the tiles first, first + stride, ... of `width` outputs make; the last tile may be cut. */
-static void each_tile_region(perk_lowering *l, int tensor, int width, const perk_task *task,
-                             void (*add)(perk_lowering *, perk_region)) {
+void perk_lower_tiles(perk_lowering *l, int tensor, int width, const perk_task *task,
+                      void (*add)(perk_lowering *, perk_region)) {
     int last = task->first + (task->count - 1) * task->stride, cols = l->plan->tensors[tensor].cols;
     bool is_cut = (last + 1) * width > cols;
     int whole = task->count - is_cut;
@@ -156,9 +161,9 @@ static void add_tiles(perk_lowering *l, const perk_stage *stage, int worker, int
     if (stage->operands[NORM_WEIGHT] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[NORM_WEIGHT]));
     if (stage->operands[BIAS] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[BIAS]));
     if (stage->operands[RESIDUAL] >= 0)
-        each_tile_region(l, stage->operands[RESIDUAL], tile_width, &task, perk_lower_read);
-    each_tile_region(l, stage->operands[OUT], tile_width, &task, perk_lower_write);
-    if (stage->operands[CANDIDATES] >= 0) each_tile_region(l, stage->operands[CANDIDATES], 2, &task, perk_lower_write);
+        perk_lower_tiles(l, stage->operands[RESIDUAL], tile_width, &task, perk_lower_read);
+    perk_lower_tiles(l, stage->operands[OUT], tile_width, &task, perk_lower_write);
+    if (stage->operands[CANDIDATES] >= 0) perk_lower_tiles(l, stage->operands[CANDIDATES], 2, &task, perk_lower_write);
 }
 
 static void choose_operands(perk_lowering *l, const perk_op *op, const perk_linear_form *form, perk_stage *stage) {

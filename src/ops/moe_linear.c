@@ -136,12 +136,12 @@ static perk_status moe_linear_reference(perk_reference *reference, const perk_op
 /* ---- lowering: tiles of the experts that are hit, dealt by the step's routing; device code in kernels_src/moe.cuh
  * ---- */
 
-enum { IN, OUT, ROUTING, NORM_WEIGHT }; /* operands of the stage */
+enum { IN, OUT, ROUTING, NORM_WEIGHT, RESIDUAL }; /* operands of the stage */
 
 int perk_moe_linear_bytes(const perk_lowering *l, const perk_op *op) {
     const perk_tensor *experts = op->inputs[PERK_IN_EXPERTS];
     int rows = perk_lower_rows(l, experts), pairs = rows * (int)experts->cols;
-    int words = PERK_ROUTING_WORDS(perk_lower_most_hits(l, experts), pairs);
+    int words = PERK_ROUTING_WORDS(perk_lower_most_hits(l, experts), pairs) + rows * PERK_TILE_ROWS;
     return perk_linear_reduction_bytes(rows) + (int)perk_round_up((uint64_t)words * 4, 32);
 }
 
@@ -161,21 +161,44 @@ static void choose_stream(perk_lowering *l, const perk_op *op, const perk_linear
     stage->stream = (perk_stream){.tensor = tensor,
                                   .tile_count = packed->rows / PERK_TILE_ROWS / (int)weight->experts,
                                   .blocks_per_tile = packed->cols / PERK_BLOCK_COLS,
+                                  .deal = form->sum ? PERK_DEAL_TILES : PERK_DEAL_UNITS,
                                   .experts = (int)weight->experts,
+                                  .most_hits = perk_lower_most_hits(l, op->inputs[PERK_IN_EXPERTS]),
                                   .routing = stage->operands[ROUTING],
                                   .routed = {route->counter, route->task_count}};
 }
 
-/* Task `i` of `tasks`: with the most units that it may get, and its share of the output. */
-static void add_units(perk_lowering *l, const perk_stage *stage, int units, int i, int tasks) {
-    int64_t cols = l->plan->tensors[stage->operands[OUT]].cols;
-    int begin = (int)(cols * i / tasks), width = (int)(cols * (i + 1) / tasks) - begin;
-    perk_lower_task(l, (l->rotation + i) % l->plan->device.worker_count, i, tasks, (units - i + tasks - 1) / tasks);
+static void read_inputs(perk_lowering *l, const perk_stage *stage) {
     perk_lower_read(l, perk_lower_whole(l, stage->operands[IN]));
     perk_lower_read(l, perk_lower_whole(l, stage->operands[ROUTING]));
     perk_lower_read(l, perk_lower_whole(l, stage->stream.tensor));
     if (stage->operands[NORM_WEIGHT] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[NORM_WEIGHT]));
-    perk_lower_write(l, perk_lower_columns(l, stage->operands[OUT], begin, width, width, 1));
+}
+
+/* Units dealt to at most a task a worker and column, each with the most units that it may get, and its share of the
+ * output. */
+static void add_units(perk_lowering *l, const perk_stage *stage) {
+    int units = stage->stream.most_hits * stage->stream.tile_count, workers = l->plan->device.worker_count;
+    int cols = l->plan->tensors[stage->operands[OUT]].cols, tasks = PERK_MIN(PERK_MIN(units, workers), cols);
+    for (int i = 0; i < tasks; i++) {
+        int begin = (int)((int64_t)cols * i / tasks), width = (int)((int64_t)cols * (i + 1) / tasks) - begin;
+        perk_lower_task(l, (l->rotation + i) % workers, i, tasks, (units - i + tasks - 1) / tasks);
+        read_inputs(l, stage);
+        perk_lower_write(l, perk_lower_columns(l, stage->operands[OUT], begin, width, width, 1));
+    }
+}
+
+/* Tiles of the output, as of any linear. */
+static void add_tiles(perk_lowering *l, const perk_stage *stage) {
+    int tiles = stage->stream.tile_count, workers = l->plan->device.worker_count, tasks = PERK_MIN(tiles, workers);
+    for (int i = 0; i < tasks; i++) {
+        perk_lower_task(l, (l->rotation + i) % workers, i, workers, (tiles - i + workers - 1) / workers);
+        if (l->error.status != PERK_OK) return;
+        perk_task task = l->plan->tasks[l->plan->task_count - 1];
+        read_inputs(l, stage);
+        perk_lower_tiles(l, stage->operands[RESIDUAL], PERK_TILE_ROWS, &task, perk_lower_read);
+        perk_lower_tiles(l, stage->operands[OUT], PERK_TILE_ROWS, &task, perk_lower_write);
+    }
 }
 
 static perk_status moe_linear_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
@@ -195,11 +218,14 @@ static perk_status moe_linear_lower(perk_lowering *l, const perk_op *op, perk_er
     stage->operands[ROUTING] = perk_lower_routing(l, experts);
     if (form.norm)
         stage->operands[NORM_WEIGHT] = perk_lower_tensor(l, form.norm->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
+    if (form.sum)
+        stage->operands[RESIDUAL] = perk_lower_tensor(l, form.sum->inputs[PERK_IN_RESIDUAL], PERK_LAYOUT_ROWS);
     choose_stream(l, op, &form, stage);
     if (l->error.status != PERK_OK) return l->error.status;
-    int units = perk_lower_most_hits(l, experts) * stage->stream.tile_count;
-    int tasks = PERK_MIN(PERK_MIN(units, l->plan->device.worker_count), (int)form.out->cols);
-    for (int i = 0; i < tasks; i++) add_units(l, stage, units, i, tasks);
+    if (form.sum)
+        add_tiles(l, stage);
+    else
+        add_units(l, stage);
     perk_lower_end(l);
     return l->error.status;
 }

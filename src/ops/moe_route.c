@@ -75,7 +75,7 @@ enum { MAX_DEVICE_EXPERTS = 1024, MAX_SLOTS = 32 }; /* of a token: a lane keeps 
 
 int perk_moe_route_bytes(const perk_lowering *l, const perk_op *op) {
     int experts = (int)op->inputs[PERK_IN_X]->cols, tokens = perk_lower_rows(l, op->output);
-    int words = experts * ((tokens + 31) / 32 + 1) + tokens * (int)op->output->cols;
+    int words = experts * ((tokens + 31) / 32 + 1) + 2 * tokens * (int)op->output->cols;
     return (int)perk_round_up((uint64_t)words * 4, 32);
 }
 

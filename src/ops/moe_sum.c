@@ -44,7 +44,8 @@ static perk_status moe_sum_reference(perk_reference *reference, const perk_op *o
     return PERK_OK;
 }
 
-/* ---- lowering: column groups of 8 elements, dealt in runs; device code in kernels_src/moe.cuh ---- */
+/* ---- lowering: column groups of 8 elements, dealt in runs; nothing when folded into the linear before it; device
+ * code in kernels_src/moe.cuh ---- */
 
 enum { X, SHARES, RESIDUAL, OUT }; /* operands of the stage */
 
@@ -61,6 +62,7 @@ static void add_columns(perk_lowering *l, void *user, int worker, int first, int
 static perk_status moe_sum_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
     const perk_tensor *x = op->inputs[PERK_IN_X];
     (void)err;
+    if (perk_lower_is_folded(l, op)) return PERK_OK;
     perk_stage *stage = perk_lower_begin(l, op, "", "moe_sum<%d, %d>(worker, task);", x->slots, (int)op->output->cols);
     if (!stage) return l->error.status;
     stage->work = PERK_WORK_MOE_SUM;

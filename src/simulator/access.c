@@ -112,7 +112,7 @@ static void check_declared(perk_sim_task *t, const access *a) {
         col = until;
         i = begin - 1; /* what comes next may be in any of them */
     }
-    if (a->is_write && t->stage->stream.experts > 0) return; /* what it declares is a share, not a place */
+    if (a->is_write && t->stage->stream.deal == PERK_DEAL_UNITS) return; /* what it declares is a share, not a place */
     if (col >= a->end || t->sim->undeclared.status) return;
     perk_fail(&t->sim->undeclared, PERK_UNSAFE_PLAN, "%s %s %.95s[%lld, %lld:%lld], which its regions do not declare",
               perk_check_task_text(plan, t->index).text, a->is_write ? "writes" : "reads",

@@ -5,7 +5,7 @@
 #include <math.h>
 
 enum { IN, OUT, RESIDUAL, NORM_WEIGHT, BIAS, CANDIDATES }; /* operands of the stage */
-enum { ROUTING = 2 };                                      /* of one over experts */
+enum { ROUTING = 2, SUM_RESIDUAL = 4 };                    /* of one over experts */
 
 typedef struct linear_run {
     perk_sim_task *t;
@@ -19,6 +19,9 @@ typedef struct linear_run {
     const uint16_t *bias;     /* NULL: none */
     const int32_t *pairs;     /* experts: the pair that each row is; else NULL */
     int shared_by;            /* experts: pairs that share a row of the input */
+    int slots;                /* experts: pairs of a token */
+    const float *shares;      /* experts that are summed up: of the pairs; else NULL */
+    float *totals;            /* with them: [tokens][PERK_TILE_ROWS] */
 } linear_run;
 
 static int in_row(const linear_run *run, int row) { return run->pairs ? run->pairs[row] / run->shared_by : row; }
@@ -79,6 +82,13 @@ static void finish_store(const linear_run *run, int row, int64_t first, int64_t 
     }
 }
 
+/* The pair's share of what its token becomes. */
+static void finish_share(const linear_run *run, int row, int64_t count) {
+    float *total = run->totals + (size_t)(run->pairs[row] / run->slots) * PERK_TILE_ROWS;
+    const float *sums = run->sums + (size_t)row * PERK_TILE_ROWS;
+    for (int64_t c = 0; c < count; c++) total[c] += run->shares[row] * perk_round_bf16(sums[c] * run->scales[row]);
+}
+
 /* fp32, and the best of the tile as a candidate, where argmax follows. */
 static void finish_logits(const linear_run *run, int row, int64_t tile, int64_t first, int64_t count) {
     const float *sums = run->sums + (size_t)row * PERK_TILE_ROWS;
@@ -110,7 +120,9 @@ static void run_tile(const linear_run *run, int tile, int streamed) {
     multiply(run, first, count, 0);
     if (run->is_silu) multiply(run, run->width + first, count, PERK_TILE_ROWS / 2);
     for (int row = 0; row < run->rows && !run->t->status; row++) {
-        if (run->is_silu)
+        if (run->shares)
+            finish_share(run, row, count);
+        else if (run->is_silu)
             finish_silu(run, row, first, count);
         else if (run->t->op->output->dtype == PERK_F32)
             finish_logits(run, row, tile, first, count);
@@ -163,35 +175,80 @@ static int32_t routing_word(perk_sim_task *t, int64_t word) {
     return value ? *value : -1;
 }
 
-/* Unit `unit` of the step's: a tile of one expert, for all of its pairs, which `pairs` has room for. */
-static void run_unit(linear_run *run, int unit, int most_hits, int32_t most_pairs, int32_t *pairs) {
+/* A step's routing, and rows of one expert. */
+typedef struct experts_run {
+    linear_run linear;
+    int most_hits, tokens;
+    int32_t *pairs; /* [tokens] */
+    float *shares;  /* [tokens] */
+} experts_run;
+
+/* Rows [begin, end) of the routing's order. */
+static void find_rows(experts_run *e, int32_t begin, int32_t end) {
+    perk_sim_task *t = e->linear.t;
+    int32_t most_pairs = e->tokens * e->linear.slots;
+    int64_t order = PERK_ROUTING_HEADER + 2 * (int64_t)e->most_hits + 1;
+    e->linear.rows = end - begin;
+    for (int i = 0; i < end - begin; i++) {
+        e->pairs[i] = routing_word(t, order + begin + i);
+        e->shares[i] = perk_f32_from_bits((uint32_t)routing_word(t, order + most_pairs + begin + i));
+        if (e->pairs[i] < 0 || e->pairs[i] >= most_pairs) perk_sim_fail(t, "finds pair %d", e->pairs[i]);
+    }
+}
+
+/* One tile of a hit expert, for all of its pairs. */
+static void run_unit(experts_run *e, int hit, int tile) {
+    linear_run *run = &e->linear;
     perk_sim_task *t = run->t;
     const perk_tensor *weight = t->op->inputs[PERK_IN_WEIGHT];
-    int tiles = t->stage->stream.tile_count, hit = unit / tiles;
     int32_t expert = routing_word(t, PERK_ROUTING_HEADER + hit);
-    int64_t begins = PERK_ROUTING_HEADER + most_hits + hit, order = PERK_ROUTING_HEADER + 2 * (int64_t)most_hits + 1;
-    int32_t begin = routing_word(t, begins), end = routing_word(t, begins + 1);
-    if (t->status || expert < 0 || expert >= weight->experts || begin < 0 || end <= begin || end - begin > most_pairs) {
+    int32_t begin = routing_word(t, PERK_ROUTING_HEADER + e->most_hits + hit);
+    int32_t end = routing_word(t, PERK_ROUTING_HEADER + e->most_hits + hit + 1);
+    if (t->status || expert < 0 || expert >= weight->experts || begin < 0 || end <= begin || end - begin > e->tokens) {
         perk_sim_fail(t, "finds no routing: expert %d, pairs %d to %d", expert, begin, end);
         return;
     }
-    run->rows = end - begin;
-    for (int i = 0; i < run->rows; i++) pairs[i] = routing_word(t, order + begin + i);
+    find_rows(e, begin, end);
     run->values = run->weight->values + (size_t)(expert * weight->rows) * run->weight->cols;
     if (t->status || !stage_input(run)) return;
-    run_tile(run, unit % tiles, expert * tiles + unit % tiles);
+    run_tile(run, tile, expert * t->stage->stream.tile_count + tile);
+}
+
+/* A tile of the output: what all hit experts make of it, by their shares, and the residual. */
+static void run_sum(experts_run *e, int hits, int tile) {
+    linear_run *run = &e->linear;
+    perk_sim_task *t = run->t;
+    int64_t first = (int64_t)tile * PERK_TILE_ROWS, count = PERK_MIN((int64_t)PERK_TILE_ROWS, run->width - first);
+    memset(run->totals, 0, (size_t)e->tokens * PERK_TILE_ROWS * sizeof *run->totals);
+    for (int hit = 0; hit < hits && !t->status; hit++) run_unit(e, hit, tile);
+    for (int row = 0; row < perk_sim_rows(t, PERK_ROWS_TOKENS) && !t->status; row++) {
+        const float *total = run->totals + (size_t)row * PERK_TILE_ROWS;
+        const uint16_t *residual = perk_sim_read_in_place(t, SUM_RESIDUAL, PERK_BF16, row, first, count);
+        uint16_t *out = residual ? perk_sim_write(t, OUT, PERK_BF16, row, first, count) : NULL;
+        for (int64_t c = 0; out && c < count; c++) out[c] = perk_f32_to_bf16(total[c] + perk_bf16_to_f32(residual[c]));
+    }
 }
 
 void perk_sim_moe_linear(perk_sim_task *t) {
     const perk_tensor *x = t->op->inputs[PERK_IN_X], *experts = t->op->inputs[PERK_IN_EXPERTS];
-    linear_run run = begin_run(t);
-    int32_t tokens = t->sim->config.max_num_batched_tokens;
-    int most_hits = (int)PERK_MIN(t->op->inputs[PERK_IN_WEIGHT]->experts, tokens * experts->cols);
-    run.shared_by = x->row_kind == PERK_ROWS_PAIRS ? 1 : (int)experts->cols;
-    int32_t *pairs = (int32_t *)(void *)take_scratch(&run, (size_t)tokens, (size_t)tokens);
-    if (!pairs) return;
-    run.pairs = pairs;
-    int64_t units = (int64_t)PERK_MIN(routing_word(t, PERK_ROUTING_HITS), most_hits) * t->stage->stream.tile_count;
-    for (int i = 0; i < t->task->count && perk_sim_unit(t, i) < units && !t->status; i++)
-        run_unit(&run, perk_sim_unit(t, i), most_hits, tokens, pairs);
+    const perk_stream *stream = &t->stage->stream;
+    experts_run e = {.linear = begin_run(t), .tokens = t->sim->config.max_num_batched_tokens};
+    size_t tokens = (size_t)e.tokens;
+    bool sums = stream->deal == PERK_DEAL_TILES;
+    e.most_hits = (int)PERK_MIN(t->op->inputs[PERK_IN_WEIGHT]->experts, e.tokens * experts->cols);
+    e.linear.slots = (int)experts->cols;
+    e.linear.shared_by = x->row_kind == PERK_ROWS_PAIRS ? 1 : e.linear.slots;
+    e.shares = take_scratch(&e.linear, tokens, tokens * (2 + PERK_TILE_ROWS));
+    if (!e.shares) return;
+    e.linear.totals = e.shares + tokens;
+    e.linear.pairs = e.pairs = (int32_t *)(void *)(e.linear.totals + tokens * PERK_TILE_ROWS);
+    if (sums) e.linear.shares = e.shares;
+    int hits = PERK_MAX(0, PERK_MIN(routing_word(t, PERK_ROUTING_HITS), e.most_hits));
+    for (int i = 0; i < t->task->count && !t->status; i++) {
+        int unit = perk_sim_unit(t, i);
+        if (sums)
+            run_sum(&e, hits, unit);
+        else if (unit < hits * stream->tile_count)
+            run_unit(&e, unit / stream->tile_count, unit % stream->tile_count);
+    }
 }

@@ -21,7 +21,7 @@ static int32_t next_expert(const float *logits, int32_t count, int32_t last) {
     return best;
 }
 
-static void route_token(perk_sim_task *t, int token, int32_t *picks) {
+static void route_token(perk_sim_task *t, int token, int32_t *picks, float *picked_shares) {
     int32_t count = (int32_t)t->op->inputs[PERK_IN_X]->cols, slots = (int32_t)t->op->output->cols, last = -1;
     const float *logits = perk_sim_read(t, LOGITS, PERK_F32, token, 0, count);
     if (!logits) return;
@@ -31,12 +31,13 @@ static void route_token(perk_sim_task *t, int token, int32_t *picks) {
         all += expf(logits[t->op->normalises ? picks[i] : i] - largest);
     int32_t *experts = perk_sim_write(t, EXPERTS, PERK_I32, token, 0, slots);
     if (experts) memcpy(experts, picks, (size_t)slots * sizeof *experts);
+    for (int32_t s = 0; s < slots; s++) picked_shares[s] = expf(logits[picks[s]] - largest) / all;
     float *shares = perk_sim_write(t, SHARES, PERK_F32, token, 0, slots);
-    for (int32_t s = 0; shares && s < slots; s++) shares[s] = expf(logits[picks[s]] - largest) / all;
+    if (shares) memcpy(shares, picked_shares, (size_t)slots * sizeof *shares);
 }
 
 /* As kernels_src/abi.h says, with room for so many hits and pairs. */
-static void write_routing(perk_sim_task *t, const int32_t *picks, int32_t pairs, int32_t most_hits,
+static void write_routing(perk_sim_task *t, const int32_t *picks, const float *shares, int32_t pairs, int32_t most_hits,
                           int32_t most_pairs) {
     int32_t words = PERK_ROUTING_WORDS(most_hits, most_pairs), hits = 0, placed = 0;
     int32_t *routing = perk_sim_write(t, ROUTING, PERK_I32, 0, 0, words);
@@ -45,8 +46,11 @@ static void write_routing(perk_sim_task *t, const int32_t *picks, int32_t pairs,
     memset(routing, 0, (size_t)words * sizeof *routing);
     for (int32_t expert = 0; expert < t->op->inputs[PERK_IN_X]->cols; expert++) {
         int32_t first = placed;
-        for (int32_t pair = 0; pair < pairs; pair++)
-            if (picks[pair] == expert) order[placed++] = pair;
+        for (int32_t pair = 0; pair < pairs; pair++) {
+            if (picks[pair] != expert) continue;
+            memcpy(order + most_pairs + placed, shares + pair, sizeof *shares);
+            order[placed++] = pair;
+        }
         if (placed == first) continue;
         hit[hits] = expert;
         begin[hits++] = first;
@@ -58,11 +62,14 @@ static void write_routing(perk_sim_task *t, const int32_t *picks, int32_t pairs,
 void perk_sim_moe_route(perk_sim_task *t) {
     int32_t tokens = perk_sim_rows(t, PERK_ROWS_TOKENS), slots = (int32_t)t->op->output->cols;
     int32_t most_pairs = t->sim->config.max_num_batched_tokens * slots;
-    int32_t *picks = (int32_t *)(void *)perk_sim_scratch(t, (size_t)(tokens * slots));
-    for (int32_t token = 0; picks && token < tokens && !t->status; token++)
-        route_token(t, token, picks + token * slots);
-    if (!picks || t->status) return;
-    write_routing(t, picks, tokens * slots, (int32_t)PERK_MIN(t->op->inputs[PERK_IN_X]->cols, most_pairs), most_pairs);
+    float *shares = perk_sim_scratch(t, 2 * (size_t)(tokens * slots));
+    if (!shares) return;
+    int32_t *picks = (int32_t *)(void *)(shares + tokens * slots);
+    for (int32_t token = 0; token < tokens && !t->status; token++)
+        route_token(t, token, picks + token * slots, shares + token * slots);
+    if (t->status) return;
+    int32_t most_hits = (int32_t)PERK_MIN(t->op->inputs[PERK_IN_X]->cols, most_pairs);
+    write_routing(t, picks, shares, tokens * slots, most_hits, most_pairs);
 }
 
 /* ---- the sum ---- */
