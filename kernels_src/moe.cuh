@@ -48,19 +48,25 @@ struct MoeRoute {
         return logit != logit ? 1 : bits >> 31 ? ~bits : bits | 0x80000000u;
     }
 
+    // A token's logits, a few in each lane.
+    struct Logits {
+        float of[kLaneExperts];
+        __device__ __forceinline__ Logits(const Worker &w, uint32_t token, const uint8_t *logits) {
+#pragma unroll
+            for (uint32_t i = 0; i < kLaneExperts; i++) {
+                const uint32_t expert = min(i * 32 + w.lane, R::kExperts - 1);
+                of[i] = __uint_as_float(load_coherent4(logits + (uint64_t(token) * kInStride + expert) * 4));
+            }
+        }
+    };
+
     // By a warp.
-    static __device__ __forceinline__ void route_token(const Worker &w, uint32_t token, const uint8_t *logits,
+    static __device__ __forceinline__ void route_token(const Worker &w, uint32_t token, const Logits &logits,
                                                        uint32_t *experts, float *shares) {
-        float values[kLaneExperts];
+        const float(&values)[kLaneExperts] = logits.of;
         uint32_t ranks[kLaneExperts]; // 0: taken, or no expert
 #pragma unroll
-        for (uint32_t i = 0; i < kLaneExperts; i++) {
-            const uint32_t expert = i * 32 + w.lane;
-            const bool exists = expert < R::kExperts;
-            const uint64_t place = uint64_t(token) * kInStride + (exists ? expert : 0);
-            values[i] = __uint_as_float(load_coherent4(logits + place * 4));
-            ranks[i] = exists ? rank(values[i]) : 0;
-        }
+        for (uint32_t i = 0; i < kLaneExperts; i++) ranks[i] = i * 32 + w.lane < R::kExperts ? rank(values[i]) : 0;
         float largest = 0.0f, mine = 0.0f; // of all; of this lane's slot
         uint32_t my_expert = 0;
 #pragma unroll 1
@@ -176,9 +182,13 @@ struct MoeRoute {
         for (uint32_t i = w.thread; i < R::kExperts * kTokenWords; i += PERK_CONSUMER_THREADS)
             store_shared4(w.reduction() + i * 4, 0);
         await_inputs(w, task); // with a barrier
+        Logits next(w, min(w.warp, R::kTokens - 1), logits);
 #pragma unroll 1
-        for (uint32_t token = w.warp; token < tokens; token += PERK_CONSUMER_WARPS)
-            route_token(w, token, logits, experts, shares);
+        for (uint32_t token = w.warp; token < tokens; token += PERK_CONSUMER_WARPS) {
+            const Logits current = next;
+            next = Logits(w, min(token + PERK_CONSUMER_WARPS, R::kTokens - 1), logits); // under way meanwhile
+            route_token(w, token, current, experts, shares);
+        }
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
         if (w.warp == 0) list_hits(w, routing);
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);

@@ -56,7 +56,7 @@ static bool run_op(const perk_op_case *c, int portable, perk_op_verdict *v) {
 /* What an emulated tensor core does in a second. */
 static bool is_small(const perk_op_case *c) {
     double rows = (double)(c->rows + 7) / 8 * (double)PERK_MAX(1, PERK_MIN(c->experts, c->rows * c->top_k));
-    return rows * (double)c->in * (double)c->out <= 4e6 &&
+    return rows * (double)c->in * (double)c->out <= (c->experts ? 1e6 : 4e6) &&
            rows * (double)c->heads * (double)c->head_dim * (double)(c->context + c->rows) <= 2e6;
 }
 
@@ -88,7 +88,8 @@ typedef struct expert_test {
 
 /* The router's weight is a unit matrix: what a row has in its first columns are its logits. */
 static void open_experts(expert_test *t, perk_backend backend) {
-    const perk_test_options options = {.backend = backend, .rows = ROWS, .threads = 1, .seed = 5, .cache_folder = cache.text};
+    const perk_test_options options = {
+        .backend = backend, .rows = ROWS, .threads = 1, .seed = 5, .cache_folder = cache.text};
     float unit[EXPERTS * WIDTH] = {0};
     CHECK_OK(perk_test_create(&t->test, &options, &err));
     perk_graph *g = perk_test_graph(t->test);
@@ -241,6 +242,9 @@ static const struct {
     {"inputs are not waited for",
      {{"worker.cuh", "if (w.lane < PERK_RECORD_WAITS && per_step != 0) wait_counter(w, counter, target);", ""}},
      false},
+    {"experts are streamed before they are picked",
+     {{"worker.cuh", "if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), w.args.step + 1);", ""}},
+     false},
     {"half of the warp goes another way",
      {{"rows.cuh", "int offset = 16; offset", "int offset = w_half(); offset"},
       {"rows.cuh", "// Sum over the 32 lanes",
@@ -255,7 +259,8 @@ static const struct {
 static bool shows(const char *what, const fake_edit *edits) {
     static const perk_op_case cases[] = {
         {.op = "mlp", .rows = 8, .in = 512, .out = 1000},
-        {.op = "decoder", .rows = 3, .in = 72, .out = 500, .heads = 3, .kv_heads = 1, .head_dim = 32, .context = 20}};
+        {.op = "decoder", .rows = 3, .in = 72, .out = 500, .heads = 3, .kv_heads = 1, .head_dim = 32, .context = 20},
+        {.op = "experts", .rows = 3, .in = 72, .out = 40, .experts = 9, .top_k = 2}};
     int result = -1;
     fflush(NULL);
     pid_t child = fork();
@@ -266,7 +271,7 @@ static bool shows(const char *what, const fake_edit *edits) {
         cache = path_in(scratch, what);
         memcpy(compiler->edits, edits, sizeof compiler->edits);
         driver->launches = 0;
-        for (size_t run = 0; run < 14; run++)
+        for (size_t run = 0; run < 15; run++)
             if (!run_op(&cases[run % PERK_COUNT(cases)], 0, &v)) _exit(1);
         _exit(0);
     }
