@@ -1,4 +1,4 @@
-// Tasks over rows of activations that stream no weights: gather_rows (embed, select_rows), rmsnorm, silu_mul, argmax.
+// Tasks over rows of activations that stream no weights: gather_rows (embed, select_rows), rmsnorm, gate_mul, argmax.
 #pragma once
 
 namespace perk {
@@ -91,12 +91,20 @@ __device__ __forceinline__ void rmsnorm(Worker &w, const TaskView &task, float e
     }
 }
 
-__device__ __forceinline__ float silu(float value) { return __fdividef(value, 1.0f + __expf(-value)); }
+// As src/activation.c. Two instructions of the special function unit: ex2 and rcp.
+enum class Activation { none, silu, gelu_tanh };
+template <Activation kActivation>
+__device__ __forceinline__ float activate(float value) {
+    if constexpr (kActivation == Activation::none) return value;
+    float exponent = value;
+    if constexpr (kActivation == Activation::gelu_tanh) exponent *= 1.5957691f + 0.07135481f * value * value;
+    return __fdividef(value, 1.0f + __expf(-exponent));
+}
 
-// out[r][c] = silu(x[r][c]) * x[r][width + c]. A task owns the columns [8 first, 8 (first + count)).
+// out[r][c] = activation(x[r][c]) * x[r][width + c]. A task owns the columns [8 first, 8 (first + count)).
 // Operands: 0 x, 1 out.
-template <Rows kRows, uint32_t kWidth, uint32_t kInStride, uint32_t kOutStride>
-__device__ void silu_mul(Worker &w, const TaskView &task) {
+template <Rows kRows, uint32_t kWidth, uint32_t kInStride, uint32_t kOutStride, Activation kActivation>
+__device__ void gate_mul(Worker &w, const TaskView &task) {
     const uint32_t rows = row_count<kRows>(w), first = task.first(), columns = task.count() * 8;
     const uint8_t *x = w.args.activations + task.operand(0);
     uint8_t *out = w.args.activations + task.operand(1);
@@ -106,7 +114,8 @@ __device__ void silu_mul(Worker &w, const TaskView &task) {
         if (column >= kWidth) continue;
         const uint8_t *source = x + (uint64_t(row) * kInStride + column) * 2;
         const float gate = from_bf16(load_coherent2(source)), up = from_bf16(load_coherent2(source + kWidth * 2));
-        reinterpret_cast<uint16_t *>(out)[uint64_t(row) * kOutStride + column] = to_bf16(silu(gate) * up);
+        reinterpret_cast<uint16_t *>(out)[uint64_t(row) * kOutStride + column] =
+            to_bf16(activate<kActivation>(gate) * up);
     }
 }
 

@@ -290,9 +290,9 @@ static bool norm_is_foldable(const perk_lowering *l, const perk_op *norm) {
     return readers > 0;
 }
 
-/* silu_mul is folded into the linear that makes its input, when nothing else reads that. */
-static const perk_op *silu_host(const perk_lowering *l, const perk_op *silu) {
-    const perk_tensor *x = silu->inputs[PERK_IN_X];
+/* gate_mul is folded into the linear that makes its input, when nothing else reads that. */
+static const perk_op *gate_host(const perk_lowering *l, const perk_op *gate) {
+    const perk_tensor *x = gate->inputs[PERK_IN_X];
     const perk_op *host = x->producer;
     bool fits = is_linear(host) && !x->kept && !host->inputs[PERK_IN_RESIDUAL] && x->dtype == PERK_BF16 &&
                 reader_count(l->graph, x, NULL) == 1;
@@ -302,7 +302,7 @@ static const perk_op *silu_host(const perk_lowering *l, const perk_op *silu) {
 static void choose_folds(perk_lowering *l) {
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
-        if (op->type == &perk_op_silu_mul) l->fold_into[i] = silu_host(l, op);
+        if (op->type == &perk_op_gate_mul) l->fold_into[i] = gate_host(l, op);
         if (op->type == &perk_op_rmsnorm && norm_is_foldable(l, op))
             reader_count(l->graph, op->output, &l->fold_into[i]);
     }

@@ -97,7 +97,7 @@ typedef enum perk_stage_work {
     PERK_WORK_NONE, /* plans made by hand */
     PERK_WORK_GATHER,
     PERK_WORK_RMSNORM,
-    PERK_WORK_SILU_MUL,
+    PERK_WORK_GATE_MUL,
     PERK_WORK_ARGMAX,
     PERK_WORK_LINEAR,
     PERK_WORK_PARTIAL, /* attention: partial, merge, append */

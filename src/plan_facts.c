@@ -112,7 +112,7 @@ bool perk_plan_stage_does(const perk_plan *plan, const perk_plan_facts *facts, i
     if (facts->op_has_stage[op->index]) return false;
     bool has_output = has_operand(plan, &plan->stages[stage], op->output);
     for (int i = 0; i < PERK_OP_INPUTS_MAX; i++) {
-        if (op->inputs[i] == owner->output && has_output) return true;  /* it follows, as silu_mul does */
+        if (op->inputs[i] == owner->output && has_output) return true;  /* it follows, as gate_mul does */
         if (owner->inputs[i] == op->output && !has_output) return true; /* it leads, as a norm does */
     }
     return false;

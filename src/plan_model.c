@@ -38,7 +38,7 @@ static const struct {
     {&perk_op_rmsnorm, "", 2.7},
     {&perk_op_select_rows, "", 1.3},
     {&perk_op_argmax, "", 5.9},
-    {&perk_op_silu_mul, "", 1.5},
+    {&perk_op_gate_mul, "", 1.5},
 };
 
 /* Data sheets, TB/s. Of a data sheet's bandwidth a kernel that only reads gets about 94 %: measured on the H100. */

@@ -57,6 +57,11 @@ static json_t *stages_of_json(const perk_plan *plan, const perk_plan_facts *fact
     return stages;
 }
 
+/* NULL: the op has none. */
+static const char *activation_of(const perk_op *op) {
+    return op->activation == PERK_ACTIVATION_NONE ? NULL : perk_activation_name(op->activation);
+}
+
 static json_t *ops_json(const perk_plan *plan, const perk_plan_facts *facts) {
     json_t *ops = json_array();
     for (int i = 0; i < plan->graph->op_count; i++) {
@@ -65,10 +70,11 @@ static json_t *ops_json(const perk_plan *plan, const perk_plan_facts *facts) {
         int count = op_inputs(op, tensors);
         json_t *inputs = json_array();
         for (int j = 0; j < count; j++) append(&inputs, json_string(tensors[j]->name));
-        append(&ops, json_pack("{s:s, s:s, s:o, s:[s, I], s:s, s:b, s:o}", "name", op->output->name, "kind",
-                               op->type->name, "inputs", inputs, "shape", rows_name(op->output->row_kind),
-                               (json_int_t)op->output->cols, "dtype", perk_dtype_name(op->output->dtype), "folded",
-                               !facts->op_has_stage[i], "stages", stages_of_json(plan, facts, op)));
+        append(&ops, json_pack("{s:s, s:s, s:s*, s:o, s:[s, I], s:s, s:b, s:o}", "name", op->output->name, "kind",
+                               op->type->name, "activation", activation_of(op), "inputs", inputs, "shape",
+                               rows_name(op->output->row_kind), (json_int_t)op->output->cols, "dtype",
+                               perk_dtype_name(op->output->dtype), "folded", !facts->op_has_stage[i], "stages",
+                               stages_of_json(plan, facts, op)));
     }
     return ops;
 }
@@ -377,11 +383,12 @@ static void print_ops(const perk_plan *plan, const perk_plan_facts *facts, rows 
         const perk_tensor *inputs[PERK_OP_INPUTS_MAX];
         row *r = &list->items[i];
         char text[128];
+        const char *activation = activation_of(op);
         int count = op_inputs(op, inputs);
         row_begin(r, op->output->name);
-        snprintf(text, sizeof text, "%-11s [%s, %lld] %s%s <-", op->type->name, rows_name(op->output->row_kind),
-                 (long long)op->output->cols, perk_dtype_name(op->output->dtype),
-                 facts->op_has_stage[i] ? "" : ", folded");
+        snprintf(text, sizeof text, "%-11s [%s, %lld] %s%s%s%s <-", op->type->name, rows_name(op->output->row_kind),
+                 (long long)op->output->cols, perk_dtype_name(op->output->dtype), activation ? ", " : "",
+                 activation ? activation : "", facts->op_has_stage[i] ? "" : ", folded");
         row_text(r, text);
         for (int j = 0; j < count; j++) {
             row_text(r, j ? ", " : " ");

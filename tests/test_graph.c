@@ -74,7 +74,10 @@ static void test_refusals(void) {
     check_refused(g, "residual r");
     g = new_graph();
     perk_silu_mul(g, "s", perk_input(g, "x", 7));
-    check_refused(g, "even");
+    check_refused(g, "silu_mul s: needs an activation of even");
+    g = new_graph();
+    perk_gelu_mul(g, "s", perk_input(g, "x", 7));
+    check_refused(g, "gelu_mul s: needs an activation of even");
     g = new_graph();
     perk_argmax(g, "a", perk_input(g, "x", 8));
     check_refused(g, "fp32");

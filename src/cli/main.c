@@ -59,8 +59,9 @@ static const perk_cli_command commands[] = {
      "read come from PERK_CACHE_READONLY. verify fails (exit code 1) when an entry is bad.",
      "  perk cache list\n  perk cache verify --remove\n  perk cache prune --max-bytes 256M", perk_cli_cache},
     {"test-op", "run an op alone, and compare it with the reference executor", "OP [options]\n--all [options]",
-     "OP is embed, rmsnorm, linear, silu_mul, attention, select_rows, argmax, or several folded into\n"
-     "each other: mlp (norm, gate and up, silu), vocabulary (embed to argmax), decoder (two layers).\n"
+     "OP is embed, rmsnorm, linear, silu_mul, gelu_mul, attention, select_rows, argmax, or several folded\n"
+     "into each other: mlp (norm, gate and up, silu), gelu_mlp, vocabulary (embed to argmax), decoder (two\n"
+     "layers).\n"
      "Numbers that are not given are those of the self-test. Weights and inputs are drawn, and what the\n"
      "op should write is poisoned before. worst is in units of bf16 rounding (include/perk/test.h). A\n"
      "mismatch is exit code 1. Without a GPU the plan is checked, compiled where there is an NVRTC, and its\n"

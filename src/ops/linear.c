@@ -111,9 +111,10 @@ enum { IN, OUT, RESIDUAL, NORM_WEIGHT, BIAS, CANDIDATES }; /* operands of the st
 
 /* What the stage does besides the product: work of neighbouring ops that is folded into it. */
 typedef struct linear_form {
-    const perk_op *norm, *silu;
+    const perk_op *norm, *gate;
     const perk_tensor *x, *out;
     const char *epilogue;
+    perk_activation activation;
     int tile_width; /* outputs of a tile */
 } linear_form;
 
@@ -125,10 +126,11 @@ static linear_form linear_form_of(const perk_lowering *l, const perk_op *op) {
         form.x = form.norm->inputs[PERK_IN_X];
     }
     for (int i = op->index + 1; i < l->graph->op_count; i++)
-        if (l->graph->ops[i]->type == &perk_op_silu_mul && l->fold_into[i] == op) form.silu = l->graph->ops[i];
-    if (form.silu) {
-        form.out = form.silu->output;
-        form.epilogue = "silu";
+        if (l->graph->ops[i]->type == &perk_op_gate_mul && l->fold_into[i] == op) form.gate = l->graph->ops[i];
+    if (form.gate) {
+        form.out = form.gate->output;
+        form.activation = form.gate->activation;
+        form.epilogue = "gated";
         form.tile_width = PERK_TILE_ROWS / 2;
     } else if (op->output->dtype == PERK_F32) {
         form.epilogue = "logits";
@@ -172,7 +174,7 @@ static void choose_operands(perk_lowering *l, const perk_op *op, const linear_fo
         stage->operands[NORM_WEIGHT] = perk_lower_tensor(l, form->norm->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
     if (form->out->dtype == PERK_F32) stage->operands[CANDIDATES] = perk_lower_candidates(l, form->out);
     stage->stream.tensor =
-        perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT], form->silu ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
+        perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT], form->gate ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
     if (stage->stream.tensor < 0) return;
     stage->stream.tile_count = l->plan->tensors[stage->stream.tensor].rows / PERK_TILE_ROWS;
     stage->stream.blocks_per_tile = l->plan->tensors[stage->stream.tensor].cols / PERK_BLOCK_COLS;
@@ -184,10 +186,11 @@ static perk_status linear_lower(perk_lowering *l, const perk_op *op, perk_error 
     linear_form form = linear_form_of(l, op);
     bool of_tokens = op->output->row_kind == PERK_ROWS_TOKENS;
     perk_stage *stage = perk_lower_begin(
-        l, op, "", "chunk = Linear<Rows::%s, %d, %d, %d, %s, Epilogue::%s, %s>::run(worker, task, chunk, %.9ef);",
+        l, op, "",
+        "chunk = Linear<Rows::%s, %d, %d, %d, %s, Epilogue::%s, Activation::%s, %s>::run(worker, task, chunk, %.9ef);",
         of_tokens ? "tokens" : "logits", perk_lower_rows(l, op->output->row_kind), (int)weight->cols, (int)weight->rows,
-        form.norm ? "true" : "false", form.epilogue, op->inputs[PERK_IN_BIAS] ? "true" : "false",
-        form.norm ? (double)form.norm->eps : 0.0);
+        form.norm ? "true" : "false", form.epilogue, perk_activation_name(form.activation),
+        op->inputs[PERK_IN_BIAS] ? "true" : "false", form.norm ? (double)form.norm->eps : 0.0);
     if (!stage) return l->error.status;
     stage->work = PERK_WORK_LINEAR;
     choose_operands(l, op, &form, stage);

@@ -10,7 +10,8 @@ typedef struct linear_run {
     perk_sim_task *t;
     const perk_sim_matrix *weight;
     const perk_op *norm; /* folded into the input, or NULL */
-    bool is_silu;        /* tiles hold 8 rows of the upper half of the weight, then 8 of the lower */
+    const perk_op *gate; /* folded into the output: tiles hold 8 rows of the upper half of the weight, then 8 of the
+                            lower; or NULL */
     int rows;
     int64_t width;            /* of the output */
     float *x, *scales, *sums; /* [rows][weight->cols], [rows], [rows][PERK_TILE_ROWS] */
@@ -47,14 +48,14 @@ static float bias_at(const linear_run *run, int64_t output) {
     return run->bias ? perk_bf16_to_f32(run->bias[output]) : 0;
 }
 
-static void finish_silu(const linear_run *run, int row, int64_t first, int64_t count) {
+static void finish_gated(const linear_run *run, int row, int64_t first, int64_t count) {
     const float *sums = run->sums + (size_t)row * PERK_TILE_ROWS;
     float scale = run->scales[row];
     uint16_t *out = perk_sim_write(run->t, OUT, PERK_BF16, row, first, count);
     for (int64_t c = 0; out && c < count; c++) {
         float gate = sums[c] * scale + bias_at(run, first + c);
         float up = sums[PERK_TILE_ROWS / 2 + c] * scale + bias_at(run, run->width + first + c);
-        out[c] = perk_f32_to_bf16(perk_sim_silu(perk_round_bf16(gate)) * perk_round_bf16(up));
+        out[c] = perk_f32_to_bf16(perk_activate(run->gate->activation, perk_round_bf16(gate)) * perk_round_bf16(up));
     }
 }
 
@@ -94,15 +95,15 @@ static void finish_logits(const linear_run *run, int row, int64_t tile, int64_t 
 }
 
 static void run_tile(const linear_run *run, int tile) {
-    int tile_width = run->is_silu ? PERK_TILE_ROWS / 2 : PERK_TILE_ROWS;
+    int tile_width = run->gate ? PERK_TILE_ROWS / 2 : PERK_TILE_ROWS;
     int64_t first = (int64_t)tile * tile_width, count = PERK_MIN((int64_t)tile_width, run->width - first);
     perk_sim_stream(run->t, tile);
     if (count <= 0) return;
     multiply(run, first, count, 0);
-    if (run->is_silu) multiply(run, run->width + first, count, PERK_TILE_ROWS / 2);
+    if (run->gate) multiply(run, run->width + first, count, PERK_TILE_ROWS / 2);
     for (int row = 0; row < run->rows && !run->t->status; row++) {
-        if (run->is_silu)
-            finish_silu(run, row, first, count);
+        if (run->gate)
+            finish_gated(run, row, first, count);
         else if (run->t->op->output->dtype == PERK_F32)
             finish_logits(run, row, tile, first, count);
         else
@@ -110,12 +111,21 @@ static void run_tile(const linear_run *run, int tile) {
     }
 }
 
+static const perk_op *folded_gate(const perk_sim_task *t) {
+    const perk_graph *graph = t->sim->graph;
+    int stream = t->stage->stream.tensor;
+    if (stream < 0 || t->sim->plan->tensors[stream].layout != PERK_LAYOUT_PAIRED_TILES) return NULL;
+    for (int i = t->op->index + 1; i < graph->op_count; i++)
+        if (graph->ops[i]->type == &perk_op_gate_mul && graph->ops[i]->inputs[PERK_IN_X] == t->op->output)
+            return graph->ops[i];
+    return NULL;
+}
+
 void perk_sim_linear(perk_sim_task *t) {
     const perk_tensor *weight = t->op->inputs[PERK_IN_WEIGHT];
     linear_run run = {.t = t, .weight = &t->sim->matrices[weight->index], .width = weight->rows};
-    int stream = t->stage->stream.tensor;
-    run.is_silu = stream >= 0 && t->sim->plan->tensors[stream].layout == PERK_LAYOUT_PAIRED_TILES;
-    if (run.is_silu) run.width /= 2;
+    run.gate = folded_gate(t);
+    if (run.gate) run.width /= 2;
     if (t->stage->operands[NORM_WEIGHT] >= 0) run.norm = t->op->inputs[PERK_IN_X]->producer;
     run.rows = perk_sim_rows(t, t->op->output->row_kind);
     size_t rows = (size_t)run.rows;

@@ -1,4 +1,4 @@
-/* As kernels_src/rows.cuh: gather_rows, rmsnorm, silu_mul, argmax. */
+/* As kernels_src/rows.cuh: gather_rows, rmsnorm, gate_mul, argmax. */
 #include "reference_math.h"
 #include "simulator/machine.h"
 
@@ -36,7 +36,7 @@ void perk_sim_rmsnorm(perk_sim_task *t) {
     }
 }
 
-void perk_sim_silu_mul(perk_sim_task *t) {
+void perk_sim_gate_mul(perk_sim_task *t) {
     int64_t width = t->op->output->cols, begin = (int64_t)t->task->first * 8;
     int64_t count = PERK_MIN((int64_t)t->task->count * 8, width - begin);
     int rows = count > 0 ? perk_sim_rows(t, t->op->output->row_kind) : 0;
@@ -46,7 +46,8 @@ void perk_sim_silu_mul(perk_sim_task *t) {
         uint16_t *out = up ? perk_sim_write(t, 1, PERK_BF16, row, begin, count) : NULL;
         if (!out) return;
         for (int64_t c = 0; c < count; c++)
-            out[c] = perk_f32_to_bf16(perk_sim_silu(perk_bf16_to_f32(gate[c])) * perk_bf16_to_f32(up[c]));
+            out[c] =
+                perk_f32_to_bf16(perk_activate(t->op->activation, perk_bf16_to_f32(gate[c])) * perk_bf16_to_f32(up[c]));
     }
 }
 
