@@ -118,6 +118,28 @@ def sequence(*steps):
     return {"type": "Sequence", "pretokenizers": [*steps, BYTE_LEVEL]}
 
 
+def sentencepiece_kinds(special, word):
+    """Tokenizers of characters, space marks and bytes."""
+    mark = "\u2581"
+    texts = ["<unk>", mark, "a", "b", "ab", mark + "ab", "c", mark * 2, "<s>"] + [f"<0x{byte:02X}>" for byte in (0xc3, 0xb6, 10)]
+    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+             "vocab": {text: i for i, text in enumerate(texts)}, "merges": [["a", "b"], [mark, "ab"], mark + " " + mark]}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": mark}
+    metaspace = {"type": "Metaspace", "replacement": mark, "prepend_scheme": "first", "split": False}
+    decoders = [{"type": "Replace", "pattern": {"String": mark}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    llama = {"model": model, "decoder": {"type": "Sequence", "decoders": decoders},
+             "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": mark}, replace]}}
+    added = [special | {"id": 20}, word | {"id": 21}]
+    return {
+        "llama": llama,
+        "metaspace": {**llama, "normalizer": None, "pre_tokenizer": metaspace, "added_tokens": added},
+        "metaspace_split": {**llama, "normalizer": {"type": "NFC"}, "decoder": metaspace | {"prepend_scheme": "always"},
+                            "pre_tokenizer": metaspace | {"split": True, "prepend_scheme": "always"}},
+        "unknown": {**llama, "model": model | {"byte_fallback": False, "fuse_unk": False, "ignore_merges": True}},
+    }
+
+
 def tokenizer_seeds():
     (HERE / "tokenizer.json").write_bytes(compact(full_tokenizer()))
     named = compact({"bos_token": "<s>", "eos_token": {"content": "a"}, "model_max_length": 10**30})
@@ -141,6 +163,7 @@ def tokenizer_seeds():
         "chat": tiny_tokenizer(added_tokens=[{"id": 20 + i, "content": text, "special": True} for i, text in
                                              enumerate(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])]),
     }
+    kinds |= sentencepiece_kinds(special, word)
     for name, tokenizer in kinds.items():
         seed("tokenizer", name, compact(tokenizer), named, text)
 
