@@ -58,16 +58,46 @@ typedef struct perk_start_report {
     int32_t registers, spill_bytes, shared_bytes, cubin_bytes;
 } perk_start_report;
 
-/* Zero-initialised is right everywhere: greedy, until the model's end tokens or max_seq_length. */
+typedef struct perk_logit_bias {
+    int32_t token;
+    float bias; /* -100 to 100, added to the token's logit; biases of a token named twice add up */
+} perk_logit_bias;
+
+enum { PERK_MAX_STOP_TOKENS = 16, PERK_MAX_LOGIT_BIAS = 4096, PERK_MAX_TOP_LOGPROBS = 20 };
+
+/* Zero-initialised is right everywhere: greedy, until the model's end tokens or max_seq_length.
+ *
+ * A token's logit l goes through, in this order:
+ *   l += bias
+ *   l = l > 0 ? l / repetition_penalty : l * repetition_penalty   if the token is in the prompt or the answer
+ *   l -= frequency_penalty * (times that it is in the answer)
+ *   l -= presence_penalty                                         if it is in the answer
+ * then temperature, top_k, top_p, min_p (src/sampler.h has the exact distribution); greedy takes the largest l. The
+ * repetition penalty is that of CTRL (arXiv 1909.05858) as transformers' RepetitionPenaltyLogitsProcessor and vLLM have
+ * it; bias, frequency and presence are those of OpenAI's API reference, and vLLM's SamplingParams counts them alike. */
 typedef struct perk_sampling {
-    float temperature;  /* 0: greedy */
-    int32_t top_k;      /* 0: all */
-    float top_p;        /* 0 or 1: all */
-    float min_p;        /* 0: none */
-    uint64_t seed;      /* same seed, same tokens */
-    int32_t max_tokens; /* 0: as many as fit */
-    int32_t ignore_eos; /* 1: the model's end tokens do not end the request */
+    float temperature;           /* 0: greedy */
+    int32_t top_k;               /* 0: all */
+    float top_p;                 /* 0 or 1: all */
+    float min_p;                 /* 0: none */
+    uint64_t seed;               /* same seed, same tokens */
+    int32_t max_tokens;          /* 0: as many as fit */
+    int32_t ignore_eos;          /* 1: the model's end tokens do not end the request */
+    float repetition_penalty;    /* above 0, at most 100; 0 or 1: none */
+    float presence_penalty;      /* -2 to 2; 0: none */
+    float frequency_penalty;     /* -2 to 2; 0: none */
+    const perk_logit_bias *bias; /* [bias_count], copied by the call that takes the sampling */
+    int32_t bias_count;          /* at most PERK_MAX_LOGIT_BIAS */
+    const int32_t *stop_tokens;  /* [stop_token_count], copied: they end the request as the model's end tokens do, */
+    int32_t stop_token_count;    /* also with ignore_eos; at most PERK_MAX_STOP_TOKENS */
+    int32_t logprobs;            /* 1: log probabilities of the tokens, see perk_request_logprobs, */
+    int32_t top_logprobs;        /* and of so many of the likeliest at each place; at most PERK_MAX_TOP_LOGPROBS */
 } perk_sampling;
+
+typedef struct perk_logprob {
+    int32_t token;
+    float logprob; /* natural logarithm, of the model's own distribution: before bias, penalties and temperature */
+} perk_logprob;
 
 typedef enum perk_finish {
     PERK_FINISH_NONE = 0,   /* still running */
@@ -104,6 +134,10 @@ PERK_API perk_status perk_engine_step(perk_engine *engine, int32_t *running, per
 /* The tokens made so far (the end token included); valid until the request is freed, and more follow in place. */
 PERK_API const int32_t *perk_request_tokens(const perk_request *request, size_t *count);
 PERK_API perk_finish perk_request_finish(const perk_request *request);
+/* The log probabilities at place `place` of the answer: first the token that was chosen, then the likeliest
+ * top_logprobs, the best first, ties by the lower id. `*count` (may be NULL) is how many; NULL and 0 when the request
+ * did not ask for them or the place has no token yet. Valid until the request is freed. */
+PERK_API const perk_logprob *perk_request_logprobs(const perk_request *request, size_t place, size_t *count);
 /* Ends the request if it runs and gives back its pages; its tokens stay readable. */
 PERK_API void perk_request_cancel(perk_request *request);
 /* Cancels the request if it runs, and frees it. */
