@@ -129,8 +129,19 @@ perk_status perk_cli_ids_parse(perk_cli_ids *ids, const char *text, perk_error *
 perk_status perk_cli_ids_from_json(perk_cli_ids *ids, const json_t *list, perk_error *err);
 /* Reads a stream to its end. */
 perk_status perk_cli_read_all(FILE *file, perk_buffer *text, perk_error *err);
+/* The same of a file, or of stdin where `path` is "-". */
+perk_status perk_cli_read_file(const char *path, perk_buffer *text, perk_error *err);
 /* Makes the file, or replaces what is in it. */
 perk_status perk_cli_write_file(const char *path, const void *data, size_t size, perk_error *err);
+
+/* ---- requests and answers (common.c, prompts.c) ---- */
+
+const char *perk_cli_finish_name(perk_finish finish); /* "stop", ... */
+/* A list of {"role", "content"} in the model's chat format, ending where the answer begins; free() releases `*text`. */
+perk_status perk_cli_chat_text(const perk_tokenizer *tokenizer, const json_t *list, char **text, perk_error *err);
+/* Answers a request a line of the file, which is text as perk run --help describes it, with a line each on stdout.
+ * Returns the exit code. */
+int perk_cli_run_prompts(perk_engine *engine, const perk_buffer *file, const perk_sampling *defaults);
 
 /* ---- the commands, one file each ---- */
 

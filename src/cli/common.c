@@ -225,10 +225,45 @@ perk_status perk_cli_read_all(FILE *file, perk_buffer *text, perk_error *err) {
     return text->failed ? perk_fail_memory(err, "the input") : PERK_OK;
 }
 
+perk_status perk_cli_read_file(const char *path, perk_buffer *text, perk_error *err) {
+    if (strcmp(path, "-") == 0) return perk_cli_read_all(stdin, text, err);
+    char *data = NULL;
+    size_t size = 0;
+    perk_status status = perk_read_file(path, (size_t)1 << 30, &data, &size, err);
+    if (!status) *text = (perk_buffer){.data = data, .size = size, .capacity = size + 1};
+    return status;
+}
+
 perk_status perk_cli_write_file(const char *path, const void *data, size_t size, perk_error *err) {
     FILE *file = fopen(path, "wbe");
     if (!file) return perk_fail(err, PERK_IO, "%s: cannot create: %s", path, strerror(errno));
     bool written = fwrite(data, 1, size, file) == size;
     if (fclose(file) != 0 || !written) return perk_fail(err, PERK_IO, "%s: cannot write: %s", path, strerror(errno));
     return PERK_OK;
+}
+
+/* ---- requests and answers ---- */
+
+const char *perk_cli_finish_name(perk_finish finish) {
+    static const char *const names[] = {"none", "stop", "length", "cancelled"};
+    return names[finish];
+}
+
+perk_status perk_cli_chat_text(const perk_tokenizer *tokenizer, const json_t *list, char **text, perk_error *err) {
+    *text = NULL;
+    size_t count = json_array_size(list);
+    if (count == 0) return perk_fail(err, PERK_BAD_FORMAT, "expected a list of {\"role\": ..., \"content\": ...}");
+    perk_chat_message *messages = perk_calloc(count, sizeof *messages);
+    if (!messages) return perk_fail_memory(err, "chat messages");
+    perk_status status = PERK_OK;
+    for (size_t i = 0; i < count && !status; i++) {
+        const json_t *message = json_array_get(list, i);
+        messages[i].role = json_string_value(json_object_get(message, "role"));
+        messages[i].content = json_string_value(json_object_get(message, "content"));
+        if (!messages[i].role || !messages[i].content)
+            status = perk_fail(err, PERK_BAD_FORMAT, "message %zu needs the strings \"role\" and \"content\"", i);
+    }
+    if (!status) status = perk_chat_format(tokenizer, messages, count, 1, text, err);
+    free(messages);
+    return status;
 }

@@ -4,17 +4,24 @@
 static const perk_cli_command commands[] = {
     {"run", "generate text from a prompt, in a chat, or from token ids",
      "--model DIR --prompt TEXT [options]\n--model DIR --chat [--prompt TEXT] [--system TEXT] [options]\n"
-     "--model DIR --tokens 1,2,3 [options]",
+     "--model DIR --tokens 1,2,3 [options]\n--model DIR --prompts FILE.jsonl [options]",
      "Text streams to stdout as it is made. --chat without --prompt reads one turn a line from stdin\n"
      "until its end. With --json stdout gets one JSON object and nothing else:\n"
      "  text, tokens (ids made, the end token included), prompt_tokens (their number), finish\n"
      "  (\"stop\", \"length\" or \"cancelled\"), times (milliseconds) and start (how the start went).\n"
      "--dump-activations writes DIR/index.json and, for every op of one step on the reference backend,\n"
-     "its output as float32 .npy; step 0 has the whole prompt, up to 256 tokens.",
+     "its output as float32 .npy; step 0 has the whole prompt, up to 256 tokens.\n"
+     "With --prompts every line of FILE is an object with \"prompt\" (text), \"messages\" (a list of {\"role\",\n"
+     "\"content\"}) or \"tokens\" (ids), and what differs from the options: max_tokens, temperature, top_k,\n"
+     "top_p, min_p, seed, ignore_eos, repetition_penalty, presence_penalty, frequency_penalty, logit_bias\n"
+     "({\"id\": bias}), stop_tokens (ids), logprobs (true), top_logprobs, id (anything: the answer has it, too).\n"
+     "The answers come a line each, in the same order: as with --json without start, logprobs where asked for;\n"
+     "or error, and then the exit code is 1. Steps are shared: see --max-batched-requests.",
      "  perk run --model examples/tiny --prompt \"Once upon a time\"\n"
      "  perk run --model Qwen3-8B --chat --system \"You are terse.\"\n"
      "  perk run --model bench/configs/qwen3-8b --random-weights --tokens 1,2,3 --json\n"
-     "  perk run --model Qwen3-8B --prompt Hello --temperature 0.7 --top-p 0.9 --seed 1 --max-tokens 64",
+     "  perk run --model Qwen3-8B --prompt Hello --temperature 0.7 --top-p 0.9 --seed 1 --max-tokens 64\n"
+     "  perk run --model Qwen3-8B --prompts requests.jsonl --max-tokens 64 > answers.jsonl",
      perk_cli_run},
     {"tokenize", "text to token ids, and back",
      "--model DIR [TEXT]\n--model DIR --decode [IDS]\n--model DIR --jsonl [--decode | --chat] < FILE",

@@ -523,6 +523,9 @@ static void sweep_commands(void) {
     __sanitizer_set_report_fd((void *)(intptr_t)true_stderr);
 #endif
     put_file(path_in(scratch, "ids.json").text, "[[5, 6, 7]]", 11);
+    static const char prompts[] = "{\"prompt\": \"Once\", \"max_tokens\": 2, \"stop_tokens\": [1], \"logit_bias\": "
+                                  "{\"3\": 2}, \"logprobs\": true}\n"
+                                  "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}], \"max_tokens\": 1}\n";
     path_text ids = path_in(scratch, "ids.json"), cubin = path_in(scratch, "out.cubin");
     sweep_command("perk plan", perk_cli_plan, LINE("--model", TINY));
     sweep_command("perk plan --json", perk_cli_plan, LINE("--model", TINY, "--json", "--tasks"));
@@ -535,6 +538,9 @@ static void sweep_commands(void) {
     sweep_command("perk logits, dump", perk_cli_logits,
                   LINE("--model", FIXTURES "/single", "--ids", ids.text, "--backend=reference", "--dump-activations",
                        path_in(scratch, "dump").text));
+    put_file(path_in(scratch, "prompts.jsonl").text, prompts, strlen(prompts));
+    sweep_command("perk run --prompts", perk_cli_run,
+                  LINE("--model", TINY, "--prompts", path_in(scratch, "prompts.jsonl").text, "--backend", "reference"));
     sweep_command("perk bench sync", perk_cli_bench, LINE("sync", "--runs", "1", "--no-cache", "--json"));
     sweep_command("perk bench decode", perk_cli_bench,
                   LINE("decode", "--model", TINY, "--no-check", "--no-cache", "--context=4", "--steps=1"));
