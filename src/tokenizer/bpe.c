@@ -6,7 +6,7 @@
 
 #include <xxhash.h>
 
-enum { SHORT_WORD = 32, MAX_SEEN = 1 << 14 };
+enum { SHORT_WORD = 64, MAX_SEEN = 1 << 16 };
 #define NO_RANK UINT32_MAX
 
 /* ---- merges
