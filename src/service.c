@@ -3,6 +3,7 @@
 #include "perk/service.h"
 
 #include "engine.h"
+#include "sampling.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -136,6 +137,7 @@ static void put_in_inbox(perk_service *service, service_request *request) {
 
 static void free_request(service_request *request) {
     perk_request_free(request->request);
+    perk_sampling_free(&request->sampling);
     free(request->prompt);
     free(request);
 }
@@ -161,6 +163,7 @@ static void hand_to_engine(perk_service *service, service_request *request) {
     request->submitted = true;
     request->status = perk_engine_submit(service->engine, request->prompt, request->prompt_length, &request->sampling,
                                          &request->request, NULL);
+    perk_sampling_free(&request->sampling);
     free(request->prompt);
     request->prompt = NULL;
     service_request **link = &service->active;
@@ -386,14 +389,14 @@ static service_request *make_request(const int32_t *prompt, size_t prompt_length
     if (!request) return NULL;
     request->prompt = perk_calloc(prompt_length, sizeof *prompt);
     request->prompt_length = prompt_length;
-    if (sampling) request->sampling = *sampling;
     request->stats.prompt_tokens = (int32_t)prompt_length;
-    if (request->prompt) {
-        memcpy(request->prompt, prompt, prompt_length * sizeof *prompt);
-        return request;
+    if (!request->prompt || (sampling && perk_sampling_copy(&request->sampling, sampling, NULL))) {
+        free(request->prompt);
+        free(request);
+        return NULL;
     }
-    free(request);
-    return NULL;
+    memcpy(request->prompt, prompt, prompt_length * sizeof *prompt);
+    return request;
 }
 
 perk_status perk_service_submit(perk_service *service, const int32_t *prompt, size_t prompt_length,

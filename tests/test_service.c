@@ -36,6 +36,8 @@ static perk_engine *open_engine(void) {
     return engine;
 }
 
+static const perk_logit_bias BIAS[] = {{3, 2}};
+
 static void make_kinds(void) {
     perk_error err = {0};
     perk_engine *engine = open_engine();
@@ -48,6 +50,9 @@ static void make_kinds(void) {
         for (size_t i = 0; i < kind->length; i++) kind->prompt[i] = (int32_t)((i * i + 3 * (size_t)(k % 2)) % VOCAB);
         kind->sampling = (perk_sampling){.max_tokens = ANSWER - k, .ignore_eos = 1, .seed = (uint64_t)k};
         if (k % 3) kind->sampling.temperature = 0.9f;
+        if (k % 2) kind->sampling.repetition_penalty = 1.3f;
+        kind->sampling.bias = BIAS;
+        kind->sampling.bias_count = k % 2;
         CHECK_OK(perk_engine_submit(engine, kind->prompt, kind->length, &kind->sampling, &request, &err));
         while (running) CHECK_OK(perk_engine_step(engine, &running, &err));
         const int32_t *tokens = perk_request_tokens(request, &count);
@@ -60,8 +65,14 @@ static void make_kinds(void) {
 static uint64_t submit(perk_service *service, int kind) {
     perk_error err = {0};
     uint64_t id;
-    CHECK_OK(perk_service_submit(service, kinds[kind].prompt, kinds[kind].length, &kinds[kind].sampling, &id, &err));
+    perk_sampling sampling = kinds[kind].sampling;
+    perk_logit_bias *bias = malloc(sizeof BIAS); /* the caller's lists are needed during the call only */
+    CHECK(bias);
+    memcpy(bias, BIAS, sizeof BIAS);
+    sampling.bias = bias;
+    CHECK_OK(perk_service_submit(service, kinds[kind].prompt, kinds[kind].length, &sampling, &id, &err));
     CHECK(id != 0);
+    free(bias);
     return id;
 }
 
