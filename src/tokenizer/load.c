@@ -395,25 +395,25 @@ static perk_status read_metaspace_decoder(const json_t *json, perk_decoder *deco
     return decoder->replaced.pattern && decoder->replaced.content ? PERK_OK : perk_fail_memory(err, "the decoder");
 }
 
-/* The parts come in the order of perk_decoder, each at most once; ByteLevel has no other before it. */
+/* The parts come in the order of their stages, one of each, and as many Fuse as one likes; ByteLevel begins. */
 static perk_status read_decoder(perk_tokenizer *tokenizer, const json_t *json, const char *type, perk_error *err) {
+    static const struct decoder_part {
+        const char *type;
+        int stage;
+    } parts[] = {{"Replace", 1}, {"Metaspace", 1}, {"ByteFallback", 2}, {"ByteLevel", 3}, {"Fuse", 3}, {"Strip", 4}};
     perk_decoder *decoder = &tokenizer->decoder;
-    bool any = decoder->replaced.pattern || decoder->byte_fallback || decoder->fuse || decoder->strip_count;
-    bool replace = strcmp(type, "Replace") == 0, metaspace = strcmp(type, "Metaspace") == 0;
-    bool fallback = strcmp(type, "ByteFallback") == 0, fuse = strcmp(type, "Fuse") == 0;
-    bool byte_level = strcmp(type, "ByteLevel") == 0, strip = strcmp(type, "Strip") == 0;
-    bool known = replace || metaspace || fallback || fuse || byte_level || strip;
-    if (!known) return unsupported(err, "decoder", type);
-    bool late = ((replace || metaspace || byte_level) && any) ||
-                (fallback && (decoder->fuse || decoder->byte_fallback)) || (strip && decoder->strip_count) ||
-                (decoder->byte_level && !byte_level && !fuse);
-    if (late) return perk_fail(err, PERK_UNSUPPORTED, "decoder \"%.60s\" in this place is not supported", type);
-    decoder->present = true;
-    if (byte_level) return decoder->byte_level = true, PERK_OK;
-    if (replace) return read_replacement(json, &decoder->replaced, "decoder Replace", err);
-    if (metaspace) return read_metaspace_decoder(json, decoder, err);
-    if (strip) return read_strip(json, decoder, err);
-    decoder->byte_fallback |= fallback;
+    size_t i = 0;
+    while (i < PERK_COUNT(parts) && strcmp(type, parts[i].type) != 0) i++;
+    if (i == PERK_COUNT(parts)) return unsupported(err, "decoder", type);
+    bool byte_level = strcmp(type, "ByteLevel") == 0, fuse = strcmp(type, "Fuse") == 0;
+    int before = decoder->stage, stage = decoder->stage = parts[i].stage;
+    if (stage < before || (stage == before && !fuse) || (before && byte_level) || (stage == 4 && decoder->byte_level))
+        return perk_fail(err, PERK_UNSUPPORTED, "decoder \"%.60s\" in this place is not supported", type);
+    if (stage == 4) return read_strip(json, decoder, err);
+    if (strcmp(type, "Replace") == 0) return read_replacement(json, &decoder->replaced, "decoder Replace", err);
+    if (strcmp(type, "Metaspace") == 0) return read_metaspace_decoder(json, decoder, err);
+    decoder->byte_level |= byte_level;
+    decoder->byte_fallback |= stage == 2;
     decoder->fuse |= fuse;
     return PERK_OK;
 }
@@ -555,7 +555,7 @@ static perk_status read_components(perk_tokenizer *tokenizer, const json_t *root
             read_component(tokenizer, component, components[i].key, components[i].list_key, components[i].read, err);
         if (status != PERK_OK) return status;
     }
-    if (!tokenizer->decoder.present) return malformed(err, "decoder", "is missing");
+    if (!tokenizer->decoder.stage) return malformed(err, "decoder", "is missing");
     if (tokenizer->decoder.byte_level && !tokenizer->byte_level)
         return unsupported(err, "pre_tokenizer", "without ByteLevel, which the decoder is,");
     if (tokenizer->byte_level && !tokenizer->decoder.byte_level)

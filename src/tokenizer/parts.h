@@ -255,7 +255,7 @@ typedef struct perk_id_list {
 
 /* What is done with the texts of tokens, in this order. */
 typedef struct perk_decoder {
-    bool present;
+    int stage;                 /* how far reading it has come; 0: there is none */
     bool byte_level;           /* they are bytes, a printable character each */
     perk_replacement replaced; /* in every token; */
     bool drops_first;          /* in the first token, the pattern is left out instead */
