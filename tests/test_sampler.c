@@ -101,7 +101,7 @@ static void test_distributions(void) {
         {.temperature = 1, .top_p = 1e-6f},
         {.temperature = 1, .min_p = 0.2f},
         {.temperature = 1, .min_p = 1},
-        {.temperature = 1, .top_k = 8, .min_p = 0.5f},
+        {.temperature = 1, .top_k = 6, .min_p = 0.5f},
         {.temperature = 1.5f, .top_k = 6, .top_p = 0.8f},
         {.temperature = 1.5f, .top_k = 8, .top_p = 0.95f, .min_p = 0.15f, .seed = 99},
     };

@@ -413,6 +413,12 @@ static void test_sentencepiece(const json_t *base) {
     json_decref(plain);
     for (size_t i = 0; i < PERK_COUNT(ill_formed); i++)
         check_round_trip(tokenizer, ill_formed[i].bytes, strlen(ill_formed[i].bytes), ill_formed[i].repaired);
+    const perk_encode_options as_text = {0, 0};
+    int32_t *ids = NULL;
+    size_t count = 1;
+    CHECK_OK(perk_tokenizer_encode(tokenizer, "", 0, &as_text, &ids, &count, &err));
+    CHECK(count == 0, "nothing comes before an empty text: %zu ids", count);
+    free(ids);
     test_byte_runs(tokenizer);
     test_growth(base);
     test_repeated(tokenizer, "sentencepiece");
