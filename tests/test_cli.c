@@ -224,7 +224,7 @@ static void test_prompts(void) {
     item = json_array_get(answers, 0);
     CHECK(json_equal(json_object_get(item, "tokens"), json_object_get(first, "tokens")), "%s", result.out);
     CHECK(strcmp(json_string_value(json_object_get(item, "id")), "long") == 0);
-    CHECK(json_number_value(json_object_get(json_object_get(item, "times"), "first_token_ms")) > 0);
+    CHECK(json_number_value(json_object_get(json_object_get(item, "times"), "prefill_ms")) > 0);
     item = json_array_get(answers, 1);
     CHECK(json_equal(json_object_get(item, "tokens"), json_object_get(second, "tokens")), "%s", result.out);
     CHECK(json_integer_value(json_object_get(item, "prompt_tokens")) == 3 && !json_object_get(item, "logprobs"));

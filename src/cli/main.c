@@ -15,8 +15,9 @@ static const perk_cli_command commands[] = {
      "\"content\"}) or \"tokens\" (ids), and what differs from the options: max_tokens, temperature, top_k,\n"
      "top_p, min_p, seed, ignore_eos, repetition_penalty, presence_penalty, frequency_penalty, logit_bias\n"
      "({\"id\": bias}), stop_tokens (ids), logprobs (true), top_logprobs, id (anything: the answer has it, too).\n"
-     "The answers come a line each, in the same order: as with --json without start, logprobs where asked for;\n"
-     "or error, and then the exit code is 1. Steps are shared: see --max-batched-requests.",
+     "The answers come a line each, in the same order: as with --json without start, found_tokens (of the\n"
+     "prompt, in pages that others had filled) and, where asked for, logprobs; or error, and then the exit\n"
+     "code is 1. Steps are shared: see --max-batched-requests.",
      "  perk run --model examples/tiny --prompt \"Once upon a time\"\n"
      "  perk run --model Qwen3-8B --chat --system \"You are terse.\"\n"
      "  perk run --model bench/configs/qwen3-8b --random-weights --tokens 1,2,3 --json\n"

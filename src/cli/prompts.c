@@ -139,8 +139,6 @@ typedef struct prompt_job {
     json_t *id;            /* as the line gave it, or NULL */
     perk_request *request; /* NULL: it failed, or its turn has not come */
     char *failure;
-    size_t prompt_tokens;
-    double submitted, first, last; /* when; 0: not yet */
 } prompt_job;
 
 static perk_status begin(perk_engine *engine, const perk_sampling *defaults, prompt_job *job, perk_error *err) {
@@ -158,22 +156,11 @@ static perk_status begin(perk_engine *engine, const perk_sampling *defaults, pro
     }
     if (!status && !lists.prompt.items)
         status = perk_fail(err, PERK_BAD_FORMAT, "needs a \"prompt\", \"messages\" or \"tokens\"");
-    job->prompt_tokens = lists.prompt.count;
-    job->submitted = perk_now();
     if (!status)
         status = perk_engine_submit(engine, lists.prompt.items, lists.prompt.count, &sampling, &job->request, err);
     lists_free(&lists);
     json_decref(line);
     return status;
-}
-
-/* After a step: what has come. */
-static void look(prompt_job *job) {
-    size_t count = 0;
-    if (!job->request || job->last > 0) return;
-    perk_request_tokens(job->request, &count);
-    if (count && job->first == 0) job->first = perk_now();
-    if (perk_request_finish(job->request) != PERK_FINISH_NONE) job->last = perk_now();
 }
 
 static json_t *logprobs_json(const perk_request *request, size_t count) {
@@ -196,15 +183,16 @@ static json_t *answer_json(const perk_engine *engine, const prompt_job *job, per
     const int32_t *tokens = perk_request_tokens(job->request, &count);
     char *text = NULL;
     if (tokenizer && perk_tokenizer_decode(tokenizer, tokens, count, 1, &text, &size, err)) return NULL;
-    double decode_s = job->last - job->first;
-    double rate = count > 1 && decode_s > 0 ? (double)(count - 1) / decode_s : 0;
+    perk_request_stats stats;
+    perk_request_statistics(job->request, &stats);
+    double rate = count > 1 && stats.decode_ms > 0 ? (double)(count - 1) / (stats.decode_ms * 1e-3) : 0;
     json_t *ids = json_array();
     for (size_t i = 0; i < count; i++) json_array_append_new(ids, json_integer(tokens[i]));
-    json_t *times = json_pack("{s:f, s:f, s:f}", "first_token_ms", (job->first - job->submitted) * 1e3, "decode_ms",
-                              decode_s * 1e3, "decode_tokens_per_second", rate);
-    json_t *answer = json_pack("{s:s%, s:o, s:I, s:s, s:o}", "text", text ? text : "", size, "tokens", ids,
-                               "prompt_tokens", (json_int_t)job->prompt_tokens, "finish",
-                               perk_cli_finish_name(perk_request_finish(job->request)), "times", times);
+    json_t *times = json_pack("{s:f, s:f, s:f, s:f}", "queue_ms", stats.queue_ms, "prefill_ms", stats.prefill_ms,
+                              "decode_ms", stats.decode_ms, "decode_tokens_per_second", rate);
+    json_t *answer = json_pack("{s:s%, s:o, s:i, s:i, s:s, s:o}", "text", text ? text : "", size, "tokens", ids,
+                               "prompt_tokens", (int)stats.prompt_tokens, "found_tokens", (int)stats.found_tokens,
+                               "finish", perk_cli_finish_name(perk_request_finish(job->request)), "times", times);
     if (perk_request_logprobs(job->request, 0, NULL))
         json_object_set_new(answer, "logprobs", logprobs_json(job->request, count));
     free(text);
@@ -234,7 +222,9 @@ typedef struct prompt_run {
     size_t count, begun, printed, failed; /* jobs */
 } prompt_run;
 
-static bool is_done(const prompt_job *job) { return job->failure || job->last > 0; }
+static bool is_done(const prompt_job *job) {
+    return job->failure || perk_request_finish(job->request) != PERK_FINISH_NONE;
+}
 
 /* A line that is wrong becomes an answer that says so; only what is no line's fault ends the run. */
 static perk_status begin_next(prompt_run *run, perk_error *err) {
@@ -256,7 +246,6 @@ static int answer_all(prompt_run *run) {
         if (run->printed == run->begun) continue; /* all of them failed: more may begin */
         int32_t running;
         if (perk_engine_step(run->engine, &running, &err)) return perk_cli_fail(&err);
-        for (size_t i = run->printed; i < run->begun; i++) look(&run->jobs[i]);
     }
     if (run->failed) perk_cli_error("%zu of %zu requests failed: see their \"error\"", run->failed, run->count);
     return run->failed ? PERK_EXIT_FAILURE : PERK_EXIT_OK;
