@@ -30,6 +30,8 @@ struct service_request {
     service_request *previous_news, *next_news;
     bool has_news;
     const int32_t *tokens;
+    const perk_logprob *logprobs; /* [published][logprob_count], NULL: not asked for; they stay where they are, too */
+    size_t logprob_count;
     size_t published, taken;
     perk_finish finish;
     perk_status status; /* of what ended it, if that was a failure */
@@ -152,6 +154,7 @@ static bool publish(perk_service *service, service_request *request) {
     }
     if (count == request->published && finish == request->finish) return false;
     if (request->request) perk_request_statistics(request->request, &request->stats);
+    if (request->request) request->logprobs = perk_request_logprobs(request->request, 0, &request->logprob_count);
     if (finish && !request->finish) service->unfinished--;
     request->published = count;
     request->finish = finish;
@@ -446,6 +449,20 @@ perk_status perk_service_poll(perk_service *service, uint64_t id, int32_t *token
     pthread_mutex_lock(&service->lock);
     perk_status status = find(service, id, &request, err);
     if (!status) status = take(service, request, tokens, capacity, answer, err);
+    pthread_mutex_unlock(&service->lock);
+    return status;
+}
+
+perk_status perk_service_logprobs(perk_service *service, uint64_t id, size_t place, perk_logprob *logprobs,
+                                  size_t capacity, size_t *count, perk_error *err) {
+    service_request *request;
+    *count = 0;
+    pthread_mutex_lock(&service->lock);
+    perk_status status = find(service, id, &request, err);
+    if (!status && request->logprobs && place < request->published) {
+        *count = PERK_MIN(capacity, request->logprob_count);
+        if (*count) memcpy(logprobs, request->logprobs + place * request->logprob_count, *count * sizeof *logprobs);
+    }
     pthread_mutex_unlock(&service->lock);
     return status;
 }

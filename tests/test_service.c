@@ -23,6 +23,7 @@ typedef struct test_kind {
     int32_t prompt[60], answer[ANSWER];
     size_t length;
     perk_sampling sampling;
+    float logprobs[ANSWER]; /* of the answer's tokens, where asked for */
 } test_kind;
 
 static test_kind kinds[KINDS];
@@ -51,6 +52,7 @@ static void make_kinds(void) {
         kind->sampling = (perk_sampling){.max_tokens = ANSWER - k, .ignore_eos = 1, .seed = (uint64_t)k};
         if (k % 3) kind->sampling.temperature = 0.9f;
         if (k % 2) kind->sampling.repetition_penalty = 1.3f;
+        kind->sampling.logprobs = k % 2;
         kind->sampling.bias = BIAS;
         kind->sampling.bias_count = k % 2;
         CHECK_OK(perk_engine_submit(engine, kind->prompt, kind->length, &kind->sampling, &request, &err));
@@ -58,6 +60,8 @@ static void make_kinds(void) {
         const int32_t *tokens = perk_request_tokens(request, &count);
         CHECK((int)count == ANSWER - k);
         memcpy(kind->answer, tokens, count * sizeof *tokens);
+        for (size_t i = 0; i < count && k % 2; i++)
+            kind->logprobs[i] = perk_request_logprobs(request, i, NULL)->logprob;
     }
     perk_engine_free(engine);
 }
@@ -90,6 +94,14 @@ static size_t read_answer(perk_service *service, uint64_t id, int kind, size_t r
     CHECK(memcmp(tokens, kinds[kind].answer, got * sizeof *tokens) == 0, "a wrong token of kind %d", kind);
     if (answer.finish) CHECK(answer.stats.answer_tokens == (int32_t)got, "%d", answer.stats.answer_tokens);
     if (answer.finish) CHECK(answer.stats.prompt_tokens == (int32_t)kinds[kind].length);
+    for (size_t i = 0; i <= got; i++) {
+        perk_logprob logprob[3];
+        size_t count;
+        CHECK_OK(perk_service_logprobs(service, id, i, logprob, PERK_COUNT(logprob), &count, &err));
+        if (i == got) break; /* more may have come */
+        CHECK(count == (size_t)(kind % 2), "%zu log probabilities", count);
+        if (count) CHECK(logprob->token == tokens[i] && logprob->logprob == kinds[kind].logprobs[i], "place %zu", i);
+    }
     *finish = answer.finish;
     return got;
 }
