@@ -157,7 +157,7 @@ static bool shows(const char *what, const fake_edit *edits) {
         cache = path_in(scratch, what);
         memcpy(compiler->edits, edits, sizeof compiler->edits);
         driver->launches = 0;
-        for (size_t run = 0; run < 14; run++)
+        for (size_t run = 0; run < 30; run++)
             if (!run_op(&cases[run % PERK_COUNT(cases)], 0, &v)) _exit(1);
         _exit(0);
     }
