@@ -39,7 +39,8 @@ constexpr uint32_t kSharedBase = 1024;             // shared address 0 belongs t
 constexpr uint64_t kTickNs = 100;                  // of the virtual clock; a tick is a turn of one warp
 constexpr uint32_t kPause = 16, kLongPause = 4096; // turns that a warp lets pass after a poll that found nothing,
 constexpr uint32_t kPatience = 500 * 32;           // and after so many of them
-constexpr uint8_t kPoison = 0xff;                  // NaN in bf16 and fp32
+constexpr uint32_t kTurnsPerStall = 50, kLongestStall = 400; // now and then a warp stands still, wherever it is
+constexpr uint8_t kPoison = 0xff;                            // NaN in bf16 and fp32
 
 struct Dim {
     uint32_t x, y, z;
@@ -403,7 +404,10 @@ static void schedule() {
         uint64_t next;
         launch->tick++;
         land_flights(false);
-        if (Warp *warp = find_warp(&next))
+        Warp *warp = find_warp(&next);
+        if (warp && draw(kTurnsPerStall) == 0)
+            warp->awake = launch->tick + draw(kLongestStall);
+        else if (warp)
             run_warp(*warp);
         else if (next != UINT64_MAX)
             launch->tick = next - 1;
