@@ -7,6 +7,7 @@
 
 #include <jansson.h>
 #include <pthread.h>
+#include <time.h>
 
 #define FIXTURES PERK_SOURCE_DIR "/tests/fixtures/"
 
@@ -297,6 +298,9 @@ static void test_options(const perk_tokenizer *tokenizer) {
 /* ---- no quadratic case
  * -------------------------------------------------------------------------------------------------------------- */
 
+/* Of this process: the machine may be busy with others. */
+static double processor_seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
+
 static void test_repeated(const perk_tokenizer *tokenizer, const char *what) {
     static const char *const units[] = {
         "a",    "A",  " ",  "\n", "\r\n", "7", "中", "😀", "!", " a", "a\xCC\x81", "'", "<", "<a", "\xCC\x81\xCC\xA3",
@@ -308,11 +312,10 @@ static void test_repeated(const perk_tokenizer *tokenizer, const char *what) {
         size_t unit = strlen(units[u]), size = 0, count = 0;
         for (; size < SIZE; size += unit) memcpy(text + size, units[u], unit);
         int32_t *ids = NULL;
-        double start = perk_now();
+        double start = processor_seconds();
         CHECK_OK(perk_tokenizer_encode(tokenizer, text, size, NULL, &ids, &count, &err));
-        double seconds = perk_now() - start;
-        CHECK(seconds < 10, "%s: 1 MB of \"%s\" took %.1f s", what, units[u],
-              seconds); /* sanitizers and shared cores */
+        double seconds = processor_seconds() - start;
+        CHECK(seconds < 10, "%s: 1 MB of \"%s\" took %.1f s", what, units[u], seconds); /* under sanitizers, too */
         free(ids);
     }
     free(text);
@@ -326,9 +329,10 @@ static void test_marks(const perk_tokenizer *tokenizer) {
     for (size_t i = 0; i < 2 * HALF; i++) memcpy(text + 2 * i, i < HALF ? "\xCC\x81" : "\xCC\xA3", 2);
     int32_t *ids = NULL;
     size_t count = 0;
-    double start = perk_now();
+    double start = processor_seconds();
     CHECK_OK(perk_tokenizer_encode(tokenizer, text, 4 * HALF, NULL, &ids, &count, &err));
-    CHECK(perk_now() - start < 10, "%.1f s", perk_now() - start);
+    double seconds = processor_seconds() - start;
+    CHECK(seconds < 10, "%.1f s", seconds);
     CHECK(count > 0 && ids[0] != ids[count - 1], "%zu ids", count);
     free(ids);
     free(text);
