@@ -94,22 +94,29 @@ static const perk_cli_command commands[] = {
      "  perk profile --model examples/tiny --json trace.json --html profile.html\n"
      "  perk profile --model bench/configs/qwen3-8b --random-weights --html profile.html",
      perk_cli_profile},
-    {"bench", "measure steps, prompts, starts, loading and syncs beside what the device can do",
+    {"bench", "measure steps, prompts, starts, loading, syncs and a service under load",
      "decode --model DIR|config.json [--batch 1,8,32] [--context 512,16384] [options]\n"
      "prefill --model DIR|config.json [--prompt-tokens N] [--max-batched-tokens N] [options]\n"
      "startup --model DIR|config.json [--runs N] [options]\nload --model DIR [--page-cache] [options]\n"
-     "sync [--runs N] [options]",
+     "sync [--runs N] [options]\nserve --model DIR|config.json [--rate R] [--duration S] [--trace FILE] [--soak] "
+     "[options]",
      "decode: milliseconds a step, beside reading its weights and KV at the bandwidth of the same run.\n"
      "prefill: a prompt from its first step to its last, and the linear layers' TFLOP/s over that time.\n"
      "startup: processes from their start to the first launch, with an empty cache and with a full one.\n"
      "load: the weights of a folder on their way to the device, next to disk and bus. sync: what one\n"
      "counter sync over all workers takes. Times are medians, with the 10th and 90th percentile. The\n"
      "program that is timed is compared with the reference executor in the same run; sync checks that\n"
-     "its counters end where they must.",
+     "its counters end where they must.\n\n"
+     "serve: requests arrive at random (--rate a second, for --duration seconds), or as --trace says, a\n"
+     "line {\"arrival_s\": 0.25, \"prompt_tokens\": 40, \"answer_tokens\": 100} each, with \"cancel_after\": N\n"
+     "where it is to be cancelled after N tokens. Times are as the requests' owner sees them, from the\n"
+     "time of arrival on. It fails when a token is lost or repeated, a page is still held at the end, or\n"
+     "one of the --checks answers is not the one that the request gets alone.",
      "  perk bench decode --model bench/configs/qwen3-8b --random-weights --batch 1,8,32 --json\n"
      "  perk bench prefill --model bench/configs/qwen3-8b --random-weights --max-batched-tokens 64\n"
      "  perk bench startup --model examples/tiny\n"
-     "  perk bench sync",
+     "  perk bench sync\n"
+     "  perk bench serve --model examples/tiny --backend reference --rate 40 --duration 2",
      perk_cli_bench},
 };
 
