@@ -230,9 +230,12 @@ static void print_text(const serve_bench *b) {
            100 * share(r->reader_cpu, r->seconds), 100 * share(r->submitter_cpu, r->seconds));
     printf("  memory, MB: %.1f at the beginning, %.1f in the middle, %.1f at the end\n", (double)r->rss_begin * 1e-6,
            (double)r->rss_middle * 1e-6, (double)r->rss_end * 1e-6);
-    printf("  no token lost or repeated, no page held; %llu tokens of %d answers are those that the request gets "
-           "alone, %d parted at a near tie\n",
-           (unsigned long long)b->compared_tokens, b->compared, b->near_ties);
+    printf("  no token lost or repeated, no page held at the end; ");
+    if (b->plan.sample_count)
+        printf("%llu tokens of %d answers are those of the requests alone, %d parted at a near tie\n",
+               (unsigned long long)b->compared_tokens, b->compared, b->near_ties);
+    else
+        printf("answers were not compared\n");
 }
 
 static bool print_result(const serve_bench *b) {
