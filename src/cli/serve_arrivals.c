@@ -77,7 +77,7 @@ static void draw_rest(perk_serve_request *request, const perk_serve_options *o, 
 }
 
 static perk_status draw_all(perk_serve_plan *plan, const perk_serve_options *o, uint64_t *state, perk_error *err) {
-    token_range prompts, answers;
+    token_range prompts = {1, 1}, answers = {1, 1};
     perk_status status = parse_range("prompts", o->prompts, &prompts, err);
     if (!status) status = parse_range("answers", o->answers, &answers, err);
     double now = 0;
@@ -106,13 +106,14 @@ static perk_status read_tokens(const json_t *line, const char *key, int32_t leas
 }
 
 static perk_status read_line(const json_t *line, double earliest, perk_serve_request *request, perk_error *err) {
+    static const char *const known[] = {"arrival_s", "prompt_tokens", "answer_tokens", "cancel_after"};
     const char *key;
     json_t *value;
     if (!json_is_object(line)) return perk_fail(err, PERK_BAD_FORMAT, "not a JSON object");
     json_object_foreach((json_t *)line, key, value) {
-        if (strcmp(key, "arrival_s") && strcmp(key, "prompt_tokens") && strcmp(key, "answer_tokens") &&
-            strcmp(key, "cancel_after"))
-            return perk_fail(err, PERK_BAD_FORMAT, "unknown field \"%.60s\"", key);
+        size_t i = 0;
+        while (i < PERK_COUNT(known) && strcmp(key, known[i]) != 0) i++;
+        if (i == PERK_COUNT(known)) return perk_fail(err, PERK_BAD_FORMAT, "unknown field \"%.60s\"", key);
     }
     value = json_object_get(line, "arrival_s");
     request->arrival = json_number_value(value);

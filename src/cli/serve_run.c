@@ -76,14 +76,14 @@ static double process_cpu(void) {
            (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
 }
 
-/* Bytes that the process has in memory; 0 when the system does not tell. */
+/* Bytes that the process has in memory; 0 when the system does not tell. The second number of the line, in pages. */
 static uint64_t resident_bytes(void) {
-    unsigned long long size, resident = 0;
+    char line[128] = "", *second = line;
     FILE *file = fopen("/proc/self/statm", "re");
     if (!file) return 0;
-    if (fscanf(file, "%llu %llu", &size, &resident) != 2) resident = 0;
+    if (fgets(line, sizeof line, file)) second += strcspn(line, " ");
     fclose(file);
-    return resident * (uint64_t)sysconf(_SC_PAGESIZE);
+    return strtoull(second, NULL, 10) * (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
 /* ---- tracks, with the lock ---- */

@@ -546,6 +546,13 @@ static void sweep_commands(void) {
                   LINE("decode", "--model", TINY, "--no-check", "--no-cache", "--context=4", "--steps=1"));
     sweep_command("perk bench prefill", perk_cli_bench,
                   LINE("prefill", "--model", TINY, "--no-check", "--prompt-tokens=4", "--runs=1", "--no-cache"));
+    static const char arrivals[] =
+        "{\"arrival_s\": 0, \"prompt_tokens\": 2, \"answer_tokens\": 2}\n"
+        "{\"arrival_s\": 0, \"prompt_tokens\": 1, \"answer_tokens\": 9, \"cancel_after\": 1}\n";
+    put_file(path_in(scratch, "trace.jsonl").text, arrivals, strlen(arrivals));
+    sweep_command("perk bench serve", perk_cli_bench,
+                  LINE("serve", "--model", FIXTURES "/single", "--backend=reference", "--threads=1", "--json",
+                       "--trace", path_in(scratch, "trace.jsonl").text));
     sweep_command("perk cache list", perk_cli_cache, LINE("list", "--cache-dir", scratch));
 }
 
