@@ -36,7 +36,8 @@ static void *ask(void *argument) {
     return NULL;
 }
 
-/* Prints what a request has to tell. *ended: it is complete, and forgotten. */
+/* Prints what a request has to tell. *ended: it is complete, and forgotten. (A perk_text_stream for each request would
+ * hold back the first bytes of a character that several tokens make up.) */
 static perk_status print_news(perk_service *service, const perk_tokenizer *tokenizer, uint64_t request, int *ended,
                               perk_error *err) {
     int32_t tokens[16];

@@ -11,7 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { TOKENS_A_POLL = 64, NEWS_A_CALL = 64, LONGEST_SLEEP_MS = 50 };
+enum { TOKENS_A_POLL = 64, NEWS_A_CALL = 64, LONGEST_SLEEP_MS = 50, LONGEST_SILENCE_S = 300 };
 
 /* What one of the two listeners got of a request. */
 typedef struct heard_tokens {
@@ -203,14 +203,34 @@ static bool goes_on(perk_serve_run *run) {
     return on;
 }
 
+/* Nothing has come since `since`: a request that nobody will ever answer must end the run. */
+static double check_silence(perk_serve_run *run, double since) {
+    perk_error err = {0};
+    double now = perk_now();
+    pthread_mutex_lock(&run->lock);
+    if (run->open == 0) since = now;
+    if (now - since > LONGEST_SILENCE_S) {
+        perk_fail(&err, PERK_HANG, "%zu requests are unfinished, and no news of them came for %d s", run->open,
+                  (int)LONGEST_SILENCE_S);
+        fail(run, &err);
+    }
+    pthread_mutex_unlock(&run->lock);
+    return since;
+}
+
 static void *read_answers(void *argument) {
     perk_serve_run *run = argument;
+    double heard = perk_now();
     struct pollfd news = {.fd = perk_service_fd(run->service), .events = POLLIN};
     while (goes_on(run)) {
         uint64_t ids[NEWS_A_CALL];
         size_t count;
         perk_error err = {0};
-        if (poll(&news, 1, LONGEST_SLEEP_MS) <= 0) continue; /* nothing yet, or a signal */
+        if (poll(&news, 1, LONGEST_SLEEP_MS) <= 0) { /* nothing yet, or a signal */
+            heard = check_silence(run, heard);
+            continue;
+        }
+        heard = perk_now();
         perk_status status = perk_service_news(run->service, ids, NEWS_A_CALL, &count, &err);
         pthread_mutex_lock(&run->lock);
         for (size_t i = 0; i < count && !status; i++) status = read_request(run, ids[i], &err);
