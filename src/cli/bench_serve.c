@@ -122,7 +122,7 @@ static perk_status answer_samples_alone(const serve_bench *b, perk_error *err) {
     if (!prompt) return perk_fail_memory(err, "a prompt");
     perk_status status = perk_engine_open(&engine, b->command->bench.model, &options, err);
     for (int32_t i = 0; i < b->plan.sample_count && !status; i++)
-        status = answer_alone(b, engine, &b->plan.samples[i], prompt, err);
+        if (b->plan.samples[i].is_taken) status = answer_alone(b, engine, &b->plan.samples[i], prompt, err);
     perk_engine_free(engine);
     free(prompt);
     return status;
@@ -257,14 +257,14 @@ static int prepare(serve_bench *b) {
 static perk_status measure(serve_bench *b, perk_error *err) {
     perk_engine *engine;
     perk_serve_run *run = NULL;
-    perk_status status = answer_samples_alone(b, err);
-    if (!status) status = perk_engine_open(&engine, b->command->bench.model, &b->engine, err);
+    perk_status status = perk_engine_open(&engine, b->command->bench.model, &b->engine, err);
     if (status) return status;
     b->report = *perk_engine_report(engine);
     b->engine.config = *perk_engine_config(engine);
     status = perk_serve_run_open(&run, &b->plan, engine, b->options.max_unfinished, err);
     if (!status) status = perk_serve_run_all(run, &b->result, err);
     perk_serve_run_free(run);
+    if (!status) status = answer_samples_alone(b, err);
     for (int32_t i = 0; i < b->plan.sample_count && !status; i++) status = compare_sample(b, &b->plan.samples[i], err);
     return status;
 }

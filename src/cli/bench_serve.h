@@ -31,18 +31,19 @@ typedef struct perk_serve_request {
     int32_t sample;       /* in the plan's samples; -1: not compared */
 } perk_serve_request;
 
-/* A request whose answer is compared. */
+/* A request whose answer is compared; room for the longest. */
 typedef struct perk_serve_sample {
+    bool is_taken; /* by a request that the service took; else there is nothing to compare */
     size_t request;
-    int32_t *alone, *read; /* [answer_tokens] */
-    float *gap;            /* [answer_tokens] from the best token to the next, alone; natural logarithm */
+    int32_t *alone, *read; /* tokens */
+    float *gap;            /* from the best token to the next, alone; natural logarithm */
     size_t alone_count, read_count;
 } perk_serve_sample;
 
 typedef struct perk_serve_plan {
     perk_serve_request *requests; /* by arrival */
     size_t count, capacity;
-    perk_serve_sample *samples;
+    perk_serve_sample *samples; /* [sample_count] one of each equal part of the requests */
     int32_t sample_count;
     int32_t longest_prompt, longest_answer, longest; /* tokens; `longest` of prompt and answer together */
     uint64_t seed;
@@ -52,6 +53,8 @@ typedef struct perk_serve_plan {
 perk_status perk_serve_plan_make(perk_serve_plan *plan, const perk_serve_options *options, uint64_t seed,
                                  perk_error *err);
 void perk_serve_plan_free(perk_serve_plan *plan);
+/* The service took the request: it becomes a sample if it is the first of its part. */
+void perk_serve_sample_taken(perk_serve_plan *plan, size_t request);
 /* Writes a request's prompt: [prompt_tokens] ids below `vocab`. */
 void perk_serve_prompt(const perk_serve_plan *plan, size_t request, int32_t vocab, int32_t *ids);
 /* How all requests are sampled: greedy, to their last token. */

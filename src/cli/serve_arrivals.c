@@ -159,18 +159,14 @@ static perk_status read_trace(perk_serve_plan *plan, const perk_serve_options *o
 
 /* ---- the plan ---- */
 
-/* Spreads the samples over the whole time. */
-static perk_status choose_samples(perk_serve_plan *plan, int32_t wanted, perk_error *err) {
+static perk_status make_samples(perk_serve_plan *plan, int32_t wanted, perk_error *err) {
     int32_t count = (int32_t)PERK_MIN((size_t)wanted, plan->count);
     plan->samples = perk_calloc((size_t)count, sizeof *plan->samples);
     if (!plan->samples) return perk_fail_memory(err, "answers to compare");
     plan->sample_count = count;
     for (int32_t i = 0; i < count; i++) {
         perk_serve_sample *sample = &plan->samples[i];
-        sample->request = plan->count * (size_t)i / (size_t)count;
-        perk_serve_request *request = &plan->requests[sample->request];
-        size_t tokens = (size_t)request->answer_tokens;
-        request->sample = i;
+        size_t tokens = (size_t)plan->longest_answer;
         sample->alone = perk_calloc(tokens, sizeof *sample->alone);
         sample->read = perk_calloc(tokens, sizeof *sample->read);
         sample->gap = perk_calloc(tokens, sizeof *sample->gap);
@@ -185,7 +181,17 @@ perk_status perk_serve_plan_make(perk_serve_plan *plan, const perk_serve_options
     perk_status status = o->trace ? read_trace(plan, o, &state, err) : draw_all(plan, o, &state, err);
     if (!status && plan->count == 0)
         status = perk_fail(err, PERK_INVALID_ARGUMENT, "no request arrives: raise --rate or --duration");
-    return status ? status : choose_samples(plan, o->checks, err);
+    return status ? status : make_samples(plan, o->checks, err);
+}
+
+/* The first of each part of the plan that is not refused. */
+void perk_serve_sample_taken(perk_serve_plan *plan, size_t request) {
+    if (plan->sample_count == 0) return;
+    size_t part = request * (size_t)plan->sample_count / plan->count;
+    if (plan->samples[part].is_taken) return;
+    plan->samples[part].is_taken = true;
+    plan->samples[part].request = request;
+    plan->requests[request].sample = (int32_t)part;
 }
 
 void perk_serve_plan_free(perk_serve_plan *plan) {

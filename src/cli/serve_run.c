@@ -264,6 +264,7 @@ static perk_status submit(perk_serve_run *run, size_t number, perk_error *err) {
     if (status == PERK_LIMIT && run->may_refuse) return run->result->refused++, PERK_OK;
     if (status) return perk_fail_prefix(err, status, "request %zu", number);
     *track_of(run, id) = (serve_track){.id = id, .request = number, .cancelled = request->cancel_after == 0};
+    perk_serve_sample_taken(run->plan, number);
     run->result->submitted++;
     run->open++;
     run->result->most_unfinished = PERK_MAX(run->result->most_unfinished, (int32_t)run->open);
