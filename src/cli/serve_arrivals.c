@@ -145,7 +145,8 @@ static perk_status read_trace(perk_serve_plan *plan, const perk_serve_options *o
     perk_buffer file = {0};
     perk_status status = perk_cli_read_file(o->trace, &file, err);
     size_t number = 0;
-    for (const char *line = file.data, *end = line + file.size, *next; !status && line < end; line = next) {
+    const char *end = file.size ? file.data + file.size : file.data; /* NULL where nothing was read */
+    for (const char *line = file.data, *next; !status && line != end; line = next) {
         const char *newline = memchr(line, '\n', (size_t)(end - line));
         next = newline ? newline + 1 : end;
         number++;
