@@ -71,18 +71,26 @@ static void expected_shares(const float *logits, const perk_sampling *sampling, 
     for (int i = 0; i < VOCAB; i++) shares[order[i]] = weights[i] / kept;
 }
 
-static void check_distribution(perk_sampler *sampler, const float *logits, perk_sampling sampling) {
-    double shares[VOCAB], chi = 0;
-    int counts[VOCAB] = {0}, degrees = -1;
-    expected_shares(logits, &sampling, shares);
-    for (uint64_t place = 0; place < DRAWS; place++) counts[pick(sampler, logits, sampling, place)]++;
+/* Of what was drawn DRAWS times; tokens that are expected fewer than 5 times are left out. */
+static double chi_squared(const int *counts, const double *shares, int *degrees) {
+    double chi = 0;
+    *degrees = -1;
     for (int i = 0; i < VOCAB; i++) {
         double expected = shares[i] * DRAWS;
         if (expected == 0) CHECK(counts[i] == 0, "token %d was picked and must not be", i);
         if (expected < 5) continue;
         chi += (counts[i] - expected) * (counts[i] - expected) / expected;
-        degrees++;
+        ++*degrees;
     }
+    return chi;
+}
+
+static void check_distribution(perk_sampler *sampler, const float *logits, perk_sampling sampling) {
+    double shares[VOCAB];
+    int counts[VOCAB] = {0}, degrees;
+    expected_shares(logits, &sampling, shares);
+    for (uint64_t place = 0; place < DRAWS; place++) counts[pick(sampler, logits, sampling, place)]++;
+    double chi = chi_squared(counts, shares, &degrees);
     CHECK(degrees <= 0 || chi < degrees + 5 * sqrt(2.0 * degrees), "chi-squared %g, %d degrees (T %g k %d p %g m %g)",
           chi, degrees, (double)sampling.temperature, sampling.top_k, (double)sampling.top_p, (double)sampling.min_p);
 }
@@ -286,8 +294,8 @@ static void test_adjusted_distribution(perk_sampler *sampler) {
     changed[2] *= 1.5f;
     changed[3] = changed[3] / 1.5f - 1.0f - 0.25f;
     changed[6] = changed[6] / 1.5f - 0.5f - 0.25f;
-    double shares[VOCAB], chi = 0;
-    int counts[VOCAB] = {0}, degrees = -1;
+    double shares[VOCAB];
+    int counts[VOCAB] = {0}, degrees;
     expected_shares(changed, &sampling, shares);
     for (uint64_t seed = 0; seed < DRAWS; seed++) {
         perk_sampling seeded = sampling;
@@ -297,13 +305,7 @@ static void test_adjusted_distribution(perk_sampler *sampler) {
         CHECK_OK(perk_sampler_pick(sampler, logits, &seeded, &history, &token, NULL, &err));
         counts[token]++;
     }
-    for (int i = 0; i < VOCAB; i++) {
-        double expected = shares[i] * DRAWS;
-        if (expected == 0) CHECK(counts[i] == 0, "token %d was picked and must not be", i);
-        if (expected < 5) continue;
-        chi += (counts[i] - expected) * (counts[i] - expected) / expected;
-        degrees++;
-    }
+    double chi = chi_squared(counts, shares, &degrees);
     CHECK(degrees > 3 && chi < degrees + 5 * sqrt(2.0 * degrees), "chi-squared %g, %d degrees", chi, degrees);
 }
 

@@ -8,16 +8,6 @@ enum { VOCAB = 40, EOS = 7 };
 
 static perk_error err;
 
-/* ---- random numbers ---- */
-
-typedef struct random_draws {
-    uint64_t seed, place;
-} random_draws;
-
-static int roll(random_draws *dice, int low, int high) {
-    return low + (int)(perk_uniform(dice->seed, dice->place++) * (high - low + 1));
-}
-
 /* ---- the fake model ---- */
 
 static uint64_t extend(uint64_t hash, int32_t token) {
