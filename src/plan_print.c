@@ -23,6 +23,7 @@ static const char *layout_name(perk_layout layout) {
     case PERK_LAYOUT_ROWS: return "rows";
     case PERK_LAYOUT_TILES: return "tiles";
     case PERK_LAYOUT_PAIRED_TILES: return "paired tiles";
+    case PERK_LAYOUT_WIDE_INPUT: return "slices";
     case PERK_LAYOUT_ROPE: return "rope";
     }
     return "unknown";

@@ -166,8 +166,10 @@ static void add_tiles(perk_lowering *l, const perk_stage *stage, int worker, int
 }
 
 static void choose_operands(perk_lowering *l, const perk_op *op, const linear_form *form, perk_stage *stage) {
-    stage->operands[IN] = perk_lower_tensor(l, form->x, PERK_LAYOUT_ROWS);
-    stage->operands[OUT] = perk_lower_tensor(l, form->out, PERK_LAYOUT_ROWS);
+    bool is_wide = perk_lower_is_wide(l, op);
+    stage->operands[IN] = is_wide ? perk_lower_wide_input(l, form->x) : perk_lower_tensor(l, form->x, PERK_LAYOUT_ROWS);
+    stage->operands[OUT] =
+        is_wide ? perk_lower_output(l, form->out) : perk_lower_tensor(l, form->out, PERK_LAYOUT_ROWS);
     stage->operands[RESIDUAL] = perk_lower_tensor(l, op->inputs[PERK_IN_RESIDUAL], PERK_LAYOUT_ROWS);
     stage->operands[BIAS] = perk_lower_tensor(l, op->inputs[PERK_IN_BIAS], PERK_LAYOUT_ROWS);
     if (form->norm)
@@ -180,17 +182,56 @@ static void choose_operands(perk_lowering *l, const perk_op *op, const linear_fo
     stage->stream.blocks_per_tile = l->plan->tensors[stage->stream.tensor].cols / PERK_BLOCK_COLS;
 }
 
-static perk_status linear_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
-    (void)err;
+static perk_stage *begin_narrow(perk_lowering *l, const perk_op *op, const linear_form *form) {
     const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
-    linear_form form = linear_form_of(l, op);
     bool of_tokens = op->output->row_kind == PERK_ROWS_TOKENS;
-    perk_stage *stage = perk_lower_begin(
+    return perk_lower_begin(
         l, op, "",
         "chunk = Linear<Rows::%s, %d, %d, %d, %s, Epilogue::%s, Activation::%s, %s>::run(worker, task, chunk, %.9ef);",
         of_tokens ? "tokens" : "logits", perk_lower_rows(l, op->output->row_kind), (int)weight->cols, (int)weight->rows,
-        form.norm ? "true" : "false", form.epilogue, perk_activation_name(form.activation),
-        op->inputs[PERK_IN_BIAS] ? "true" : "false", form.norm ? (double)form.norm->eps : 0.0);
+        form->norm ? "true" : "false", form->epilogue, perk_activation_name(form->activation),
+        op->inputs[PERK_IN_BIAS] ? "true" : "false", form->norm ? (double)form->norm->eps : 0.0);
+}
+
+/* A stage that brings rows into the form that wide linears take, where whoever wrote them could not. */
+static void arrange_input(perk_lowering *l, const perk_op *op, const perk_tensor *x) {
+    if (perk_lower_has_wide_input(l, x)) return;
+    perk_stage *stage =
+        perk_lower_begin(l, op, ".arrange", "arrange_input<%d>(worker, task);", (int)PERK_ROW_STRIDE(x->cols));
+    if (!stage) return;
+    stage->work = PERK_WORK_ARRANGE;
+    stage->operands[0] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);
+    stage->operands[1] = perk_lower_wide_input(l, x);
+    if (l->error.status == PERK_OK)
+        perk_lower_runs(l, (int)perk_ceil_div((uint64_t)x->cols, 8), perk_lower_copy, stage);
+    perk_lower_end(l);
+}
+
+/* Eight of a worker's tiles at once where it has more than four: its input is then read half as often. */
+static int tiles_together(const perk_lowering *l, const perk_op *op, const linear_form *form) {
+    uint64_t tiles =
+        perk_ceil_div((uint64_t)op->inputs[PERK_IN_WEIGHT]->rows / (form->gate ? 2 : 1), (uint64_t)form->tile_width);
+    bool has_many = perk_ceil_div(tiles, (uint64_t)l->plan->device.worker_count) > PERK_WIDE_TILES / 2;
+    return has_many ? PERK_WIDE_TILES : PERK_WIDE_TILES / 2;
+}
+
+static perk_stage *begin_wide(perk_lowering *l, const perk_op *op, const linear_form *form) {
+    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
+    int together = tiles_together(l, op, form);
+    arrange_input(l, op, form->x);
+    if (l->error.status != PERK_OK) return NULL;
+    perk_stage *stage = perk_lower_begin(
+        l, op, "", "chunk = WideLinear<%d, %d, %d, Epilogue::%s, Activation::%s, %s, %s>::run(worker, task, chunk);",
+        (int)weight->cols, (int)weight->rows, together, form->epilogue, perk_activation_name(form->activation),
+        op->inputs[PERK_IN_BIAS] ? "true" : "false", perk_lower_writes_input(l, form->out) ? "true" : "false");
+    if (stage) stage->stream.together = together;
+    return stage;
+}
+
+static perk_status linear_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
+    (void)err;
+    linear_form form = linear_form_of(l, op);
+    perk_stage *stage = perk_lower_is_wide(l, op) ? begin_wide(l, op, &form) : begin_narrow(l, op, &form);
     if (!stage) return l->error.status;
     stage->work = PERK_WORK_LINEAR;
     choose_operands(l, op, &form, stage);
