@@ -172,7 +172,7 @@ struct WideLinear {
         pass.has_tile = w.warp % places < tiles;
         pass.place = min(w.warp % places, tiles - 1);
         pass.tile = task.first() + (first + pass.place) * task.stride();
-        pass.parts = places == PERK_WIDE_TILES ? 2 : 1;
+        pass.parts = places == PERK_WIDE_TILES && f.rows > kPartColumns ? 2 : 1;
         pass.first_token = w.warp / places * kPartColumns;
         float sums[2][kPartColumns / 2] = {};
         chunk = multiply(w, pass, chunk, sums);

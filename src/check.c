@@ -90,6 +90,9 @@ static perk_status check_stream(const perk_plan *plan, const perk_stage *stage, 
     if (stream->tensor < 0 || stream->tensor >= plan->tensor_count)
         return UNSAFE(err, "stage %.*s: it streams tensor %d of %d", NAME_LENGTH, stage->name, stream->tensor,
                       plan->tensor_count);
+    if (stream->together < 0 || stream->together > PERK_WIDE_TILES || (stream->together > 0 && plan->wide_tokens == 0))
+        return UNSAFE(err, "stage %.*s: %d tiles cannot be streamed side by side", NAME_LENGTH, stage->name,
+                      stream->together);
     const perk_plan_tensor *t = &plan->tensors[stream->tensor];
     if (t->space != PERK_SPACE_WEIGHTS || stream->tile_count < 0 || stream->blocks_per_tile < 0 ||
         (uint64_t)stream->tile_count * (uint64_t)stream->blocks_per_tile != t->bytes / PERK_WEIGHT_BLOCK_BYTES)
