@@ -65,6 +65,8 @@ enum {
     PERK_SLICE_ROW_BYTES = 128,
     PERK_WIDE_TILES = 8, /* row tiles that a worker may work on at once: one a consumer warp */
 };
+/* Tiles that are worked on at once share ring slots: so many blocks of each are in one. */
+#define PERK_WIDE_SLOT_BLOCKS(tiles) ((tiles) > 4 ? 2 : (tiles) > 2 ? 4 : (tiles) > 1 ? 8 : 16)
 
 /* ---- attention ---- */
 enum {

@@ -168,7 +168,7 @@ struct WideLinear {
                                                         const Finish &f, uint32_t chunk) {
         const uint32_t places = tiles > PERK_WIDE_TILES / 2 ? PERK_WIDE_TILES : PERK_WIDE_TILES / 2;
         Pass pass;
-        pass.slot_blocks = wide_slot_blocks(tiles);
+        pass.slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
         pass.has_tile = w.warp % places < tiles;
         pass.place = min(w.warp % places, tiles - 1);
         pass.tile = task.first() + (first + pass.place) * task.stride();

@@ -300,15 +300,10 @@ __device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTas
 }
 
 #if PERK_WIDE
-// A wide linear's tiles share a slot, each with so many blocks: all columns of a slice, of all tiles, are in one.
-__device__ __forceinline__ uint32_t wide_slot_blocks(uint32_t tiles) {
-    return tiles > 4 ? 2 : tiles > 2 ? 4 : tiles > 1 ? 8 : 16;
-}
-
 // Streams up to `together` tiles of one stage side by side, and then the next so many: a lane copies for a tile.
 __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
     for (uint32_t first = 0; first < task.rounds; first += task.together) {
-        const uint32_t tiles = min(task.together, task.rounds - first), slot_blocks = wide_slot_blocks(tiles);
+        const uint32_t tiles = min(task.together, task.rounds - first), slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
         const uint32_t round = first + min(w.lane, tiles - 1); // of the lane's tile
         const uint32_t width = min(task.workers, task.tiles - round * task.workers);
         const uint32_t base = task.base + round * task.workers * task.blocks; // in blocks
