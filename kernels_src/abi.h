@@ -100,7 +100,9 @@ typedef struct perk_task_record {
     uint32_t stream_tiles;    /* row tiles of the stage; 0: streams nothing */
     uint32_t stream_blocks;   /* blocks a tile */
     uint32_t stream_together; /* wide linears: tiles that are streamed side by side, at most; 0: one after the other */
-    uint32_t reserved[PERK_RECORD_WORDS - 29];
+    uint32_t share_tokens;    /* wide linears: unit u is row tile u % stream_tiles for the tokens from
+                                 u / stream_tiles * share_tokens on, so many of them */
+    uint32_t reserved[PERK_RECORD_WORDS - 30];
 } perk_task_record;
 
 /* ---- the batch of a step, as it lies in device memory: 32-bit words ----

@@ -8,13 +8,15 @@
 
 namespace perk {
 
-template <uint32_t kIn, uint32_t kOut, uint32_t kTogether, Epilogue kEpilogue, Activation kActivation, bool kHasBias,
-          bool kOutIsInput>
+template <uint32_t kIn, uint32_t kOut, uint32_t kTogether, uint32_t kShares, Epilogue kEpilogue, Activation kActivation,
+          bool kHasBias, bool kOutIsInput>
 struct WideLinear {
     static constexpr uint32_t kBlocks = (kIn + PERK_BLOCK_COLS - 1) / PERK_BLOCK_COLS; // of a tile
     static constexpr uint32_t kSlices = (kBlocks + PERK_SLICE_BLOCKS - 1) / PERK_SLICE_BLOCKS;
     static constexpr uint32_t kOutWidth = kEpilogue == Epilogue::gated ? kOut / 2 : kOut;
     static constexpr uint32_t kOutStride = PERK_ROW_STRIDE(kOutWidth);
+    static constexpr uint32_t kTileWidth = kEpilogue == Epilogue::gated ? 8 : PERK_TILE_ROWS; // outputs
+    static constexpr uint32_t kTiles = (kOutWidth + kTileWidth - 1) / kTileWidth;
 
     // ---- the products ----
 
@@ -29,8 +31,9 @@ struct WideLinear {
         uint32_t slot_blocks; // of a tile in a ring slot
         uint32_t place;       // of the warp's tile in a ring slot
         bool has_tile;
-        uint32_t tile, first_token;
-        uint32_t parts; // of the tokens that are the warp's: both of the eight tiles', one of the four's
+        uint32_t tile;
+        uint32_t first_token, first_row; // in the step, and in a slice's slot
+        uint32_t parts;                  // of kPartColumns tokens that are the warp's
     };
 
     // The left operand of a slice: four fragments.
@@ -58,7 +61,7 @@ struct WideLinear {
         load_weights(w, pass, w.ring_slot(chunk), slice, weights);
         if (slice % slot_slices == slot_slices - 1 || slice == kSlices - 1) release_chunk(w, chunk++, weights.of[3].w);
         wait_slot<false>(w, w.input_full(number), number / program::input_slots & 1, PERK_ROLE_INPUT_FULL, number);
-        const uint64_t x = wgmma_operand(w.input_slot(number) + pass.first_token * PERK_SLICE_ROW_BYTES);
+        const uint64_t x = wgmma_operand(w.input_slot(number) + pass.first_row * PERK_SLICE_ROW_BYTES);
         wgmma_fence();
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) wgmma<kPartColumns>(sums[0], weights.of[i], x + i * 2);
@@ -127,7 +130,7 @@ struct WideLinear {
     static __device__ __forceinline__ void finish(const Worker &w, const Finish &f, const Pass &pass,
                                                   uint32_t first_token, const float (&sums)[kPartColumns / 2]) {
         constexpr bool kIsGated = kEpilogue == Epilogue::gated;
-        const uint32_t g = w.lane / 4, column = pass.tile * (kIsGated ? 8 : PERK_TILE_ROWS);
+        const uint32_t g = w.lane / 4, column = pass.tile * kTileWidth;
         const float low_bias = bias_at(f, column + g);
         const float high_bias = bias_at(f, kIsGated ? kOutWidth + column + g : column + g + 8);
         const uint32_t token = first_token + w.lane % 4 * 2 + g % 2, pair = column + g / 2 * 2;
@@ -166,14 +169,17 @@ struct WideLinear {
     // `tiles` of them from the worker's `first` on.
     static __device__ __forceinline__ uint32_t run_pass(Worker &w, const TaskView &task, uint32_t first, uint32_t tiles,
                                                         const Finish &f, uint32_t chunk) {
-        const uint32_t places = tiles > PERK_WIDE_TILES / 2 ? PERK_WIDE_TILES : PERK_WIDE_TILES / 2;
+        constexpr bool kIsHalf = kShares == 2; // of the tokens: one part for all
+        const uint32_t places = kIsHalf || tiles > PERK_WIDE_TILES / 2 ? PERK_WIDE_TILES : PERK_WIDE_TILES / 2;
+        const uint32_t unit = task.first(), share = kIsHalf && unit >= kTiles ? 1 : 0;
         Pass pass;
         pass.slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
         pass.has_tile = w.warp % places < tiles;
         pass.place = min(w.warp % places, tiles - 1);
-        pass.tile = task.first() + (first + pass.place) * task.stride();
-        pass.parts = places == PERK_WIDE_TILES && f.rows > kPartColumns ? 2 : 1;
-        pass.first_token = w.warp / places * kPartColumns;
+        pass.tile = unit - share * kTiles + (first + pass.place) * task.stride();
+        pass.parts = !kIsHalf && places == PERK_WIDE_TILES && f.rows > kPartColumns ? 2 : 1;
+        pass.first_row = w.warp / places * kPartColumns;
+        pass.first_token = pass.first_row + share * kPartColumns;
         float sums[2][kPartColumns / 2] = {};
         chunk = multiply(w, pass, chunk, sums);
 #pragma unroll

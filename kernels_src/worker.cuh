@@ -304,13 +304,15 @@ __device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTas
 __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
     for (uint32_t first = 0; first < task.rounds; first += task.together) {
         const uint32_t tiles = min(task.together, task.rounds - first), slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
-        const uint32_t round = first + min(w.lane, tiles - 1); // of the lane's tile
-        const uint32_t width = min(task.workers, task.tiles - round * task.workers);
-        const uint32_t base = task.base + round * task.workers * task.blocks; // in blocks
+        const uint32_t unit = task.lane_in_round + (first + min(w.lane, tiles - 1)) * task.workers;
+        const uint32_t tile = unit % task.tiles; // the lane's
+        const uint32_t round = tile / gridDim.x, lane_in_round = tile % gridDim.x;
+        const uint32_t width = min(gridDim.x, task.tiles - round * gridDim.x);
+        const uint32_t base = task.base + round * gridDim.x * task.blocks; // in blocks
         for (uint32_t block = 0; block < task.blocks; block += slot_blocks, chunk++) {
             const uint32_t in_chunk = block % PERK_CHUNK_BLOCKS, chunk_begin = block - in_chunk;
             const uint32_t chunk_blocks = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - chunk_begin);
-            const uint32_t place = base + width * chunk_begin + task.lane_in_round * chunk_blocks + in_chunk;
+            const uint32_t place = base + width * chunk_begin + lane_in_round * chunk_blocks + in_chunk;
             const uint32_t bytes = min(slot_blocks, task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
             await_room(w, chunk);
             if (w.lane == 0) mbarrier_arrive_expect(w.full_barrier(chunk), bytes * tiles);
@@ -325,21 +327,29 @@ __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const Stre
 }
 #endif
 
+#if PERK_WIDE
+__device__ __forceinline__ void produce(Worker &w) {
+    uint32_t chunk = 0;
+    for (w.position = 0;; w.position++) {
+        const StreamTask task = load_stream_task(w, w.position); // not ahead: registers are few
+        if (task.kind == PERK_TASK_END) break;
+        if (task.together != 0)
+            chunk = stream_wide_task(w, task, chunk);
+        else if (task.tiles != 0)
+            chunk = stream_task(w, task, chunk);
+    }
+}
+#else
 __device__ __forceinline__ void produce(Worker &w) {
     uint32_t chunk = 0;
     StreamTask next = load_stream_task(w, 0);
     for (w.position = 0; next.kind != PERK_TASK_END; w.position++) {
         const StreamTask task = next;
         next = load_stream_task(w, w.position + 1);
-#if PERK_WIDE
-        if (task.together != 0) {
-            chunk = stream_wide_task(w, task, chunk);
-            continue;
-        }
-#endif
         if (task.tiles != 0) chunk = stream_task(w, task, chunk);
     }
 }
+#endif
 
 #if PERK_WIDE
 // Brings the slices of a wide linear's input, as often as it goes over them: once for all tiles that it works on
@@ -347,15 +357,19 @@ __device__ __forceinline__ void produce(Worker &w) {
 __device__ __forceinline__ void feed_task(Worker &w, const perk_task_record *record, uint32_t rows) {
     const uint8_t *input = w.args.activations + uint64_t(__ldg(&record->operand[0])) * 256;
     const uint32_t slices = (__ldg(&record->stream_blocks) + PERK_SLICE_BLOCKS - 1) / PERK_SLICE_BLOCKS;
-    const uint32_t bytes = rows * PERK_SLICE_ROW_BYTES;
+    const uint32_t share_tokens = __ldg(&record->share_tokens);
+    const uint32_t first_token = __ldg(&record->first) / __ldg(&record->stream_tiles) * share_tokens;
+    const uint32_t bytes = (rows > first_token ? min(rows - first_token, share_tokens) : 0) * PERK_SLICE_ROW_BYTES;
+    input += first_token * PERK_SLICE_ROW_BYTES;
     for (uint32_t first = 0; first < __ldg(&record->count); first += __ldg(&record->stream_together))
         for (uint32_t s = 0; s < slices; s++, w.slices++) {
             const uint32_t turn = w.slices / program::input_slots;
             if (turn > 0) wait_slot<true>(w, w.input_empty(w.slices), (turn - 1) & 1, PERK_ROLE_INPUT_EMPTY, w.slices);
             if (w.lane == 0) {
                 mbarrier_arrive_expect(w.input_full(w.slices), bytes);
-                copy_bulk(w.input_slot(w.slices), input + uint64_t(s) * program::max_tokens * PERK_SLICE_ROW_BYTES,
-                          bytes, w.input_full(w.slices));
+                if (bytes > 0)
+                    copy_bulk(w.input_slot(w.slices), input + uint64_t(s) * program::max_tokens * PERK_SLICE_ROW_BYTES,
+                              bytes, w.input_full(w.slices));
             }
             __syncwarp();
         }

@@ -99,7 +99,9 @@ static perk_status check_stream(const perk_plan *plan, const perk_stage *stage, 
         return UNSAFE(err, "stage %.*s: %d tiles of %d blocks of 1 KB are not the %llu bytes of weights of %.*s",
                       NAME_LENGTH, stage->name, stream->tile_count, stream->blocks_per_tile,
                       (unsigned long long)t->bytes, NAME_LENGTH, t->name);
-    if (stream->tile_count != stage->unit_count)
+    if (stream->shares < 0 || stream->shares > 2 || (stream->shares > 0 && stream->together == 0))
+        return UNSAFE(err, "stage %.*s: %d shares of the tokens", NAME_LENGTH, stage->name, stream->shares);
+    if ((int64_t)stream->tile_count * PERK_MAX(1, stream->shares) != stage->unit_count)
         return UNSAFE(err, "stage %.*s: it streams %d tiles for %d units: its tasks would wait for weights forever",
                       NAME_LENGTH, stage->name, stream->tile_count, stage->unit_count);
     return PERK_OK;

@@ -90,6 +90,8 @@ typedef struct perk_stream {
     int tile_count;      /* row tiles */
     int blocks_per_tile; /* 1 KB blocks of 16 rows x 32 columns */
     int together;        /* wide linears: a worker's tiles that are streamed side by side, at most; 0: one by one */
+    int shares;          /* wide linears: 2: each tile is streamed twice, unit tile for the first half of the tokens and
+                            unit tile_count + tile for the others; else 0 or 1 */
 } perk_stream;
 
 enum { PERK_STAGE_OPERANDS = 6 };
