@@ -164,6 +164,9 @@ static perk_status check_task(const perk_plan *plan, int index, int worker, perk
         return UNSAFE(err, "%s: units %d, step %d, %d of them, are not among the stage's %d",
                       perk_check_task_text(plan, index).text, task->first, task->stride, task->count,
                       stage->unit_count);
+    if (stage->stream.shares > 1 && task->first / stage->stream.tile_count != last / stage->stream.tile_count)
+        return UNSAFE(err, "%s: its tiles are for different shares of the tokens",
+                      perk_check_task_text(plan, index).text);
     uint64_t blocks = stage->stream.tensor < 0 ? 0 : (uint64_t)stage->stream.blocks_per_tile * (uint64_t)task->count;
     if (task->stream_bytes != blocks * PERK_WEIGHT_BLOCK_BYTES)
         return UNSAFE(err, "%s: it consumes %llu bytes of weights, its units are %llu bytes of the stream",
