@@ -104,22 +104,35 @@ struct WideLinear {
         return make_float2(is_even ? first : other, is_even ? other : second);
     }
 
-    // Two neighbouring outputs of a token, from an even one on; what lies beyond the width stays zero.
-    static __device__ __forceinline__ void store_pair(const Finish &f, uint32_t token, uint32_t column, float2 values,
-                                                      uint32_t residual) {
-        if (column >= kOutWidth || token >= f.rows) return;
-        if constexpr (kEpilogue == Epilogue::residual) {
-            values.x += low_bf16(residual);
-            values.y += high_bf16(residual);
+    // Two neighbouring outputs, from an even one on, of a token and of those 8, 16, ... after it.
+    struct Column {
+        uint8_t *out;
+        const uint8_t *residual;
+        uint32_t tokens; // from the first on, that there are; 0: nor is there such an output
+        bool is_cut;     // there is no second output: zero, as all beyond the width
+
+        static constexpr uint32_t kOutStep = 8 * (kOutIsInput ? PERK_SLICE_ROW_BYTES : kOutStride * 2);
+
+        __device__ __forceinline__ Column(const Finish &f, uint32_t token, uint32_t column, bool has_tile) {
+            const uint64_t place = (uint64_t(token) * kOutStride + column) * 2;
+            out = f.out + (kOutIsInput ? wide_pair(token, column) : place);
+            residual = f.residual + place;
+            tokens = has_tile && column < kOutWidth && token < f.rows ? f.rows - token : 0;
+            is_cut = column + 1 >= kOutWidth;
         }
-        const uint32_t pair = pack_bf16(values.x, column + 1 < kOutWidth ? values.y : 0.0f);
-        const uint64_t place = kOutIsInput ? wide_pair(token, column) : (uint64_t(token) * kOutStride + column) * 2;
-        *reinterpret_cast<uint32_t *>(f.out + place) = pair;
-    }
-    static __device__ __forceinline__ uint32_t residual_at(const Finish &f, uint32_t token, uint32_t column) {
-        if (kEpilogue != Epilogue::residual || column >= kOutWidth || token >= f.rows) return 0;
-        return load_coherent4(f.residual + (uint64_t(token) * kOutStride + column) * 2);
-    }
+        __device__ __forceinline__ uint32_t load_residual(uint32_t group) const {
+            if (kEpilogue != Epilogue::residual || group * 8 >= tokens) return 0;
+            return load_coherent4(residual + group * (8 * kOutStride * 2));
+        }
+        __device__ __forceinline__ void store(uint32_t group, float2 values, uint32_t added) const {
+            if constexpr (kEpilogue == Epilogue::residual) {
+                values.x += low_bf16(added);
+                values.y += high_bf16(added);
+            }
+            if (group * 8 < tokens)
+                *reinterpret_cast<uint32_t *>(out + group * kOutStep) = pack_bf16(values.x, is_cut ? 0.0f : values.y);
+        }
+    };
 
     static __device__ __forceinline__ float bias_at(const Finish &f, uint32_t output) {
         if (!kHasBias || output >= kOut) return 0.0f;
@@ -134,31 +147,29 @@ struct WideLinear {
         const float low_bias = bias_at(f, column + g);
         const float high_bias = bias_at(f, kIsGated ? kOutWidth + column + g : column + g + 8);
         const uint32_t token = first_token + w.lane % 4 * 2 + g % 2, pair = column + g / 2 * 2;
+        const Column low(f, token, pair, pass.has_tile);
+        const Column high(f, token, kIsGated ? pair : pair + 8, pass.has_tile);
         constexpr uint32_t kBatch = 8; // groups of 8 tokens whose residuals are in flight together
 #pragma unroll
         for (uint32_t begin = 0; begin < kPartColumns / 8; begin += kBatch) {
-            uint32_t residual[kBatch][2];
+            uint32_t low_residual[kBatch], high_residual[kBatch];
 #pragma unroll
-            for (uint32_t i = 0; i < kBatch; i++)
-#pragma unroll
-                for (uint32_t high = 0; high < 2; high++)
-                    residual[i][high] = residual_at(f, token + (begin + i) * 8, pair + high * 8);
+            for (uint32_t i = 0; i < kBatch; i++) {
+                low_residual[i] = low.load_residual(begin + i);
+                high_residual[i] = high.load_residual(begin + i);
+            }
 #pragma unroll
             for (uint32_t i = 0; i < kBatch; i++) {
                 const float *sum = sums + (begin + i) * 4;
                 const float low0 = sum[0] + low_bias, low1 = sum[1] + low_bias;
                 const float high0 = sum[2] + high_bias, high1 = sum[3] + high_bias;
-                const uint32_t at = token + (begin + i) * 8;
                 if constexpr (kIsGated) {
                     const float first = activate<kActivation>(round_bf16(low0)) * round_bf16(high0);
                     const float second = activate<kActivation>(round_bf16(low1)) * round_bf16(high1);
-                    const float2 values = pair_outputs(w, first, second);
-                    if (pass.has_tile) store_pair(f, at, pair, values, 0);
+                    low.store(begin + i, pair_outputs(w, first, second), 0);
                 } else {
-                    const float2 low = pair_outputs(w, low0, low1), high = pair_outputs(w, high0, high1);
-                    if (!pass.has_tile) continue;
-                    store_pair(f, at, pair, low, residual[i][0]);
-                    store_pair(f, at, pair + 8, high, residual[i][1]);
+                    low.store(begin + i, pair_outputs(w, low0, low1), low_residual[i]);
+                    high.store(begin + i, pair_outputs(w, high0, high1), high_residual[i]);
                 }
             }
         }
