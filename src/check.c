@@ -86,21 +86,21 @@ static perk_status check_tensor(const perk_plan *plan, int index, perk_error *er
 
 static perk_status check_stream(const perk_plan *plan, const perk_stage *stage, perk_error *err) {
     const perk_stream *stream = &stage->stream;
-    if (stream->tensor == -1) return PERK_OK;
-    if (stream->tensor < 0 || stream->tensor >= plan->tensor_count)
-        return UNSAFE(err, "stage %.*s: it streams tensor %d of %d", NAME_LENGTH, stage->name, stream->tensor,
-                      plan->tensor_count);
     if (stream->together < 0 || stream->together > PERK_WIDE_TILES || (stream->together > 0 && plan->wide_tokens == 0))
         return UNSAFE(err, "stage %.*s: %d tiles cannot be streamed side by side", NAME_LENGTH, stage->name,
                       stream->together);
+    if (stream->shares < 0 || stream->shares > 2 || (stream->shares > 0 && stream->together == 0))
+        return UNSAFE(err, "stage %.*s: %d shares of the tokens", NAME_LENGTH, stage->name, stream->shares);
+    if (stream->tensor == -1 && stream->together == 0) return PERK_OK;
+    if (stream->tensor < 0 || stream->tensor >= plan->tensor_count)
+        return UNSAFE(err, "stage %.*s: it streams tensor %d of %d", NAME_LENGTH, stage->name, stream->tensor,
+                      plan->tensor_count);
     const perk_plan_tensor *t = &plan->tensors[stream->tensor];
     if (t->space != PERK_SPACE_WEIGHTS || stream->tile_count < 0 || stream->blocks_per_tile < 0 ||
         (uint64_t)stream->tile_count * (uint64_t)stream->blocks_per_tile != t->bytes / PERK_WEIGHT_BLOCK_BYTES)
         return UNSAFE(err, "stage %.*s: %d tiles of %d blocks of 1 KB are not the %llu bytes of weights of %.*s",
                       NAME_LENGTH, stage->name, stream->tile_count, stream->blocks_per_tile,
                       (unsigned long long)t->bytes, NAME_LENGTH, t->name);
-    if (stream->shares < 0 || stream->shares > 2 || (stream->shares > 0 && stream->together == 0))
-        return UNSAFE(err, "stage %.*s: %d shares of the tokens", NAME_LENGTH, stage->name, stream->shares);
     if ((int64_t)stream->tile_count * PERK_MAX(1, stream->shares) != stage->unit_count)
         return UNSAFE(err, "stage %.*s: it streams %d tiles for %d units: its tasks would wait for weights forever",
                       NAME_LENGTH, stage->name, stream->tile_count, stage->unit_count);
