@@ -259,8 +259,10 @@ static int32_t in_step(const perk_plan *plan, int counter, uint32_t step, uint32
 /* What the report's wait was for. */
 static void describe_wait(const perk_plan *plan, const perk_hang_report *hang, perk_buffer *text) {
     if (hang->role != PERK_ROLE_COUNTER || hang->counter >= (uint32_t)plan->counter_count) {
-        const char *what = hang->role == PERK_ROLE_RING_FULL ? "the arrival of" : "room in the ring for";
-        perk_buffer_printf(text, "%s chunk %u of the worker's weights", what, hang->counter);
+        bool is_input = hang->role == PERK_ROLE_INPUT_FULL || hang->role == PERK_ROLE_INPUT_EMPTY;
+        bool arrives = hang->role == PERK_ROLE_RING_FULL || hang->role == PERK_ROLE_INPUT_FULL;
+        perk_buffer_printf(text, "%s %s %u of the worker's %s", arrives ? "the arrival of" : "room in the ring for",
+                           is_input ? "slice" : "chunk", hang->counter, is_input ? "inputs" : "weights");
         return;
     }
     int counter = (int)hang->counter;
@@ -517,6 +519,7 @@ static perk_status poison_tensor(const perk_gpu *gpu, const perk_plan_tensor *t,
     size_t element = perk_dtype_size(t->dtype), width = (size_t)t->cols * element,
            stride = (size_t)t->row_stride * element, rows = (size_t)t->rows;
     CUresult result = CUDA_SUCCESS;
+    if (t->layout == PERK_LAYOUT_WIDE_INPUT && width != stride) return PERK_OK; /* zeros lie anywhere, and must stay */
     if (width == stride) {
         width *= rows;
         rows = 1;

@@ -97,7 +97,11 @@ perk_status perk_plan_facts_gather(const perk_plan *plan, perk_plan_facts *facts
 
 int perk_plan_barrier_bytes(const perk_plan *plan) {
     return plan->shared_bytes - plan->ring_slots * PERK_CHUNK_BYTES - plan->staging_bytes - plan->reduction_bytes -
-           perk_plan_batch_shared_bytes(plan);
+           perk_plan_batch_shared_bytes(plan) - perk_plan_input_bytes(plan);
+}
+
+int perk_plan_input_bytes(const perk_plan *plan) {
+    return plan->input_slots * plan->wide_tokens * PERK_SLICE_ROW_BYTES;
 }
 
 static bool has_operand(const perk_plan *plan, const perk_stage *stage, const perk_tensor *tensor) {

@@ -10,6 +10,7 @@ static perk_status check_stage(const perk_simulator *sim, const perk_stage *stag
         [PERK_WORK_GATE_MUL] = {&perk_op_gate_mul},
         [PERK_WORK_ARGMAX] = {&perk_op_argmax},
         [PERK_WORK_LINEAR] = {&perk_op_linear},
+        [PERK_WORK_ARRANGE] = {&perk_op_linear},
         [PERK_WORK_APPEND] = {&perk_op_attention},
         [PERK_WORK_PARTIAL] = {&perk_op_attention},
         [PERK_WORK_MERGE] = {&perk_op_attention},

@@ -12,8 +12,8 @@ typedef struct linear_run {
     const perk_op *norm; /* folded into the input, or NULL */
     const perk_op *gate; /* folded into the output: tiles hold 8 rows of the upper half of the weight, then 8 of the
                             lower; or NULL */
-    int rows;
-    int64_t width;            /* of the output */
+    int first_row, rows; /* of the task, and where they end */
+    int64_t width;       /* of the output */
     float *x, *scales, *sums; /* [rows][weight->cols], [rows], [rows][PERK_TILE_ROWS] */
     const uint16_t *bias;     /* NULL: none */
 } linear_run;
@@ -24,7 +24,7 @@ static bool stage_input(linear_run *run) {
     size_t cols = run->weight->cols;
     const uint16_t *gain = run->norm ? perk_sim_read(t, NORM_WEIGHT, PERK_BF16, 0, 0, (int64_t)cols) : NULL;
     if (run->norm && !gain) return false;
-    for (int row = 0; row < run->rows; row++) {
+    for (int row = run->first_row; row < run->rows; row++) {
         float *x = run->x + (size_t)row * cols;
         const uint16_t *in = perk_sim_read(t, IN, PERK_BF16, row, 0, (int64_t)cols);
         if (!in) return false;
@@ -40,8 +40,10 @@ static bool stage_input(linear_run *run) {
 
 /* `count` rows of the weight from `first` on, into the sums from `place` on. */
 static void multiply(const linear_run *run, int64_t first, int64_t count, int place) {
-    perk_math_dots(run->sums + place, PERK_TILE_ROWS, run->weight->values + (size_t)first * run->weight->cols,
-                   (size_t)count, run->x, (size_t)run->rows, run->weight->cols);
+    size_t before = (size_t)run->first_row, cols = run->weight->cols;
+    perk_math_dots(run->sums + before * PERK_TILE_ROWS + place, PERK_TILE_ROWS,
+                   run->weight->values + (size_t)first * cols, (size_t)count, run->x + before * cols,
+                   (size_t)run->rows - before, cols);
 }
 
 static float bias_at(const linear_run *run, int64_t output) {
@@ -101,7 +103,7 @@ static void run_tile(const linear_run *run, int tile) {
     if (count <= 0) return;
     multiply(run, first, count, 0);
     if (run->gate) multiply(run, run->width + first, count, PERK_TILE_ROWS / 2);
-    for (int row = 0; row < run->rows && !run->t->status; row++) {
+    for (int row = run->first_row; row < run->rows && !run->t->status; row++) {
         if (run->gate)
             finish_gated(run, row, first, count);
         else if (run->t->op->output->dtype == PERK_F32)
@@ -121,13 +123,26 @@ static const perk_op *folded_gate(const perk_sim_task *t) {
     return NULL;
 }
 
+/* The rows of the task, and its first tile: units of a stage that is cut in shares are tiles of one share, then those
+ * of the next. */
+static int choose_share(linear_run *run) {
+    const perk_sim_task *t = run->t;
+    const perk_stream *stream = &t->stage->stream;
+    run->rows = perk_sim_rows(t, t->op->output->row_kind);
+    if (stream->shares < 2) return t->task->first;
+    int share = t->task->first / stream->tile_count, rows = t->sim->plan->wide_tokens / stream->shares;
+    run->first_row = PERK_MIN(share * rows, run->rows);
+    run->rows = PERK_MIN(run->first_row + rows, run->rows);
+    return t->task->first % stream->tile_count;
+}
+
 void perk_sim_linear(perk_sim_task *t) {
     const perk_tensor *weight = t->op->inputs[PERK_IN_WEIGHT];
     linear_run run = {.t = t, .weight = &t->sim->matrices[weight->index], .width = weight->rows};
     run.gate = folded_gate(t);
     if (run.gate) run.width /= 2;
     if (t->stage->operands[NORM_WEIGHT] >= 0) run.norm = t->op->inputs[PERK_IN_X]->producer;
-    run.rows = perk_sim_rows(t, t->op->output->row_kind);
+    int first_tile = choose_share(&run);
     size_t rows = (size_t)run.rows;
     run.x = perk_sim_scratch(t, rows * (run.weight->cols + 1 + PERK_TILE_ROWS));
     if (!run.x) return;
@@ -138,5 +153,5 @@ void perk_sim_linear(perk_sim_task *t) {
         if (!run.bias) return;
     }
     if (!stage_input(&run)) return;
-    for (int i = 0; i < t->task->count && !t->status; i++) run_tile(&run, perk_sim_unit(t, i));
+    for (int i = 0; i < t->task->count && !t->status; i++) run_tile(&run, first_tile + i * t->task->stride);
 }

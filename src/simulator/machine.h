@@ -156,6 +156,7 @@ void perk_sim_rmsnorm(perk_sim_task *t);
 void perk_sim_gate_mul(perk_sim_task *t);
 void perk_sim_argmax(perk_sim_task *t);
 void perk_sim_linear(perk_sim_task *t);
+void perk_sim_arrange(perk_sim_task *t);
 void perk_sim_append(perk_sim_task *t);
 void perk_sim_partial(perk_sim_task *t);
 void perk_sim_merge(perk_sim_task *t);
