@@ -569,7 +569,7 @@ static void test_poison(void) {
     for (int i = 0; i < gpu->largest->plan->tensor_count; i++) {
         const perk_plan_tensor *t = &gpu->largest->plan->tensors[i];
         if (t->space != PERK_SPACE_ACTIVATIONS || t->dtype != PERK_BF16 || t->cols != WIDTH) continue;
-        const uint16_t *rows = (const uint16_t *)(uintptr_t)(gpu->spaces[t->space].address + t->offset);
+        const uint16_t *rows = (const uint16_t *)(uintptr_t)perk_gpu_address(gpu, gpu->largest, t);
         CHECK(t->row_stride == STRIDE && t->rows == 8);
         seen++;
         for (int r = 0; r < 8; r++)
