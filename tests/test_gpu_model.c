@@ -4,9 +4,9 @@
 #include "perk/engine.h"
 
 #include "gpu_cases.h"
+#include "model_noise.h"
 
 #include <dirent.h>
-#include <math.h>
 
 enum { LOGIT_TOKENS = 50, REQUESTS = 5, NEW_TOKENS = 32 };
 
@@ -25,41 +25,6 @@ static perk_engine *open_engine(const char *folder, perk_backend backend, int to
     if (status == PERK_UNSUPPORTED) return NULL;
     CHECK(status == PERK_OK, "%s: %s", folder, err.message);
     return engine;
-}
-
-static void some_ids(int32_t *ids, int count, int vocab, int salt) {
-    for (int i = 0; i < count; i++) ids[i] = (i * 37 + salt * 101 + i * i * 3 + 11) % vocab;
-}
-
-static double relative_error(const float *got, const float *want, size_t count) {
-    double difference = 0, norm = 0;
-    for (size_t i = 0; i < count; i++) {
-        CHECK(isfinite(got[i]), "logit %zu is %g", i, (double)got[i]);
-        difference += ((double)got[i] - (double)want[i]) * ((double)got[i] - (double)want[i]);
-        norm += (double)want[i] * (double)want[i];
-    }
-    return sqrt(difference / fmax(norm, 1e-30));
-}
-
-/* Every token that a request chose must be within `noise` of the best by the reference's own logits. */
-static double worst_choice(perk_engine *reference, const int32_t *prompt, int prompt_count, const int32_t *tokens,
-                           int count) {
-    int vocab = perk_engine_vocab_size(reference), total = prompt_count + count;
-    int32_t *ids = malloc((size_t)total * sizeof *ids);
-    float *logits = malloc((size_t)total * (size_t)vocab * sizeof *logits);
-    memcpy(ids, prompt, (size_t)prompt_count * sizeof *ids);
-    memcpy(ids + prompt_count, tokens, (size_t)count * sizeof *ids);
-    CHECK_OK(perk_engine_logits(reference, ids, (size_t)total, logits, &err));
-    double worst = 0;
-    for (int i = 0; i < count; i++) {
-        const float *row = logits + (size_t)(prompt_count + i - 1) * (size_t)vocab;
-        float best = row[0];
-        for (int v = 1; v < vocab; v++) best = row[v] > best ? row[v] : best;
-        worst = fmax(worst, (double)(best - row[tokens[i]]));
-    }
-    free(ids);
-    free(logits);
-    return worst;
 }
 
 static double run_requests(perk_engine *gpu, perk_engine *reference) {
@@ -106,8 +71,8 @@ static void test_folder(const char *folder, int tokens, int portable) {
     double gap = run_requests(gpu, reference);
     printf("%-24s T%-3d %-9s logits %.2e, worst choice %.2e below the best of top %.1f\n", strrchr(folder, '/') + 1,
            tokens, portable ? "portable" : "native", error, gap, top);
-    CHECK(error <= 2e-2, "%s", folder);
-    CHECK(gap <= 4e-2 * top, "%s: a request chose a token %.3g below the best", folder, gap);
+    CHECK(error <= LOGITS_NOISE, "%s", folder);
+    CHECK(gap <= CHOICE_NOISE * top, "%s: a request chose a token %.3g below the best", folder, gap);
     free(got);
     free(want);
     perk_engine_free(gpu);
