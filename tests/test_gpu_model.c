@@ -12,6 +12,7 @@ enum { LOGIT_TOKENS = 50, REQUESTS = 5, NEW_TOKENS = 32 };
 
 static perk_error err;
 static const char *root;
+static bool with_smaller; /* programs, which take turns with the one under test */
 
 static perk_engine *open_engine(const char *folder, perk_backend backend, int tokens, int portable) {
     perk_engine_options options = {.backend = backend, .portable = portable, .precision = 1};
@@ -20,6 +21,7 @@ static perk_engine *open_engine(const char *folder, perk_backend backend, int to
                                    .max_num_logit_rows = tokens,
                                    .page_size = 16,
                                    .max_seq_length = 128};
+    if (!with_smaller) options.program_tokens[0] = tokens;
     perk_engine *engine = NULL;
     perk_status status = perk_engine_open(&engine, folder, &options, &err);
     if (status == PERK_UNSUPPORTED) return NULL;
@@ -84,7 +86,8 @@ static gpu_cases cases;
 /* `folder` below the root. */
 static void run_case(const char *folder, int tokens, int portable) {
     char name[160], path[1200];
-    snprintf(name, sizeof name, "%.120s T%d%s", folder, tokens, portable ? " portable" : "");
+    snprintf(name, sizeof name, "%.120s T%d%s%s", folder, tokens, portable ? " portable" : "",
+             with_smaller ? ", 8 and 1" : "");
     snprintf(path, sizeof path, "%s/%s", root, folder);
     if (gpu_case_begin(&cases, name)) {
         test_folder(path, tokens, portable);
@@ -129,6 +132,9 @@ int main(int argc, char **argv) {
     if (!has_gpu()) return TEST_SKIP;
     for (int portable = 0; portable < 2; portable++)
         for (int tokens = 1; tokens <= 64; tokens *= 4) run_case("examples/tiny", tokens, portable);
+    with_smaller = true;
+    run_case("examples/tiny", 64, 0);
+    with_smaller = false;
     for (size_t i = 0; i < PERK_COUNT(families); i++) run_family(families[i]);
     return gpu_cases_finish(&cases);
 }
