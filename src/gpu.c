@@ -564,7 +564,8 @@ static void write_in_order(void *user, perk_log_level level, const char *message
 static perk_status check_smaller(const perk_gpu_options *options, const perk_config *config, perk_error *err) {
     int count = options->smaller_program_count;
     if (count < 0 || count >= PERK_MAX_PROGRAMS)
-        return perk_fail(err, PERK_INVALID_ARGUMENT, "%d programs for smaller steps: at most %d", count,
+        return perk_fail(err, PERK_INVALID_ARGUMENT,
+                         "%d programs for smaller steps than max_num_batched_tokens: an engine holds at most %d", count,
                          PERK_MAX_PROGRAMS - 1);
     for (int i = 0; i < count; i++) {
         int32_t tokens = options->smaller_programs[i], before = i ? options->smaller_programs[i - 1] : 0;

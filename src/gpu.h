@@ -23,8 +23,8 @@ typedef struct perk_gpu_options {
     const char *cache_folder;
     int threads; /* of the weight loader; 0: all cores */
     /* Programs for smaller steps, beside that of the configuration: tokens a step, each less than
-     * max_num_batched_tokens and more than the one before. */
-    int32_t smaller_programs[PERK_MAX_PROGRAMS - 1];
+     * max_num_batched_tokens and more than the one before; at most PERK_MAX_PROGRAMS - 1. */
+    int32_t smaller_programs[PERK_MAX_PROGRAMS];
     int smaller_program_count;
     bool smaller_are_optional; /* one that is not in the cache and cannot be compiled is left out */
     perk_log log;
