@@ -20,19 +20,10 @@ typedef struct program_make {
     perk_error err;
 } program_make;
 
-/* The executor's configuration for steps of `tokens`: all that other programs meet in memory stays as it is. */
-static perk_config config_for(const perk_config *largest, int32_t tokens) {
-    perk_config config = *largest;
-    config.max_num_batched_tokens = tokens;
-    config.max_num_batched_requests = PERK_MIN(tokens, config.max_num_batched_requests);
-    config.max_num_logit_rows = PERK_MIN(tokens, config.max_num_logit_rows);
-    return config;
-}
-
 static perk_status make_plan(const program_make *m, perk_error *err) {
     const perk_gpu_options *options = m->options;
     perk_device_desc device;
-    perk_config config = config_for(&m->gpu->config, m->report->tokens);
+    perk_config config = perk_config_for_steps(&m->gpu->config, m->report->tokens);
     double begin = perk_now();
     perk_status status = perk_device_describe(&m->gpu->info, &device, err);
     if (status != PERK_OK) return status;

@@ -178,7 +178,7 @@ static void print_report(const perk_start_report *report) {
                        (double)report->weights_bytes * 1e-6 / report->weights_ms);
 }
 
-static perk_status parse_programs(const char *text, int32_t tokens[PERK_MAX_PROGRAMS], perk_error *err) {
+perk_status perk_cli_programs_parse(const char *text, int32_t tokens[PERK_MAX_PROGRAMS], perk_error *err) {
     perk_cli_ids sizes = {0};
     perk_status status = perk_cli_ids_parse(&sizes, text, err);
     if (!status && (sizes.count == 0 || sizes.count > PERK_MAX_PROGRAMS))
@@ -205,7 +205,7 @@ int perk_cli_open(const perk_cli_command *command, perk_cli_engine *engine, perk
     options->log = perk_cli_log(engine->verbose);
     options->progress = perk_cli_progress();
     perk_error err = {0};
-    if (engine->programs && parse_programs(engine->programs, options->program_tokens, &err))
+    if (engine->programs && perk_cli_programs_parse(engine->programs, options->program_tokens, &err))
         return perk_cli_usage(command, "--programs: %s", err.message);
     if (perk_engine_open(out, engine->model, options, &err)) return perk_cli_fail(&err);
     wipe_bar();
