@@ -165,6 +165,9 @@ typedef struct perk_plan {
     uint64_t kv_layer_bytes; /* of one layer, all pages */
 } perk_plan;
 
+/* `config` (resolved) for steps of up to `tokens`, with all that other programs over the same memory must agree on. */
+perk_config perk_config_for_steps(const perk_config *config, int32_t tokens);
+
 /* Lowers `graph` (borrowed: it must outlive the plan). `config` must be resolved. */
 perk_status perk_plan_create(perk_plan **out, const perk_graph *graph, const perk_device_desc *device,
                              const perk_config *config, perk_error *err);

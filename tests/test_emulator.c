@@ -116,6 +116,7 @@ static void compute_logits(perk_backend backend, int rows, float *logits) {
         .backend = backend,
         .precision = 1,
         .no_cache = 1,
+        .program_tokens = {rows},
         .config = {.max_num_batched_tokens = rows, .max_num_logit_rows = rows, .max_seq_length = 64, .page_size = 16}};
     perk_engine *engine;
     int32_t ids[TOKENS];

@@ -571,10 +571,10 @@ static void test_poison(void) {
 
     const perk_gpu *gpu = (const perk_gpu *)perk_test_executor(test);
     int seen = 0;
-    for (int i = 0; i < gpu->plan->tensor_count; i++) {
-        const perk_plan_tensor *t = &gpu->plan->tensors[i];
+    for (int i = 0; i < gpu->largest->plan->tensor_count; i++) {
+        const perk_plan_tensor *t = &gpu->largest->plan->tensors[i];
         if (t->space != PERK_SPACE_ACTIVATIONS || t->dtype != PERK_BF16 || t->cols != WIDTH) continue;
-        const uint16_t *rows = (const uint16_t *)(uintptr_t)(gpu->spaces[t->space].address + t->offset);
+        const uint16_t *rows = (const uint16_t *)(uintptr_t)perk_gpu_address(gpu, gpu->largest, t);
         CHECK(t->row_stride == STRIDE && t->rows == 8);
         seen++;
         for (int r = 0; r < 8; r++)

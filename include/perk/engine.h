@@ -26,6 +26,8 @@ typedef enum perk_backend {
     PERK_BACKEND_REFERENCE = 2, /* plain C on the CPU */
 } perk_backend;
 
+enum { PERK_MAX_PROGRAMS = 8 };
+
 typedef struct perk_engine_options {
     perk_backend backend;
     int32_t device;           /* ordinal of the CUDA device */
@@ -41,21 +43,41 @@ typedef struct perk_engine_options {
     perk_log log;
     perk_progress progress;
     int32_t no_prefix_sharing; /* 1: requests that begin alike share no pages of the KV cache */
+    /* Programs of the GPU, by the tokens of a step that each is for, in any order; zeros are skipped. Of those that a
+     * step fits, the smallest runs it. The program for max_num_batched_tokens is always there; when that is 0, it is
+     * the largest number here. { max_num_batched_tokens } is one program alone. All 0: 1 and 8 as well, where they are
+     * no more than half of max_num_batched_tokens: a step of one request then pays for nothing that others need, and
+     * 8 tokens are what one product of the tensor cores takes. Of these defaults, those that cannot be had (no
+     * compiler, and not in the cache) are left out. */
+    int32_t program_tokens[PERK_MAX_PROGRAMS];
 } perk_engine_options;
+
+/* One of the programs that an engine holds. */
+typedef struct perk_program_report {
+    int32_t tokens;    /* of the largest step that it runs */
+    int32_t cache_hit; /* the cubin came from the cache */
+    double plan_ms, check_ms, emit_ms, compile_ms, module_ms;
+    int32_t registers, spill_bytes, shared_bytes, cubin_bytes;
+    uint64_t memory_bytes; /* on the device, of its own: activations, task lists, batch, counters */
+} perk_program_report;
 
 /* How the start went, in milliseconds; phases that did not happen are 0. */
 typedef struct perk_start_report {
     perk_backend backend;
     char device[128], arch[16];
-    int32_t cache_hit; /* the cubin came from the cache */
+    int32_t cache_hit; /* the cubins of all programs came from the cache */
     double open_ms;    /* config, graph, tokenizer, checkpoint headers */
     double driver_ms;  /* opening the driver and finding the device */
     double context_ms; /* making the context; runs beside plan, check, emit and compile */
+    /* Plan, check, emit and compile run side by side for all programs: the longest counts. Modules are loaded one after
+     * the other. */
     double plan_ms, check_ms, emit_ms, compile_ms, module_ms;
     double weights_ms;
     uint64_t weights_bytes;
     double total_ms;
-    int32_t registers, spill_bytes, shared_bytes, cubin_bytes;
+    int32_t registers, spill_bytes, shared_bytes, cubin_bytes; /* of the program for the largest steps */
+    int32_t program_count;                                     /* 0 on the reference executor */
+    perk_program_report programs[PERK_MAX_PROGRAMS];           /* by rising tokens */
 } perk_start_report;
 
 typedef struct perk_logit_bias {
@@ -164,6 +186,7 @@ typedef struct perk_engine_stats {
     uint64_t set_backs;    /* requests that lost their pages to older ones */
     uint64_t evictions;    /* pages kept to be found again whose room was needed */
     double batch_fill;     /* step_tokens / (steps * max_num_batched_tokens); 0 before the first step */
+    uint64_t program_steps[PERK_MAX_PROGRAMS]; /* that each of the report's programs ran; those of logits, too */
     /* now */
     int32_t waiting, running; /* unfinished requests without and with pages */
     int32_t pages, pages_in_use;
@@ -195,8 +218,8 @@ PERK_API perk_status perk_engine_generate_text(perk_engine *engine, const char *
                                                perk_on_token on_token, void *user, perk_generation *generation,
                                                perk_error *err);
 /* Teacher-forced logits: `out` [count][vocab] fp32, row i after reading ids[0..i]. Runs alone, in chunks of the smaller
- * of max_num_batched_tokens and max_num_logit_rows; requests under way may be set back for it (their caches are
- * computed again) but lose nothing. */
+ * of max_num_batched_tokens and max_num_logit_rows, all through the program for the largest steps; requests under way
+ * may be set back for it (their caches are computed again) but lose nothing. */
 PERK_API perk_status perk_engine_logits(perk_engine *engine, const int32_t *ids, size_t count, float *out,
                                         perk_error *err);
 

@@ -104,7 +104,7 @@ perk_progress perk_cli_progress(void);
 /* ---- the engine's options (common.c) ---- */
 
 typedef struct perk_cli_engine {
-    const char *model;
+    const char *model, *programs;
     int backend, precision; /* as in perk_engine_options */
     int random_weights, portable, unchecked, no_cache, verbose, json;
     perk_engine_options options;
@@ -115,6 +115,10 @@ void perk_cli_add_engine(perk_cli_options *options, perk_cli_engine *engine);
  * PERK_EXIT_GO_ON, else the exit code after a message. */
 int perk_cli_open(const perk_cli_command *command, perk_cli_engine *engine, perk_engine **out);
 json_t *perk_cli_report_json(const perk_start_report *report);
+/* Sizes of steps, as "1,8". */
+perk_status perk_cli_programs_parse(const char *text, int32_t tokens[PERK_MAX_PROGRAMS], perk_error *err);
+/* The steps that each program of the report has run. */
+json_t *perk_cli_program_steps_json(const perk_engine *engine);
 
 /* ---- ids and lines (common.c) ---- */
 

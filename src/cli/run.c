@@ -109,10 +109,11 @@ static int print_json(const perk_engine *engine, const run_answer *answer) {
     for (size_t i = 0; i < answer->ids.count; i++) json_array_append_new(ids, json_integer(answer->ids.items[i]));
     json_t *times = json_pack("{s:f, s:f, s:f}", "prefill_ms", generation->prefill_ms, "decode_ms",
                               generation->decode_ms, "decode_tokens_per_second", rate);
-    json_t *result = json_pack("{s:s%, s:o, s:i, s:s, s:o, s:o}", "text", answer->text.data ? answer->text.data : "",
-                               answer->text.size, "tokens", ids, "prompt_tokens", (int)generation->prompt_tokens,
-                               "finish", perk_cli_finish_name(generation->finish), "times", times, "start",
-                               perk_cli_report_json(perk_engine_report(engine)));
+    json_t *result = json_pack(
+        "{s:s%, s:o, s:i, s:s, s:o, s:o, s:o}", "text", answer->text.data ? answer->text.data : "", answer->text.size,
+        "tokens", ids, "prompt_tokens", (int)generation->prompt_tokens, "finish",
+        perk_cli_finish_name(generation->finish), "times", times, "start",
+        perk_cli_report_json(perk_engine_report(engine)), "program_steps", perk_cli_program_steps_json(engine));
     return perk_cli_print_json(result) ? PERK_EXIT_OK : PERK_EXIT_FAILURE;
 }
 

@@ -54,7 +54,8 @@ fake_cuda *fake_cuda_state(void);
  * alive. */
 void fake_cuda_reset(void);
 
-/* ---- the NVRTC in the same library: a test sets PERK_LIBNVRTC to it (fake_nvrtc.c). One thread at a time. ---- */
+/* ---- the NVRTC in the same library: a test sets PERK_LIBNVRTC to it (fake_nvrtc.c). Its calls may come
+ * from several threads. ---- */
 
 /* A change to a device header before it is compiled for the CPU: all of `from` becomes `to`. */
 typedef struct fake_edit {
