@@ -69,6 +69,22 @@ enum { PERK_ROUTING_HITS = 0, PERK_ROUTING_HEADER = 4 };
 #define PERK_ROUTING_WORDS(hits, pairs)                                                                                \
     (PERK_ROUTING_HEADER + 2 * (hits) + 1 + 2 * (pairs)) /* at most so many of each */
 
+/* ---- inputs of wide linears ----
+ * A program for more than 64 tokens a step multiplies whole slices of 64 columns of its linears' inputs, as wgmma takes
+ * them. Such an input lies in memory as it will lie in shared memory, so that one copy brings a slice: slice after
+ * slice, in a slice a row of 128 bytes for each of the program's tokens. Columns of a block of 32 are dealt as those of
+ * the weights are: lane q's j-th pair is the q-th word of the j-th 16 bytes of the block's 64. Of the eight 16 bytes of
+ * a row, number i stands at i ^ row % 8: the 128-byte swizzle, which keeps the banks of shared memory apart.
+ */
+enum {
+    PERK_SLICE_COLS = 64,
+    PERK_SLICE_BLOCKS = 2,
+    PERK_SLICE_ROW_BYTES = 128,
+    PERK_WIDE_TILES = 8, /* row tiles that a worker may work on at once: one a consumer warp */
+};
+/* Tiles that are worked on at once share ring slots: so many blocks of each are in one. */
+#define PERK_WIDE_SLOT_BLOCKS(tiles) ((tiles) > 4 ? 2 : (tiles) > 2 ? 4 : (tiles) > 1 ? 8 : 16)
+
 /* ---- attention ---- */
 enum {
     PERK_QUERY_ROWS = 8, /* rows of a query tile */
@@ -100,12 +116,22 @@ typedef struct perk_task_record {
     uint32_t stream_base;   /* packed weights of the stage: byte offset / 1024 */
     uint32_t stream_tiles;  /* row tiles of the stage; 0: streams nothing */
     uint32_t stream_blocks; /* blocks a tile */
-    /* Where the weights are those of experts: stream_tiles are those of one expert, and the step's routing says whose
-     * the task's units are. */
-    uint32_t routing_experts;   /* matrices of the stage; 0: no experts */
-    uint32_t routing_most_hits; /* of them; | PERK_ROUTING_OF_TILES */
-    uint32_t routing_counter;   /* gets one signal a step, when the routing is there */
-    uint32_t routing;           /* byte offset / 256 among the activations */
+    union {                 /* a program has wide linears or experts, never both */
+        struct {
+            uint32_t stream_together; /* wide linears: tiles that are streamed side by side, at most; 0: one after the
+                                         other */
+            uint32_t share_tokens;    /* wide linears: unit u is row tile u % stream_tiles for the tokens from
+                                         u / stream_tiles * share_tokens on, so many of them */
+        };
+        /* Where the weights are those of experts: stream_tiles are those of one expert, and the step's routing says
+         * whose the task's units are. */
+        struct {
+            uint32_t routing_experts;   /* matrices of the stage; 0: no experts */
+            uint32_t routing_most_hits; /* of them; | PERK_ROUTING_OF_TILES */
+            uint32_t routing_counter;   /* gets one signal a step, when the routing is there */
+            uint32_t routing;           /* byte offset / 256 among the activations */
+        };
+    };
 } perk_task_record;
 
 /* ---- the batch of a step, as it lies in device memory: 32-bit words ----
@@ -151,7 +177,13 @@ typedef struct perk_hang_report {
     uint32_t step, complete;        /* complete: all other fields are written */
 } perk_hang_report;
 
-enum { PERK_ROLE_COUNTER = 1, PERK_ROLE_RING_FULL = 2, PERK_ROLE_RING_EMPTY = 3 };
+enum {
+    PERK_ROLE_COUNTER = 1,
+    PERK_ROLE_RING_FULL = 2,
+    PERK_ROLE_RING_EMPTY = 3,
+    PERK_ROLE_INPUT_FULL = 4, /* counter: the number of the slice among the worker's */
+    PERK_ROLE_INPUT_EMPTY = 5,
+};
 
 /* ---- profiling: when a worker reached a task, had what it waited for, and had signalled ---- */
 enum { PERK_STAMP_REACHED, PERK_STAMP_READY, PERK_STAMP_DONE, PERK_STAMPS };

@@ -206,13 +206,14 @@ struct MoeRoute {
 // Operands: kInput, kOutput, kNormWeight as of a linear, kRouting, kSumResidual.
 enum ExpertOperand { kRouting = 2, kSumResidual = 4 };
 
-template <class R, bool kFromPairs, uint32_t kIn, uint32_t kOut, bool kFoldedNorm, Epilogue kEpilogue>
+template <class R, bool kFromPairs, uint32_t kIn, uint32_t kOut, bool kFoldedNorm, Epilogue kEpilogue,
+          Activation kActivation>
 struct ExpertLinear {
     static constexpr bool kSums = kEpilogue == Epilogue::sum;
-    using Product =
-        Linear<Rows::tokens, R::kTokens, kIn, kOut, kFoldedNorm, kSums ? Epilogue::store : kEpilogue, false>;
+    using Product = Linear<Rows::tokens, R::kTokens, kIn, kOut, kFoldedNorm, kSums ? Epilogue::store : kEpilogue,
+                           kActivation, false>;
     using Finish = typename Product::Finish;
-    static constexpr uint32_t kUnitTiles = kEpilogue == Epilogue::silu ? (kOut / 2 + 7) / 8 : Product::kTiles;
+    static constexpr uint32_t kUnitTiles = kEpilogue == Epilogue::gated ? (kOut / 2 + 7) / 8 : Product::kTiles;
     static constexpr uint32_t kShared =
         Product::kBuffers * Product::kPartialBytes + PERK_CONSUMER_WARPS * R::kTokens * 4;
     static constexpr uint32_t kTotals = kShared + R::kWords * 4, kBytes = kTotals + R::kTokens * PERK_TILE_ROWS * 4;

@@ -47,15 +47,33 @@ int perk_lower_most_hits(const perk_lowering *lowering, const perk_tensor *exper
 /* What the stage of a linear, or of a linear of experts, does besides the product: work of neighbouring ops that is
  * folded into it. */
 typedef struct perk_linear_form {
-    const perk_op *norm, *silu, *sum;
+    const perk_op *norm, *gate, *sum;
     const perk_tensor *x, *out;
     const char *epilogue;
+    perk_activation activation;
     int tile_width; /* outputs of a tile */
 } perk_linear_form;
-/* Adds the columns that the tiles of `task` make, `width` outputs each; the last tile may be cut. */
-void perk_lower_tiles(perk_lowering *lowering, int tensor, int width, const perk_task *task,
+
+/* What one task of a linear works on: row tiles, for some rows of x. */
+typedef struct perk_tile_run {
+    int first, stride, count;
+    int row_begin, row_end;
+} perk_tile_run;
+
+/* Adds the columns that the tiles of `run` make, `width` outputs each; the last tile may be cut. */
+void perk_lower_tiles(perk_lowering *lowering, int tensor, int width, const perk_tile_run *run,
                       void (*add)(perk_lowering *, perk_region));
 perk_linear_form perk_linear_form_of(const perk_lowering *lowering, const perk_op *op);
+
+/* True when the linears over tokens of this plan are wide (kernels_src/wide.cuh) and `linear` is one of them. */
+bool perk_lower_is_wide(const perk_lowering *lowering, const perk_op *linear);
+/* The input of wide linears that holds this activation; made on first use, by whoever is to write it. -1 on failure. */
+int perk_lower_wide_input(perk_lowering *lowering, const perk_tensor *tensor);
+bool perk_lower_has_wide_input(const perk_lowering *lowering, const perk_tensor *tensor);
+/* For ops that can write such an input themselves: whether their output is one, because nobody else reads it; and the
+ * plan tensor that they write. */
+bool perk_lower_writes_input(const perk_lowering *lowering, const perk_tensor *output);
+int perk_lower_output(perk_lowering *lowering, const perk_tensor *output);
 
 /* Opens a stage "<output's name><suffix>"; `statement` is the C++ that runs one of its tasks. NULL on failure. */
 perk_stage *perk_lower_begin(perk_lowering *lowering, const perk_op *op, const char *suffix, const char *statement, ...)
@@ -76,6 +94,9 @@ void perk_lower_end(perk_lowering *lowering);
  * Workers that get the fewest tiles of the next stage come first: few units run beside that stage, not ahead of it. */
 typedef void (*perk_lower_run)(perk_lowering *lowering, void *user, int worker, int first, int count);
 void perk_lower_runs(perk_lowering *lowering, int units, perk_lower_run add, void *user);
+
+/* Such an `add`, of a stage (`user`) that copies columns from operand 0 to operand 1: units are groups of 8. */
+void perk_lower_copy(perk_lowering *lowering, void *stage, int worker, int first, int count);
 
 /* Lowers an op that copies rows of its input X by an index of the batch: `rows` "tokens" or "logits" says how many,
  * `index` is the program's constant for the place of the index in the batch. */

@@ -154,7 +154,7 @@ static const perk_stage *route_stage(const perk_plan *plan, const perk_tensor *e
 
 static void choose_stream(perk_lowering *l, const perk_op *op, const perk_linear_form *form, perk_stage *stage) {
     const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
-    int tensor = perk_lower_tensor(l, weight, form->silu ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
+    int tensor = perk_lower_tensor(l, weight, form->gate ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
     const perk_stage *route = route_stage(l->plan, op->inputs[PERK_IN_EXPERTS]);
     if (tensor < 0 || !route) return;
     const perk_plan_tensor *packed = &l->plan->tensors[tensor];
@@ -194,10 +194,14 @@ static void add_tiles(perk_lowering *l, const perk_stage *stage) {
     for (int i = 0; i < tasks; i++) {
         perk_lower_task(l, (l->rotation + i) % workers, i, workers, (tiles - i + workers - 1) / workers);
         if (l->error.status != PERK_OK) return;
-        perk_task task = l->plan->tasks[l->plan->task_count - 1];
+        const perk_task *task = &l->plan->tasks[l->plan->task_count - 1];
+        perk_tile_run run = {.first = task->first,
+                             .stride = task->stride,
+                             .count = task->count,
+                             .row_end = l->plan->tensors[stage->operands[OUT]].rows};
         read_inputs(l, stage);
-        perk_lower_tiles(l, stage->operands[RESIDUAL], PERK_TILE_ROWS, &task, perk_lower_read);
-        perk_lower_tiles(l, stage->operands[OUT], PERK_TILE_ROWS, &task, perk_lower_write);
+        perk_lower_tiles(l, stage->operands[RESIDUAL], PERK_TILE_ROWS, &run, perk_lower_read);
+        perk_lower_tiles(l, stage->operands[OUT], PERK_TILE_ROWS, &run, perk_lower_write);
     }
 }
 
@@ -205,12 +209,15 @@ static perk_status moe_linear_lower(perk_lowering *l, const perk_op *op, perk_er
     const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT], *experts = op->inputs[PERK_IN_EXPERTS];
     perk_linear_form form = perk_linear_form_of(l, op);
     (void)err;
-    perk_stage *stage = perk_lower_begin(
-        l, op, "",
-        "chunk = ExpertLinear<Routing<%d, %d, %d>, %s, %d, %d, %s, Epilogue::%s>::run(worker, task, chunk, %.9ef);",
-        (int)weight->experts, (int)experts->cols, perk_lower_rows(l, experts),
-        form.x->row_kind == PERK_ROWS_PAIRS ? "true" : "false", (int)weight->cols, (int)weight->rows,
-        form.norm ? "true" : "false", form.epilogue, form.norm ? (double)form.norm->eps : 0.0);
+    perk_stage *stage =
+        perk_lower_begin(l, op, "",
+                         "chunk = ExpertLinear<Routing<%d, %d, %d>, %s, %d, %d, %s, Epilogue::%s, "
+                         "Activation::%s>::run(worker, task, chunk, "
+                         "%.9ef);",
+                         (int)weight->experts, (int)experts->cols, perk_lower_rows(l, experts),
+                         form.x->row_kind == PERK_ROWS_PAIRS ? "true" : "false", (int)weight->cols, (int)weight->rows,
+                         form.norm ? "true" : "false", form.epilogue, perk_activation_name(form.activation),
+                         form.norm ? (double)form.norm->eps : 0.0);
     if (!stage) return l->error.status;
     stage->work = PERK_WORK_MOE_LINEAR;
     stage->operands[IN] = perk_lower_tensor(l, form.x, PERK_LAYOUT_ROWS);

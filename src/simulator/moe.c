@@ -1,6 +1,8 @@
 /* As kernels_src/moe.cuh: MoeRoute, moe_sum. ExpertLinear is with the linears. */
 #include "simulator/machine.h"
 
+#include <math.h>
+
 /* ---- routing ---- */
 
 enum { LOGITS, EXPERTS, SHARES, ROUTING }; /* operands of the stage */

@@ -4,6 +4,7 @@
 #include "simulator/machine.h"
 #include "stored_weight.h"
 
+#include <math.h>
 #include <xxhash.h>
 
 /* ---- weights, once ---- */
