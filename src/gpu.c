@@ -6,7 +6,9 @@
 
 #include "check.h"
 #include "float.h"
+#include "kernels_src/mail.h"
 #include "ops/op.h"
+#include "plan_steps.h"
 
 static perk_gpu *gpu_of(perk_executor *self) { return (perk_gpu *)self; }
 
@@ -90,6 +92,8 @@ static perk_status make_plan(perk_gpu *gpu, const perk_graph *graph, const perk_
     if (status != PERK_OK) return status;
     gpu->plan->profiled = options->profile;
     gpu->plan->unlimited_waits = options->unlimited_waits;
+    gpu->plan->many_steps = options->many_steps;
+    if (options->many_steps && (status = perk_plan_check_many_steps(gpu->plan, err))) return status;
     begin = perk_now();
     if (!options->unchecked) status = perk_plan_check(gpu->plan, err);
     report->check_ms = (perk_now() - begin) * 1e3;
@@ -215,6 +219,7 @@ static perk_status fill_device(perk_gpu *gpu, const perk_checkpoint *checkpoint,
     if (status == PERK_OK) status = perk_gpu_allocate(gpu, err);
     if (status == PERK_OK) status = open_step_buffers(gpu, err);
     if (status == PERK_OK) status = upload_tasks(gpu, err);
+    if (status == PERK_OK && gpu->plan->many_steps) status = perk_gpu_many_open(gpu, err);
     if (status == PERK_OK) status = perk_gpu_load_weights(gpu, checkpoint, options, cache, err);
     report->weights_ms = (perk_now() - begin) * 1e3;
     return status;
@@ -258,7 +263,8 @@ static int32_t in_step(const perk_plan *plan, int counter, uint32_t step, uint32
 
 /* What the report's wait was for. */
 static void describe_wait(const perk_plan *plan, const perk_hang_report *hang, perk_buffer *text) {
-    if (hang->role != PERK_ROLE_COUNTER || hang->counter >= (uint32_t)plan->counter_count) {
+    bool is_counter = hang->role == PERK_ROLE_COUNTER || hang->role == PERK_ROLE_STEP_END;
+    if (!is_counter || hang->counter >= (uint32_t)plan->counter_count) {
         const char *what = hang->role == PERK_ROLE_RING_FULL ? "the arrival of" : "room in the ring for";
         perk_buffer_printf(text, "%s chunk %u of the worker's weights", what, hang->counter);
         return;
@@ -290,16 +296,28 @@ static void describe_origin(const perk_plan *plan, uint32_t step, const uint32_t
     }
 }
 
+/* Who waited; false when the report names nobody. */
+static bool describe_waiter(const perk_plan *plan, const perk_hang_report *hang, perk_buffer *text) {
+    if (hang->role == PERK_ROLE_STEP_END) {
+        perk_buffer_printf(text, "the end of the step");
+        return true;
+    }
+    if (hang->worker >= (uint32_t)plan->device.worker_count ||
+        hang->position >= (uint32_t)(plan->worker_begin[hang->worker + 1] - plan->worker_begin[hang->worker]))
+        return false;
+    int task = plan->worker_begin[hang->worker] + (int)hang->position;
+    perk_buffer_printf(text, "task %d, %s, of op %s,", task, perk_check_task_text(plan, task).text,
+                       plan->graph->ops[plan->stages[plan->tasks[task].stage].op]->type->name);
+    return true;
+}
+
 static perk_status fail_hang(perk_gpu *gpu, perk_error *err) {
     const perk_hang_report *hang = gpu->hang;
     const perk_plan *plan = gpu->plan;
-    if (hang->worker >= (uint32_t)plan->device.worker_count ||
-        hang->position >= (uint32_t)(plan->worker_begin[hang->worker + 1] - plan->worker_begin[hang->worker]))
+    perk_buffer waiter = {0}, text = {0};
+    if (!describe_waiter(plan, hang, &waiter))
         return perk_fail(err, PERK_INTERNAL, "the report of a hang names task %u of worker %u", hang->position,
                          hang->worker);
-    int task = plan->worker_begin[hang->worker] + (int)hang->position;
-    const perk_op *op = plan->graph->ops[plan->stages[plan->tasks[task].stage].op];
-    perk_buffer text = {0};
     uint32_t *counters = perk_calloc((size_t)plan->counter_count, sizeof *counters);
     describe_wait(plan, hang, &text);
     if (counters && perk_gpu_enter(gpu, NULL) == PERK_OK) {
@@ -310,27 +328,39 @@ static perk_status fail_hang(perk_gpu *gpu, perk_error *err) {
     }
     perk_status status = perk_fail(
         err, PERK_HANG,
-        "step %u: task %d, %s, of op %s, waited more than %d ms for %s. The launch has ended; open the engine "
+        "step %u: %s waited more than %d ms for %s. The launch has ended; open the engine "
         "again",
-        hang->step, task, perk_check_task_text(plan, task).text, op->type->name, gpu->wait_limit_ms,
-        text.data ? text.data : "?");
+        hang->step, waiter.data ? waiter.data : "?", gpu->wait_limit_ms, text.data ? text.data : "?");
     free(counters);
+    perk_buffer_free(&waiter);
     perk_buffer_free(&text);
     return status;
 }
 
-static perk_status fail_step(perk_gpu *gpu, perk_status status, perk_error *err) {
+perk_status perk_gpu_fail_step(perk_gpu *gpu, perk_status status, perk_error *err) {
     if (gpu->hang->complete) status = fail_hang(gpu, err);
     gpu->failed = true;
     gpu->failure = *err;
     return status;
 }
 
-static perk_status launch(perk_gpu *gpu, perk_error *err) {
+/* The gate of a program of many steps is shut when the launch begins. */
+static perk_status shut_gate(perk_gpu *gpu, const perk_many_args *many, perk_error *err) {
+    if (!many->desk) return PERK_OK;
+    return perk_driver_check(
+        gpu->driver,
+        gpu->driver->cuMemsetD8Async((CUdeviceptr)(uintptr_t)many->desk, 0, sizeof *many->desk, gpu->stream), err,
+        "shutting the gate of the steps");
+}
+
+perk_status perk_gpu_launch(perk_gpu *gpu, const perk_many_args *many, perk_error *err) {
+    perk_many_args one = gpu->many ? perk_gpu_one_step(gpu) : (perk_many_args){0};
+    if (!many) many = &one;
     const perk_driver *driver = gpu->driver;
     CUdeviceptr hang = 0;
     perk_status status = perk_driver_check(driver, driver->cuMemHostGetDevicePointer(&hang, gpu->hang, 0), err,
                                            "mapping the hang report");
+    if (status == PERK_OK) status = shut_gate(gpu, many, err);
     if (status != PERK_OK) return status;
     perk_kernel_args args = {
         .tasks = (const perk_task_record *)(uintptr_t)gpu->tasks.address,
@@ -338,13 +368,14 @@ static perk_status launch(perk_gpu *gpu, perk_error *err) {
         .constants = (const uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_CONSTANTS].address,
         .activations = (uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_ACTIVATIONS].address,
         .kv = (uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_KV].address,
-        .batch = (const int32_t *)(uintptr_t)gpu->batch.address,
+        .batch = many->batch ? many->batch : (const int32_t *)(uintptr_t)gpu->batch.address,
         .counters = (uint32_t *)(uintptr_t)gpu->counters.address,
         .hang_claim = (uint32_t *)(uintptr_t)gpu->hang_claim.address,
         .hang = (perk_hang_report *)(uintptr_t)hang,
         .stamps = (uint64_t *)(uintptr_t)gpu->stamps.address,
         .wait_limit_ns = (uint64_t)gpu->wait_limit_ms * 1000000u,
         .step = gpu->steps,
+        .many = *many,
     };
     void *params[] = {&args};
     return perk_driver_check(driver,
@@ -411,7 +442,7 @@ static perk_status run_step(perk_gpu *gpu, const perk_batch *batch, bool want_lo
         driver->cuMemcpyHtoDAsync(gpu->batch.address, gpu->batch_host, (size_t)gpu->layout.words * 4, gpu->stream), err,
         "copying the batch");
     if (status == PERK_OK) status = record(gpu, gpu->begin, err);
-    if (status == PERK_OK) status = launch(gpu, err);
+    if (status == PERK_OK) status = perk_gpu_launch(gpu, NULL, err);
     if (status == PERK_OK) status = record(gpu, gpu->end, err);
     if (status == PERK_OK) status = fetch_results(gpu, batch, want_logits, err);
     if (status == PERK_OK)
@@ -434,7 +465,7 @@ static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool w
         status = run_step(gpu, batch, want_logits, err);
         perk_gpu_leave(gpu);
     }
-    if (status != PERK_OK) return fail_step(gpu, status, err);
+    if (status != PERK_OK) return perk_gpu_fail_step(gpu, status, err);
     gpu->steps++;
     give_results(gpu, batch, want_logits, result);
     return PERK_OK;
@@ -558,6 +589,7 @@ perk_status perk_gpu_poison(perk_executor *executor, bool with_cache, perk_error
 static void release_objects(perk_gpu *gpu) {
     const perk_driver *driver = gpu->driver;
     if (gpu->stream) driver->cuStreamSynchronize(gpu->stream);
+    perk_gpu_many_close(gpu);
     perk_gpu_memory *all[] = {&gpu->tasks, &gpu->batch, &gpu->counters, &gpu->hang_claim, &gpu->stamps};
     for (int i = 0; i < PERK_SPACE_COUNT; i++)
         if (gpu->spaces[i].address) driver->cuMemFree(gpu->spaces[i].address);

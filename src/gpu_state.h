@@ -34,6 +34,7 @@ typedef struct perk_gpu {
     perk_gpu_memory tasks, batch, counters, hang_claim;
     perk_gpu_memory stamps; /* of a profiled program: [workers][tasks_per_worker][PERK_STAMPS] */
     int tasks_per_worker;
+    struct perk_gpu_many *many;       /* of a program of many steps */
     int32_t *batch_host;              /* pinned */
     perk_hang_report *hang;           /* pinned and mapped */
     int32_t *argmax_host;             /* pinned, [logit rows][row stride] */
@@ -63,6 +64,17 @@ perk_status perk_gpu_upload(const perk_gpu *gpu, CUdeviceptr to, const void *fro
 /* Whether the driver has said of an image that it cannot be used here. Of one from the cache that is no failure yet: it
  * is logged as a warning, and the program is to be made anew. */
 bool perk_gpu_refuses(const perk_program *program, CUresult result, const perk_log *log);
+
+/* Keeps what went wrong in a step, or the hang that was reported: the executor is of no use any more. */
+perk_status perk_gpu_fail_step(perk_gpu *gpu, perk_status status, perk_error *err);
+/* Launches the program. `many`: what a program of many steps does, NULL: one step over the batch that was copied. */
+perk_status perk_gpu_launch(perk_gpu *gpu, const perk_many_args *many, perk_error *err);
+
+/* Memory for many steps a launch, and its end (gpu_many.c). With the context current. */
+perk_status perk_gpu_many_open(perk_gpu *gpu, perk_error *err);
+void perk_gpu_many_close(perk_gpu *gpu);
+/* The arguments for one step over a batch that the host has made. */
+perk_many_args perk_gpu_one_step(const perk_gpu *gpu);
 
 /* Reserves all device memory of the plan. PERK_DEVICE_MEMORY says how much was needed for what, and how much is free.
  */

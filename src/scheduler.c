@@ -208,6 +208,10 @@ void perk_request_free(perk_request *request) {
 
 /* ---- into the schedule ---- */
 
+uint64_t perk_page_key(const int32_t *tokens, int32_t page_size, uint64_t before) {
+    return XXH3_64bits_withSeed(tokens, (size_t)page_size * sizeof *tokens, before);
+}
+
 /* Hashes of the pages that the request's known tokens fill: each over its own tokens, seeded with the one before. */
 static void extend_hashes(perk_scheduler *scheduler, int32_t slot) {
     perk_slot *r = &scheduler->schedule.slots[slot];
@@ -216,9 +220,8 @@ static void extend_hashes(perk_scheduler *scheduler, int32_t slot) {
     int32_t page_size = scheduler->config.page_size;
     if (!scheduler->share_prefixes) return;
     for (; r->length - r->hash_count * page_size >= page_size; r->hash_count++)
-        hashes[r->hash_count] =
-            XXH3_64bits_withSeed(tokens + r->hash_count * page_size, (size_t)page_size * sizeof *tokens,
-                                 r->hash_count ? hashes[r->hash_count - 1] : 0);
+        hashes[r->hash_count] = perk_page_key(tokens + r->hash_count * page_size, page_size,
+                                              r->hash_count ? hashes[r->hash_count - 1] : 0);
 }
 
 static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot) {

@@ -49,6 +49,10 @@ perk_status perk_scheduler_fill(perk_scheduler *scheduler, const perk_batch **ba
 /* Takes the step's result in: new tokens, finished requests, their pages. */
 perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_result *result, perk_error *err);
 
+/* The key of a full page: a hash of its tokens and of all before, of which `before` is that of the page before (0: there
+ * is none). */
+uint64_t perk_page_key(const int32_t *tokens, int32_t page_size, uint64_t before);
+
 /* Takes `count` pages for work outside of any request; where they are in use, running requests are set back. False
  * when the whole pool has fewer. They are given back with perk_scheduler_return. */
 bool perk_scheduler_borrow(perk_scheduler *scheduler, int32_t count, int32_t *pages);
