@@ -72,6 +72,7 @@ __device__ __forceinline__ uint32_t fetch_mail(const Worker &w, uint32_t mailed,
 __device__ __forceinline__ uint32_t send_records(const Worker &w, uint32_t written) {
     const perk_many_args &many = w.args.many;
     const uint32_t count = many.desk->outbox_count;
+    if (count == 0) return written;
     for (uint32_t i = w.lane; i < count; i += 32)
         *reinterpret_cast<Vec16 *>(many.records + ((written + i) & many.record_mask)) =
             load_coherent16(many.outbox + i);
@@ -83,7 +84,7 @@ __device__ __forceinline__ uint32_t send_records(const Worker &w, uint32_t writt
 
 __device__ __forceinline__ void serve(const Worker &w) {
     const perk_many_args &many = w.args.many;
-    uint32_t round = 0, written = many.written, mailed = many.dealt, told;
+    uint32_t round = 0, written = many.written, mailed = many.dealt, dealt = many.dealt, told;
     do {
         told = __shfl_sync(0xffffffffu, load_told(w), 0);
         fence_block();
@@ -97,7 +98,9 @@ __device__ __forceinline__ void serve(const Worker &w) {
         __syncwarp();
         if (w.lane == 0) {
             store_shared4(w.shared + SharedMap::served, serve_word(round, command, mailed));
-            store_release_system(&many.post->dealt, mailed - ((mailed - told) & 0xffff));
+            const uint32_t dealt_now = mailed - ((mailed - told) & 0xffff);
+            if (dealt_now != dealt) store_release_system(&many.post->dealt, dealt_now);
+            dealt = dealt_now;
         }
         pause(kClerkPauseNs);
     } while (!(told & kLast) && load_coherent4(w.args.hang_claim) == 0);

@@ -2,6 +2,7 @@
  * requests come and go while the launch runs, launches end when they should, and a hang is reported.
  * EMULATOR_SEED=N runs everything in another order. */
 #include "fake_cuda/fake_cuda.h"
+#include "device.h"
 #include "gpu_many.h"
 #include "model.h"
 #include "plan_steps.h"
@@ -43,13 +44,10 @@ static void open_fake(void) {
     compiler_state()->emulates = true;
 }
 
-static perk_executor *open_executor(bool many_steps, perk_gpu_alter_plan alter, void *user) {
+static perk_executor *open_executor(perk_gpu_alter_plan alter) {
     perk_executor *gpu;
-    const perk_gpu_options options = {.many_steps = many_steps,
-                                      .wait_limit_ms = alter ? 300 : 0,
-                                      .alter = alter,
-                                      .alter_user = user,
-                                      .cache_folder = cache.text};
+    const perk_gpu_options options = {
+        .many_steps = true, .wait_limit_ms = alter ? 20 : 0, .alter = alter, .cache_folder = cache.text};
     CHECK_OK(perk_gpu_create(&gpu, model->graph, model->checkpoint, &config, &options, NULL, &err));
     return gpu;
 }
@@ -73,17 +71,16 @@ static void draw_requests(test_request *requests, int count, uint64_t seed) {
     for (int i = 0; i < count; i++) {
         test_request *r = &requests[i];
         *r = (test_request){.slot = -1};
-        r->prompt_length = draw(seed, &place, 1, 36);
-        r->limit = r->prompt_length + draw(seed, &place, 1, i ? 8 : POSITIONS - r->prompt_length);
+        r->prompt_length = i == 0 ? 1 : draw(seed, &place, 1, 26);
+        r->limit = i == 0 ? 18 : r->prompt_length + draw(seed, &place, 1, 5);
         for (int t = 0; t < r->prompt_length; t++)
-            r->prompt[t] = i % 2 && t < 30 ? (t * 37 + 11) % model->vocab_size
+            r->prompt[t] = i % 2 && t < 20 ? (t * 37 + 11) % model->vocab_size
                                            : draw(seed, &place, 0, model->vocab_size - 1);
     }
 }
 
-/* All at once, over a host's schedule of as many requests. */
-static void run_single_steps(test_request *requests, int count) {
-    perk_executor *gpu = open_executor(false, NULL, NULL);
+/* All at once, over the host's schedule. */
+static void run_single_steps(perk_executor *gpu, test_request *requests, int count) {
     perk_request *handles[REQUESTS];
     perk_scheduler *scheduler;
     perk_step_result result;
@@ -107,7 +104,6 @@ static void run_single_steps(test_request *requests, int count) {
         memcpy(requests[i].wanted, tokens, answer * sizeof *tokens);
     }
     perk_scheduler_free(scheduler);
-    gpu->type->free(gpu);
 }
 
 /* ---- the same by many steps ---- */
@@ -147,8 +143,9 @@ static void check_answers(const test_request *requests, int count) {
     }
 }
 
-/* The kernel's pages and requests, recounted. Slots are the host's: those of requests that ended count as free. */
-static void check_pages(perk_executor *gpu) {
+/* The kernel's pages and requests, recounted. Slots are the host's: those of requests that ended count as free. Returns
+ * how many positions were found in pages of others so far. */
+static uint64_t check_pages(perk_executor *gpu) {
     perk_schedule schedule;
     perk_schedule_limits limits = perk_plan_schedule_limits(perk_gpu_plan(gpu));
     uint64_t *block = calloc(perk_schedule_lay_out(&limits).words, sizeof *block);
@@ -161,7 +158,9 @@ static void check_pages(perk_executor *gpu) {
     }
     schedule.state->free_slots = limits.slots - schedule.state->unfinished;
     check_schedule(&schedule, 0);
+    uint64_t found = schedule.state->found_tokens;
     free(block);
+    return found;
 }
 
 static perk_gpu_many_result run(perk_executor *gpu, uint32_t max_steps, uint32_t idle_limit_ms) {
@@ -174,15 +173,18 @@ static perk_gpu_many_result run(perk_executor *gpu, uint32_t max_steps, uint32_t
 /* One launch, then launches of a few steps. */
 static void test_completion(perk_executor *gpu, test_request *requests) {
     uint32_t steps = 0;
-    for (int share = 0; share < 2; share++) {
+    uint64_t found = 0;
+    for (int share = 1; share >= 0; share--) {
         for (int i = 0; i < REQUESTS; i++) CHECK_OK(submit(gpu, &requests[i], share));
         perk_gpu_many_result result = run(gpu, 0, 0);
         CHECK(result.end == PERK_LAUNCH_IDLE && result.unfinished == 0 && result.undealt == 0, "%u", result.end);
         CHECK(read_tokens(gpu, requests, REQUESTS) == REQUESTS);
-        if (share == 0) check_answers(requests, REQUESTS);
-        check_pages(gpu);
-        steps = share ? steps : result.steps;
-        printf("%u steps in one launch\n", result.steps);
+        check_answers(requests, REQUESTS);
+        uint64_t found_now = check_pages(gpu);
+        CHECK(found_now > found || !share, "no pages were shared");
+        found = found_now;
+        steps = result.steps;
+        fprintf(stderr, "%u steps in one launch\n", steps);
     }
     for (int i = 0; i < REQUESTS; i++) CHECK_OK(submit(gpu, &requests[i], false));
     for (uint32_t done = 0; done < steps; done += 7) {
@@ -193,6 +195,141 @@ static void test_completion(perk_executor *gpu, test_request *requests) {
         check_pages(gpu);
     }
     check_answers(requests, REQUESTS);
+}
+
+/* ---- online ---- */
+
+/* The thread that launches, and launches again, until it is told to stop. */
+typedef struct launcher {
+    perk_executor *gpu;
+    uint32_t idle_limit_ms;
+    int launches, idle_ends;
+    bool stop; /* atomic */
+    pthread_t thread;
+} launcher;
+
+static void *launch_again(void *argument) {
+    launcher *l = argument;
+    perk_gpu_many_result result = {0};
+    do {
+        bool last = __atomic_load_n(&l->stop, __ATOMIC_ACQUIRE);
+        result = run(l->gpu, 0, l->idle_limit_ms);
+        l->launches++;
+        l->idle_ends += result.end == PERK_LAUNCH_IDLE;
+        if (last && result.unfinished == 0 && result.undealt == 0) break;
+    } while (result.end == PERK_LAUNCH_IDLE || result.end == PERK_LAUNCH_STOPPED);
+    return NULL;
+}
+
+/* Requests come while the launch runs, in any slot that is free, and some are taken back. */
+static void test_online(perk_executor *gpu, test_request *requests, uint64_t seed, uint32_t idle_limit_ms) {
+    launcher l = {.gpu = gpu, .idle_limit_ms = idle_limit_ms};
+    uint64_t place = 0;
+    int submitted = 0, ended = 0;
+    for (int i = 0; i < REQUESTS; i++) requests[i].slot = -1, requests[i].end = 0;
+    CHECK(pthread_create(&l.thread, NULL, launch_again, &l) == 0);
+    while (ended < REQUESTS) {
+        if (submitted < REQUESTS && submit(gpu, &requests[submitted], seed % 2) == PERK_OK) submitted++;
+        ended += read_tokens(gpu, requests, submitted);
+        for (int i = 1; i < submitted; i++)
+            if (draw(seed, &place, 0, 60) == 0 && !requests[i].end) {
+                requests[i].cancelled = true;
+                perk_gpu_many_cancel(gpu, requests[i].slot);
+            }
+        usleep((useconds_t)draw(seed, &place, 0, 30000));
+    }
+    __atomic_store_n(&l.stop, true, __ATOMIC_RELEASE);
+    perk_gpu_many_command(gpu, PERK_COMMAND_DRAIN);
+    pthread_join(l.thread, NULL);
+    perk_gpu_many_command(gpu, PERK_COMMAND_NONE);
+    CHECK(read_tokens(gpu, requests, REQUESTS) == 0);
+    check_answers(requests, REQUESTS);
+    check_pages(gpu);
+    fprintf(stderr, "online, seed %llu: %d launches, %d ended idle\n", (unsigned long long)seed, l.launches,
+            l.idle_ends);
+}
+
+/* A launch that is stopped goes on later as if nothing had been; submitting too much is refused. */
+static void test_stop(perk_executor *gpu, test_request *requests) {
+    for (int i = 0; i < REQUESTS; i++) {
+        requests[i].cancelled = false;
+        CHECK_OK(submit(gpu, &requests[i], true));
+    }
+    test_request more = requests[0];
+    CHECK(submit(gpu, &more, true) == PERK_LIMIT);
+    run(gpu, 3, 0);
+    perk_gpu_many_command(gpu, PERK_COMMAND_STOP);
+    perk_gpu_many_result result = run(gpu, 0, 0);
+    CHECK(result.end == PERK_LAUNCH_STOPPED && result.steps == 0 && result.unfinished > 0, "%u", result.end);
+    perk_gpu_many_command(gpu, PERK_COMMAND_NONE);
+    CHECK(run(gpu, 0, 0).end == PERK_LAUNCH_IDLE && read_tokens(gpu, requests, REQUESTS) == REQUESTS);
+    check_answers(requests, REQUESTS);
+    result = run(gpu, 0, 1);
+    CHECK(result.end == PERK_LAUNCH_IDLE && result.steps == 0);
+    more.prompt_length = 0;
+    CHECK(submit(gpu, &more, true) == PERK_INVALID_ARGUMENT);
+}
+
+/* ---- plans that are wrong ---- */
+
+static int last_stage_of(const perk_plan *plan, const char *name) {
+    int found = -1;
+    for (int i = 0; i < plan->stage_count; i++)
+        if (strstr(plan->stages[i].name, name)) found = i;
+    CHECK(found >= 0);
+    return found;
+}
+
+/* A stage in the middle waits for more than there is. */
+static void want_too_much(perk_plan *plan, void *user) {
+    int stage = last_stage_of(plan, ".gate_up"), task = 0;
+    (void)user;
+    while (plan->tasks[task].stage != stage) task++;
+    plan->waits[plan->tasks[task].wait_begin].needed++;
+}
+
+/* The end of a step wants more signals than there are. */
+static void never_end(perk_plan *plan, void *user) {
+    int counters[PERK_RECORD_WAITS];
+    (void)user;
+    CHECK(perk_plan_step_end(plan, counters) >= 1);
+    plan->counter_per_step[counters[0]]++;
+}
+
+static void test_hang(perk_gpu_alter_plan alter, const char *waiter, test_request *requests) {
+    perk_executor *gpu = open_executor(alter);
+    const perk_gpu_many_options options = {0};
+    perk_gpu_many_result result;
+    CHECK_OK(submit(gpu, &requests[0], false));
+    CHECK_FAILS(perk_gpu_many_run(gpu, &options, &result, &err), PERK_HANG, waiter);
+    fprintf(stderr, "%s\n", err.message);
+    CHECK_FAILS(perk_gpu_many_run(gpu, &options, &result, &err), PERK_HANG, "waited more than");
+    gpu->type->free(gpu);
+}
+
+/* The first tasks of a step wait for one counter less of the step before. */
+static void test_check(void) {
+    perk_device_desc device;
+    perk_plan *plan;
+    int counters[PERK_RECORD_WAITS];
+    CHECK_OK(perk_device_describe_arch("sm_90a", &device, &err));
+    CHECK_OK(perk_plan_create(&plan, model->graph, &device, &config, &err));
+    CHECK(perk_plan_step_end(plan, counters) >= 1);
+    plan->many_steps = true;
+    CHECK_OK(perk_plan_check(plan, &err));
+    for (int lost = 0; lost < perk_plan_step_end(plan, counters); lost++) {
+        perk_plan copy = *plan;
+        copy.waits = malloc((size_t)plan->wait_count * sizeof *copy.waits);
+        CHECK(copy.waits);
+        memcpy(copy.waits, plan->waits, (size_t)plan->wait_count * sizeof *copy.waits);
+        for (int i = 0; i < plan->wait_count; i++)
+            if (copy.waits[i].needed == 0 && copy.waits[i].counter == counters[lost]) copy.waits[i].needed = INT32_MIN;
+        perk_status status = perk_plan_check(&copy, &err);
+        fprintf(stderr, "without %s: %s\n", plan->stages[counters[lost]].name, err.message);
+        CHECK(status == PERK_UNSAFE_PLAN);
+        free(copy.waits);
+    }
+    perk_plan_free(plan);
 }
 
 int main(void) {
@@ -207,13 +344,15 @@ int main(void) {
     CHECK_OK(perk_model_open(&model, TINY, false, 0, &err));
     CHECK_OK(perk_config_resolve(&config, model->max_positions, &err));
     draw_requests(requests, REQUESTS, 5);
-    double t0 = perk_now();
-    run_single_steps(requests, REQUESTS);
-    printf("single %.1f s\n", perk_now() - t0);
-    perk_executor *gpu = open_executor(true, NULL, NULL);
-    t0 = perk_now();
+    test_check();
+    perk_executor *gpu = open_executor(NULL);
+    run_single_steps(gpu, requests, REQUESTS);
     test_completion(gpu, requests);
-    printf("many %.1f s\n", perk_now() - t0);
+    test_stop(gpu, requests);
+    test_online(gpu, requests, 1, 100000);
+    test_online(gpu, requests, 2, 2);
+    test_hang(want_too_much, "waited more than 20 ms for counter", requests);
+    test_hang(never_end, "the end of the step waited more than 20 ms for counter", requests);
     gpu->type->free(gpu);
     perk_model_free(model);
     return 0;
