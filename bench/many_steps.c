@@ -1,7 +1,7 @@
 /* Many steps of one launch against one step a launch, on a GPU:
  *     bench/many_steps MODEL [BATCH [CONTEXT [STEPS]]]
- * BATCH requests of CONTEXT random tokens each (default 1 and 512), random weights in the model's shapes, greedy; a line
- * of JSON with the milliseconds of a step in which all of them decode, by the host's clock: of STEPS (default 200)
+ * BATCH requests of CONTEXT random tokens each (default 1 and 512), random weights in the model's shapes, greedy; a
+ * line of JSON with the milliseconds of a step in which all of them decode, by the host's clock: of STEPS (default 200)
  * single steps, and of as many in one launch, and whether both gave the same tokens. Where PERK_BENCH_WEIGHTS is set,
  * the checkpoint's own weights are used. */
 #include "gpu_many.h"
@@ -62,8 +62,7 @@ static perk_status measure_single(many_bench *b) {
     perk_scheduler *scheduler = NULL;
     perk_executor *gpu = open_executor(b, false);
     perk_status status = gpu ? PERK_OK : err.status;
-    if (!status)
-        status = perk_scheduler_create(&scheduler, &b->config, b->model->vocab_size, NULL, 0, false, &err);
+    if (!status) status = perk_scheduler_create(&scheduler, &b->config, b->model->vocab_size, NULL, 0, false, &err);
     if (!status) status = run_single(b, gpu, scheduler, handles);
     for (int32_t i = 0; i < b->batch && !status; i++) {
         size_t count;
@@ -135,9 +134,8 @@ int main(int argc, char **argv) {
     b.answer = b.steps + 16;
     for (int32_t room = b.batch; room > 0; room--) b.answer += b.context / room + 1;
     size_t answer = (size_t)b.batch * (size_t)b.answer;
-    b.config = (perk_config){.max_num_batched_tokens = b.batch,
-                             .max_num_batched_requests = b.batch,
-                             .max_seq_length = b.context + b.answer};
+    b.config = (perk_config){
+        .max_num_batched_tokens = b.batch, .max_num_batched_requests = b.batch, .max_seq_length = b.context + b.answer};
     b.prompts = perk_calloc((size_t)b.batch * (size_t)b.context, sizeof *b.prompts);
     b.tokens[0] = perk_calloc(answer, sizeof(int32_t));
     b.tokens[1] = perk_calloc(answer, sizeof(int32_t));
@@ -153,8 +151,7 @@ int main(int argc, char **argv) {
     else
         printf("{\"model\": \"%s\", \"batch\": %d, \"context\": %d, \"steps\": %d, \"single_ms\": %.4f, \"many_ms\": "
                "%.4f, \"same_tokens\": %s}\n",
-               argv[1], b.batch, b.context, b.steps, b.ms[0], b.ms[1],
-               have_same_tokens(&b) ? "true" : "false");
+               argv[1], b.batch, b.context, b.steps, b.ms[0], b.ms[1], have_same_tokens(&b) ? "true" : "false");
     free(b.prompts);
     free(b.tokens[0]);
     free(b.tokens[1]);

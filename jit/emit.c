@@ -95,8 +95,9 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
     perk_buffer_printf(source, "#define PERK_PORTABLE %d\n#define PERK_PROFILE %d\n#include \"abi.h\"\n\n",
                        plan->device.portable, plan->profiled);
     emit_constants(plan, source);
-    perk_buffer_printf(source, "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
-                               "#include \"linear.cuh\"\n#include \"attention.cuh\"\n%s\n",
+    perk_buffer_printf(source,
+                       "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
+                       "#include \"linear.cuh\"\n#include \"attention.cuh\"\n%s\n",
                        plan->many_steps ? "#include \"mail.h\"\n#include \"many_steps.cuh\"\n" : "");
     emit_switch(plan, source);
     perk_buffer_printf(source,

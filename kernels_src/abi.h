@@ -151,7 +151,7 @@ typedef struct perk_many_args {
     struct perk_token_record *records;  /* [record_mask + 1] */
     /* device memory */
     struct perk_desk *desk;
-    uint64_t *schedule; /* the block of perk_schedule_lay_out */
+    uint64_t *schedule;      /* the block of perk_schedule_lay_out */
     struct perk_slot *slots; /* in that block, and the two below */
     int32_t *tokens;
     uint64_t *hashes;
@@ -164,7 +164,7 @@ typedef struct perk_many_args {
     uint32_t dealt, written;         /* of the post when the launch began */
     uint32_t max_steps;
     uint32_t reserved;
-    uint32_t end_counter[PERK_RECORD_WAITS]; /* a step is over when these have all their signals */
+    uint32_t end_counter[PERK_RECORD_WAITS];  /* a step is over when these have all their signals */
     uint32_t end_per_step[PERK_RECORD_WAITS]; /* 0: no counter */
 } perk_many_args;
 

@@ -22,7 +22,8 @@ typedef struct perk_token_record {
     int32_t reserved;
 } perk_token_record;
 
-/* What the host wants of the launch; the larger counts. FULL is the kernel's own: no room for the next step's tokens. */
+/* What the host wants of the launch; the larger counts. FULL is the kernel's own: no room for the next step's tokens.
+ */
 enum { PERK_COMMAND_NONE, PERK_COMMAND_DRAIN, PERK_COMMAND_STOP, PERK_COMMAND_FULL };
 
 /* Why a launch ended. */
@@ -42,17 +43,17 @@ typedef struct perk_post {
     uint32_t read;    /* records read so far */
     uint32_t command; /* PERK_COMMAND_* */
     uint32_t reserved[29];
-    uint32_t written; /* records so far: the kernel's, as all below */
-    uint32_t dealt;   /* mails dealt with so far */
+    uint32_t written;                /* records so far: the kernel's, as all below */
+    uint32_t dealt;                  /* mails dealt with so far */
     uint32_t end, steps, unfinished; /* of the launch, once it has ended: PERK_LAUNCH_*; steps done */
     uint32_t reserved_too[27];
 } perk_post;
 
 /* In device memory; zeros when a launch begins. */
 typedef struct perk_desk {
-    uint32_t gate;          /* step n of the launch: 2 n + 1 the launch ends before it, 2 n + 2 it may begin */
-    uint32_t reserved[31];  /* the gate has a line of its own: all workers poll it */
-    uint32_t outbox_count;  /* records of the last step in the outbox */
+    uint32_t gate;         /* step n of the launch: 2 n + 1 the launch ends before it, 2 n + 2 it may begin */
+    uint32_t reserved[31]; /* the gate has a line of its own: all workers poll it */
+    uint32_t outbox_count; /* records of the last step in the outbox */
 } perk_desk;
 
 #endif

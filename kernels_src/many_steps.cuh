@@ -108,12 +108,8 @@ __device__ __forceinline__ void serve(const Worker &w) {
 
 // ---- the scheduler: lane 0, but for what all lanes do faster ----
 
-constexpr perk_schedule_limits kLimits = {program::slots,
-                                          program::max_tokens,
-                                          program::max_requests,
-                                          program::max_logit_rows,
-                                          program::max_seq_length,
-                                          program::page_size,
+constexpr perk_schedule_limits kLimits = {program::slots,          program::max_tokens,     program::max_requests,
+                                          program::max_logit_rows, program::max_seq_length, program::page_size,
                                           program::max_num_pages};
 
 // The batch lies where the workers read it; only what they do not need is the schedule's own.
@@ -322,7 +318,8 @@ __device__ __forceinline__ bool begin_step(Worker &w) {
     fetch_record(w, 0);
     if constexpr (program::batch_shared_bytes > 0) {
         const uint8_t *batch = reinterpret_cast<const uint8_t *>(w.args.batch);
-        for (uint32_t offset = w.thread * 16; offset < program::batch_shared_bytes; offset += PERK_CONSUMER_THREADS * 16)
+        for (uint32_t offset = w.thread * 16; offset < program::batch_shared_bytes;
+             offset += PERK_CONSUMER_THREADS * 16)
             store_shared16(w.shared + SharedMap::batch + offset, load_coherent16(batch + offset));
     }
     await_record();

@@ -199,8 +199,8 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
-    // Where all lanes copy, one that decides otherwise would wait at a __syncwarp for those that wait for its copies; in
-    // a launch of many steps it would miss a vote.
+    // Where all lanes copy, one that decides otherwise would wait at a __syncwarp for those that wait for its copies;
+    // in a launch of many steps it would miss a vote.
     if (PERK_PORTABLE || program::many_steps) is_behind = __any_sync(0xffffffffu, is_behind);
     if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }

@@ -6,7 +6,7 @@
 
 #include "check.h"
 #include "float.h"
-#include "kernels_src/mail.h"
+#include "gpu_many.h"
 #include "ops/op.h"
 #include "plan_steps.h"
 
@@ -326,11 +326,11 @@ static perk_status fail_hang(perk_gpu *gpu, perk_error *err) {
         if (result == CUDA_SUCCESS) describe_origin(plan, hang->step, counters, &text);
         perk_gpu_leave(gpu);
     }
-    perk_status status = perk_fail(
-        err, PERK_HANG,
-        "step %u: %s waited more than %d ms for %s. The launch has ended; open the engine "
-        "again",
-        hang->step, waiter.data ? waiter.data : "?", gpu->wait_limit_ms, text.data ? text.data : "?");
+    perk_status status =
+        perk_fail(err, PERK_HANG,
+                  "step %u: %s waited more than %d ms for %s. The launch has ended; open the engine "
+                  "again",
+                  hang->step, waiter.data ? waiter.data : "?", gpu->wait_limit_ms, text.data ? text.data : "?");
     free(counters);
     perk_buffer_free(&waiter);
     perk_buffer_free(&text);
@@ -620,7 +620,8 @@ static void gpu_free(perk_executor *self) {
     free(gpu);
 }
 
-static const perk_executor_type gpu_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free};
+static const perk_executor_type gpu_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free, NULL};
+static const perk_executor_type many_steps_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free, perk_gpu_many_steps};
 
 perk_status perk_gpu_create(perk_executor **out, const perk_graph *graph, const perk_checkpoint *checkpoint,
                             const perk_config *config, const perk_gpu_options *options, perk_start_report *report,
@@ -630,7 +631,7 @@ perk_status perk_gpu_create(perk_executor **out, const perk_graph *graph, const 
     perk_cache *cache = NULL;
     perk_gpu *gpu = perk_calloc(1, sizeof *gpu);
     if (!gpu) return perk_fail_memory(err, "the GPU executor");
-    gpu->executor.type = &gpu_type;
+    gpu->executor.type = options->many_steps ? &many_steps_type : &gpu_type;
     gpu->config = *config;
     gpu->wait_limit_ms = options->wait_limit_ms ? options->wait_limit_ms : PERK_GPU_WAIT_LIMIT_MS;
     const perk_cache_options cache_options = {

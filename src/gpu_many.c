@@ -207,8 +207,9 @@ static perk_status check_arrival(const struct perk_gpu_many *many, const perk_gp
                          (int)PERK_STOP_IDS);
     for (int32_t i = 0; i < a->prompt_length; i++)
         if (a->prompt[i] < 0 || a->prompt[i] >= vocab_size)
-            return perk_fail(err, PERK_INVALID_ARGUMENT, "token %d of the prompt is id %d: outside the vocabulary of %lld",
-                             i, a->prompt[i], (long long)vocab_size);
+            return perk_fail(err, PERK_INVALID_ARGUMENT,
+                             "token %d of the prompt is id %d: outside the vocabulary of %lld", i, a->prompt[i],
+                             (long long)vocab_size);
     return PERK_OK;
 }
 
@@ -324,18 +325,48 @@ perk_status perk_gpu_many_run(perk_executor *executor, const perk_gpu_many_optio
     return PERK_OK;
 }
 
-perk_status perk_gpu_many_schedule(perk_executor *executor, uint64_t *block, perk_error *err) {
-    perk_gpu *gpu = (perk_gpu *)executor;
+/* Between launches. Page tables are of the batch that the kernel makes; the host's schedule has them in its block. */
+static perk_status copy_schedule(perk_gpu *gpu, uint64_t *block, bool to_device, perk_error *err) {
     const struct perk_gpu_many *many = gpu->many;
-    perk_status status = perk_gpu_enter(gpu, err);
-    if (status) return status;
+    const perk_driver *driver = gpu->driver;
     CUdeviceptr schedule = (CUdeviceptr)(uintptr_t)many->args.schedule;
     CUdeviceptr page_table = (CUdeviceptr)(uintptr_t)(many->args.batch + gpu->layout.page_table);
-    size_t entries = (size_t)many->limits.requests * (size_t)perk_plan_pages_per_request(&gpu->config);
-    CUresult result = gpu->driver->cuMemcpyDtoH(block, schedule, many->layout.words * sizeof *block);
-    if (result == CUDA_SUCCESS) /* the kernel's lies in its batch */
-        result = gpu->driver->cuMemcpyDtoH(block + many->layout.page_table, page_table, entries * sizeof(int32_t));
-    status = perk_driver_check(gpu->driver, result, err, "reading the schedule");
+    uint64_t *host_table = block + many->layout.page_table;
+    size_t bytes = many->layout.words * sizeof *block;
+    size_t table_bytes = (size_t)many->limits.requests * (size_t)perk_plan_pages_per_request(&gpu->config) * 4;
+    if (to_device) {
+        perk_status status = perk_gpu_upload(gpu, schedule, block, bytes, "the schedule", err);
+        return status ? status : perk_gpu_upload(gpu, page_table, host_table, table_bytes, "page tables", err);
+    }
+    CUresult result = driver->cuMemcpyDtoH(block, schedule, bytes);
+    if (result == CUDA_SUCCESS) result = driver->cuMemcpyDtoH(host_table, page_table, table_bytes);
+    return perk_driver_check(driver, result, err, "copying the schedule");
+}
+
+perk_status perk_gpu_many_schedule(perk_executor *executor, uint64_t *block, perk_error *err) {
+    perk_gpu *gpu = (perk_gpu *)executor;
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (status) return status;
+    status = copy_schedule(gpu, block, false, err);
     perk_gpu_leave(gpu);
+    return status;
+}
+
+perk_status perk_gpu_many_steps(perk_executor *executor, perk_schedule *schedule, uint32_t max_steps, perk_error *err) {
+    perk_gpu *gpu = (perk_gpu *)executor;
+    struct perk_gpu_many *many = gpu->many;
+    const perk_gpu_many_options options = {.max_steps = max_steps};
+    perk_gpu_many_result result;
+    if (memcmp(&schedule->limits, &many->limits, sizeof many->limits) != 0)
+        return perk_fail(err, PERK_INTERNAL, "the schedule has other limits than the program");
+    uint64_t *block = (uint64_t *)(void *)schedule->state; /* stands first in it */
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (status) return status;
+    status = copy_schedule(gpu, block, true, err);
+    if (!status) status = perk_gpu_many_run(executor, &options, &result, err);
+    if (!status) status = copy_schedule(gpu, block, false, err);
+    perk_gpu_leave(gpu);
+    many->read = many->post->written; /* the tokens are in the schedule */
+    store(&many->post->read, many->read);
     return status;
 }

@@ -49,6 +49,10 @@ typedef struct perk_gpu_many_result {
 perk_status perk_gpu_many_run(perk_executor *executor, const perk_gpu_many_options *options,
                               perk_gpu_many_result *result, perk_error *err);
 
+/* The executor's `run`: the caller's schedule goes to the device and comes back. Its limits are those of
+ * perk_plan_schedule_limits. An executor is used so, or through the mailbox, not both. */
+perk_status perk_gpu_many_steps(perk_executor *executor, perk_schedule *schedule, uint32_t max_steps, perk_error *err);
+
 /* For tests, between launches: the kernel's state of requests and pages, copied into `block` (the words of
  * perk_schedule_lay_out over perk_plan_schedule_limits). */
 perk_status perk_gpu_many_schedule(perk_executor *executor, uint64_t *block, perk_error *err);

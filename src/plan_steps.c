@@ -1,6 +1,7 @@
 #include "plan_steps.h"
 
 #include "ops/op.h"
+#include "scheduler.h"
 
 int perk_plan_step_end(const perk_plan *plan, int counters[PERK_RECORD_WAITS]) {
     int count = 0;
@@ -16,16 +17,7 @@ int perk_plan_step_end(const perk_plan *plan, int counters[PERK_RECORD_WAITS]) {
     return count;
 }
 
-perk_schedule_limits perk_plan_schedule_limits(const perk_plan *plan) {
-    const perk_config *c = &plan->config;
-    return (perk_schedule_limits){.slots = 2 * c->max_num_batched_requests,
-                                  .tokens = c->max_num_batched_tokens,
-                                  .requests = c->max_num_batched_requests,
-                                  .logit_rows = c->max_num_logit_rows,
-                                  .positions = c->max_seq_length,
-                                  .page_size = c->page_size,
-                                  .page_count = c->max_num_pages};
-}
+perk_schedule_limits perk_plan_schedule_limits(const perk_plan *plan) { return perk_scheduler_limits(&plan->config); }
 
 int32_t perk_plan_outbox_records(const perk_plan *plan) {
     perk_schedule_limits limits = perk_plan_schedule_limits(plan);
@@ -45,8 +37,7 @@ static const perk_op *find_argmax(const perk_plan *plan) {
 int perk_plan_picks(const perk_plan *plan) {
     const perk_op *argmax = find_argmax(plan);
     for (int i = 0; i < plan->tensor_count && argmax; i++)
-        if (plan->tensors[i].graph_tensor == argmax->output->index &&
-            plan->tensors[i].space == PERK_SPACE_ACTIVATIONS)
+        if (plan->tensors[i].graph_tensor == argmax->output->index && plan->tensors[i].space == PERK_SPACE_ACTIVATIONS)
             return i;
     return -1;
 }

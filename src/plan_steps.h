@@ -11,7 +11,7 @@
  * the step done. */
 int perk_plan_step_end(const perk_plan *plan, int counters[PERK_RECORD_WAITS]);
 
-/* As many requests again as run wait in their slots, so that the next one begins without the host. */
+/* Of the schedule that the kernel keeps: the host's (src/scheduler.h). */
 perk_schedule_limits perk_plan_schedule_limits(const perk_plan *plan);
 /* Records that come of one step at most. */
 int32_t perk_plan_outbox_records(const perk_plan *plan);

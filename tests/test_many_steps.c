@@ -1,10 +1,11 @@
 /* Many steps of one launch (src/gpu_many.h), on the emulator: the tokens are those of single steps, no page is lost,
  * requests come and go while the launch runs, launches end when they should, and a hang is reported.
  * EMULATOR_SEED=N runs everything in another order; PERK_TEST_GPU=1 runs it on the GPU. */
-#include "fake_cuda/fake_cuda.h"
 #include "device.h"
+#include "fake_cuda/fake_cuda.h"
 #include "gpu_many.h"
 #include "model.h"
+#include "perk/engine.h"
 #include "plan_steps.h"
 #include "sampler.h"
 #include "schedule_checks.h"
@@ -74,8 +75,8 @@ static void draw_requests(test_request *requests, int count, uint64_t seed) {
         r->prompt_length = i == 0 ? 1 : draw(seed, &place, i % 2 ? 18 : 1, 22);
         r->limit = i == 0 ? 12 : r->prompt_length + draw(seed, &place, 1, 4);
         for (int t = 0; t < r->prompt_length; t++)
-            r->prompt[t] = i % 2 && t < 20 ? (t * 37 + 11) % model->vocab_size
-                                           : draw(seed, &place, 0, model->vocab_size - 1);
+            r->prompt[t] =
+                i % 2 && t < 20 ? (t * 37 + 11) % model->vocab_size : draw(seed, &place, 0, model->vocab_size - 1);
     }
 }
 
@@ -184,7 +185,8 @@ static void test_completion(perk_executor *gpu, test_request *requests) {
     for (int ended = 0; ended < REQUESTS; check_pages(gpu)) {
         result = run(gpu, 7, 0);
         ended += read_tokens(gpu, requests, REQUESTS);
-        CHECK(result.end == PERK_LAUNCH_IDLE ? ended == REQUESTS : result.end == PERK_LAUNCH_STEPS && result.steps == 7);
+        CHECK(result.end == PERK_LAUNCH_IDLE ? ended == REQUESTS
+                                             : result.end == PERK_LAUNCH_STEPS && result.steps == 7);
     }
     check_answers(requests, REQUESTS);
     CHECK(check_pages(gpu) > 0, "no pages were shared");
@@ -325,6 +327,46 @@ static void test_check(void) {
     perk_plan_free(plan);
 }
 
+/* ---- an engine ---- */
+
+/* Tokens of all requests, one after the other; one of them samples, where `sampled`. */
+static size_t run_engine(int32_t steps_a_launch, bool sampled, int32_t *tokens, int *calls) {
+    const perk_engine_options options = {
+        .backend = PERK_BACKEND_GPU, .config = config, .cache_folder = cache.text, .steps_a_launch = steps_a_launch};
+    perk_request *requests[4];
+    perk_engine *engine;
+    size_t total = 0;
+    int32_t running = 1;
+    CHECK_OK(perk_engine_open(&engine, TINY, &options, &err));
+    for (int i = 0; i < 4; i++) {
+        const perk_sampling sampling = {
+            .max_tokens = 3 + i, .temperature = sampled && i == 0 ? 0.8f : 0.0f, .seed = 3, .ignore_eos = 1};
+        const int32_t prompt[] = {5 + i, 9, 200};
+        CHECK_OK(perk_engine_submit(engine, prompt, 3, &sampling, &requests[i], &err));
+    }
+    for (*calls = 0; running > 0; ++*calls) CHECK_OK(perk_engine_step(engine, &running, &err));
+    for (int i = 0; i < 4; i++) {
+        size_t count;
+        const int32_t *answer = perk_request_tokens(requests[i], &count);
+        CHECK(perk_request_finish(requests[i]) == PERK_FINISH_LENGTH && count == (size_t)(3 + i));
+        memcpy(tokens + total, answer, count * sizeof *tokens);
+        total += count;
+    }
+    perk_engine_free(engine);
+    return total;
+}
+
+static void test_engine(void) {
+    for (int sampled = 0; sampled < 2; sampled++) {
+        int32_t wanted[64], got[64];
+        int single_calls, calls;
+        size_t count = run_engine(1, sampled, wanted, &single_calls);
+        CHECK(run_engine(5, sampled, got, &calls) == count && memcmp(wanted, got, count * sizeof *got) == 0);
+        fprintf(stderr, "an engine: %d calls, and %d\n", single_calls, calls);
+        CHECK(sampled ? calls > 3 && calls < single_calls : calls <= 3);
+    }
+}
+
 int main(void) {
     if (strstr(EMULATOR_CXX, "NOTFOUND") && !getenv("PERK_TEST_GPU")) {
         fprintf(stderr, "skipped: no C++ compiler was found\n");
@@ -344,6 +386,7 @@ int main(void) {
     test_stop(gpu, requests);
     test_online(gpu, requests, 1, 100000);
     test_online(gpu, requests, 2, 2);
+    test_engine();
     test_hang(want_too_much, "waited more than 20 ms for counter", requests);
     test_hang(never_end, "the end of the step waited more than 20 ms for counter", requests);
     gpu->type->free(gpu);

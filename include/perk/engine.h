@@ -41,6 +41,9 @@ typedef struct perk_engine_options {
     perk_log log;
     perk_progress progress;
     int32_t no_prefix_sharing; /* 1: requests that begin alike share no pages of the KV cache */
+    int32_t steps_a_launch;    /* on a GPU, up to so many steps happen in one launch, without the host, as long as all
+                                  requests are greedy: perk_engine_step returns after them, or earlier when nothing is
+                                  unfinished. Cancelling waits as long. 0 or 1: one */
 } perk_engine_options;
 
 /* How the start went, in milliseconds; phases that did not happen are 0. */
