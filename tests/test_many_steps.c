@@ -1,6 +1,7 @@
 /* Many steps of one launch (src/gpu_many.h), on the emulator: the tokens are those of single steps, no page is lost,
  * requests come and go while the launch runs, launches end when they should, and a hang is reported.
- * EMULATOR_SEED=N runs everything in another order; PERK_TEST_GPU=1 runs it on the GPU. */
+ * EMULATOR_SEED=N runs everything in another order; PERK_TEST_GPU=1 runs it on the GPU, PERK_TEST_PORTABLE=1 with
+ * portable device code. */
 #include "device.h"
 #include "fake_cuda/fake_cuda.h"
 #include "gpu_many.h"
@@ -63,8 +64,11 @@ static void make_model(void) {
 
 static perk_executor *open_executor(perk_gpu_alter_plan alter) {
     perk_executor *gpu;
-    const perk_gpu_options options = {
-        .many_steps = true, .wait_limit_ms = alter ? 20 : 0, .alter = alter, .cache_folder = cache.text};
+    const perk_gpu_options options = {.many_steps = true,
+                                      .portable = getenv("PERK_TEST_PORTABLE") != NULL,
+                                      .wait_limit_ms = alter ? 20 : 0,
+                                      .alter = alter,
+                                      .cache_folder = cache.text};
     CHECK_OK(perk_gpu_create(&gpu, model->graph, model->checkpoint, &config, &options, NULL, &err));
     return gpu;
 }
