@@ -67,6 +67,9 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
     perk_buffer_printf(out, "namespace program {\n");
     for (size_t i = 0; i < PERK_COUNT(constants); i++)
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
+    if (plan->wide_tokens > 0)
+        perk_buffer_printf(out, "constexpr uint32_t wide_tokens = %d, input_slots = %d;\n", plan->wide_tokens,
+                           plan->input_slots);
     perk_buffer_printf(out, "constexpr bool waits_are_limited = %s, many_steps = %s;\n",
                        plan->unlimited_waits ? "false" : "true", plan->many_steps ? "true" : "false");
     if (plan->many_steps) emit_schedule_constants(plan, out);
@@ -92,12 +95,15 @@ static void emit_switch(const perk_plan *plan, perk_buffer *out) {
 perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_error *err) {
     perk_buffer_printf(source, "// A perk program: %s for %s, %d workers%s.\n", plan->graph->name, plan->device.arch,
                        plan->device.worker_count, plan->device.portable ? ", portable" : "");
-    perk_buffer_printf(source, "#define PERK_PORTABLE %d\n#define PERK_PROFILE %d\n#include \"abi.h\"\n\n",
-                       plan->device.portable, plan->profiled);
+    perk_buffer_printf(source,
+                       "#define PERK_PORTABLE %d\n#define PERK_PROFILE %d\n#define PERK_WIDE %d\n"
+                       "#include \"abi.h\"\n\n",
+                       plan->device.portable, plan->profiled, plan->wide_tokens > 0);
     emit_constants(plan, source);
     perk_buffer_printf(source,
                        "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
-                       "#include \"linear.cuh\"\n#include \"attention.cuh\"\n%s\n",
+                       "#include \"linear.cuh\"\n%s#include \"attention.cuh\"\n%s\n",
+                       plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "",
                        plan->many_steps ? "#include \"mail.h\"\n#include \"many_steps.cuh\"\n" : "");
     emit_switch(plan, source);
     perk_buffer_printf(source,
@@ -160,6 +166,8 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
         record.stream_base = (uint32_t)(plan->tensors[stage->stream.tensor].offset / PERK_WEIGHT_BLOCK_BYTES);
         record.stream_tiles = (uint32_t)stage->stream.tile_count;
         record.stream_blocks = (uint32_t)stage->stream.blocks_per_tile;
+        record.stream_together = (uint32_t)stage->stream.together;
+        record.share_tokens = (uint32_t)(plan->wide_tokens / PERK_MAX(1, stage->stream.shares));
     }
     return record;
 }

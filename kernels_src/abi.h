@@ -52,6 +52,22 @@ enum {
  * the width and the stride is zero from the start and never written. */
 #define PERK_ROW_STRIDE(columns) (((columns) + 63) / 64 * 64)
 
+/* ---- inputs of wide linears ----
+ * A program for more than 64 tokens a step multiplies whole slices of 64 columns of its linears' inputs, as wgmma takes
+ * them. Such an input lies in memory as it will lie in shared memory, so that one copy brings a slice: slice after
+ * slice, in a slice a row of 128 bytes for each of the program's tokens. Columns of a block of 32 are dealt as those of
+ * the weights are: lane q's j-th pair is the q-th word of the j-th 16 bytes of the block's 64. Of the eight 16 bytes of
+ * a row, number i stands at i ^ row % 8: the 128-byte swizzle, which keeps the banks of shared memory apart.
+ */
+enum {
+    PERK_SLICE_COLS = 64,
+    PERK_SLICE_BLOCKS = 2,
+    PERK_SLICE_ROW_BYTES = 128,
+    PERK_WIDE_TILES = 8, /* row tiles that a worker may work on at once: one a consumer warp */
+};
+/* Tiles that are worked on at once share ring slots: so many blocks of each are in one. */
+#define PERK_WIDE_SLOT_BLOCKS(tiles) ((tiles) > 4 ? 2 : (tiles) > 2 ? 4 : (tiles) > 1 ? 8 : 16)
+
 /* ---- attention ---- */
 enum {
     PERK_QUERY_ROWS = 8, /* rows of a query tile */
@@ -80,10 +96,13 @@ typedef struct perk_task_record {
     uint32_t signal_counter;                /* += 1 when the task is done */
     uint32_t operand[PERK_RECORD_OPERANDS]; /* byte offset / 256 in the operand's space */
     uint32_t scalar;
-    uint32_t stream_base;   /* packed weights of the stage: byte offset / 1024 */
-    uint32_t stream_tiles;  /* row tiles of the stage; 0: streams nothing */
-    uint32_t stream_blocks; /* blocks a tile */
-    uint32_t reserved[PERK_RECORD_WORDS - 28];
+    uint32_t stream_base;     /* packed weights of the stage: byte offset / 1024 */
+    uint32_t stream_tiles;    /* row tiles of the stage; 0: streams nothing */
+    uint32_t stream_blocks;   /* blocks a tile */
+    uint32_t stream_together; /* wide linears: tiles that are streamed side by side, at most; 0: one after the other */
+    uint32_t share_tokens;    /* wide linears: unit u is row tile u % stream_tiles for the tokens from
+                                 u / stream_tiles * share_tokens on, so many of them */
+    uint32_t reserved[PERK_RECORD_WORDS - 30];
 } perk_task_record;
 
 /* ---- the batch of a step, as it lies in device memory: 32-bit words ----
@@ -129,7 +148,14 @@ typedef struct perk_hang_report {
     uint32_t step, complete;        /* complete: all other fields are written */
 } perk_hang_report;
 
-enum { PERK_ROLE_COUNTER = 1, PERK_ROLE_RING_FULL = 2, PERK_ROLE_RING_EMPTY = 3, PERK_ROLE_STEP_END = 4 };
+enum {
+    PERK_ROLE_COUNTER = 1,
+    PERK_ROLE_RING_FULL = 2,
+    PERK_ROLE_RING_EMPTY = 3,
+    PERK_ROLE_INPUT_FULL = 4, /* counter: the number of the slice among the worker's */
+    PERK_ROLE_INPUT_EMPTY = 5,
+    PERK_ROLE_STEP_END = 6,
+};
 
 /* ---- profiling: when a worker reached a task, had what it waited for, and had signalled ---- */
 enum { PERK_STAMP_REACHED, PERK_STAMP_READY, PERK_STAMP_DONE, PERK_STAMPS };

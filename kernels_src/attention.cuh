@@ -606,7 +606,7 @@ struct Attention {
     }
 
     // One row by kRowWarps warps, of which this one is number `sub`. `live`: there is such a token.
-    template <uint32_t kRowWarps>
+    template <uint32_t kRowWarps, bool kOutIsInput>
     static __device__ __forceinline__ void merge_row(const Worker &w, uint64_t partials, uint8_t *out, uint32_t token,
                                                      uint32_t query_head, bool live) {
         Merged merged{-infinity(), 0.0f, {}};
@@ -621,6 +621,15 @@ struct Attention {
         }
         if constexpr (kRowWarps > 1) merge_warps<kRowWarps>(w, merged);
         if (!live || w.warp % kRowWarps != 0) return;
+        if constexpr (kOutIsInput) {
+#pragma unroll
+            for (uint32_t e = 0; e < kLaneDims; e++) {
+                const uint32_t column = query_head * kHeadDim + w.lane + 32 * e;
+                *reinterpret_cast<uint16_t *>(out + wide_pair(token, column) + column % 2 * 2) =
+                    to_bf16(__fdividef(merged.total[e], merged.sum));
+            }
+            return;
+        }
         uint16_t *target = reinterpret_cast<uint16_t *>(out) + uint64_t(token) * kOutStride + query_head * kHeadDim;
 #pragma unroll
         for (uint32_t e = 0; e < kLaneDims; e++)
@@ -628,8 +637,8 @@ struct Attention {
     }
 
     // Unit (part, head) = part * kHeads + head merges the tokens of slice `part` of kSlices, kRowWarps warps a row.
-    // Operands: 0 partials, 1 out.
-    template <uint32_t kSlices, uint32_t kRowWarps>
+    // Operands: 0 partials, 1 out, which may be an input of wide linears.
+    template <uint32_t kSlices, uint32_t kRowWarps, bool kOutIsInput>
     static __device__ __forceinline__ void merge(Worker &w, const TaskView &task) {
         constexpr uint32_t kGroups = PERK_CONSUMER_WARPS / kRowWarps;
         const uint32_t first = task.first(), stride = task.stride(), count = task.count();
@@ -641,7 +650,8 @@ struct Attention {
             const TokenSlice slice = token_slice(w, unit / kHeads, kSlices);
             for (uint32_t j = 0; j < slice.count; j += kGroups) {
                 const uint32_t mine = j + w.warp / kRowWarps;
-                merge_row<kRowWarps>(w, partials, out, slice.first + mine, unit % kHeads, mine < slice.count);
+                merge_row<kRowWarps, kOutIsInput>(w, partials, out, slice.first + mine, unit % kHeads,
+                                                  mine < slice.count);
             }
         }
     }

@@ -1,7 +1,7 @@
 // linear: out = x W^T for 1 to 64 rows of x, with the packed weights as the left operand of the tensor cores: a row
 // tile is 16 outputs, its columns are the rows of x. The 8 warps share a tile by splitting its depth (column block kb
 // belongs to warp kb % 8) and add their partial sums in shared memory; one warp finishes the tile: scale of a folded
-// norm, bias, residual, silu, store.
+// norm, bias, residual, activation of a gate, store.
 #pragma once
 
 namespace perk {
@@ -9,7 +9,7 @@ namespace perk {
 enum class Epilogue {
     store,    // bf16
     residual, // + residual, bf16
-    silu,     // the tile holds 8 gate rows, then the 8 up rows that belong to them: silu(gate) * up, bf16
+    gated,    // the tile holds 8 gate rows, then the 8 up rows that belong to them: activation(gate) * up, bf16
     logits,   // fp32, and the tile's largest value of each row as a candidate for argmax
 };
 
@@ -17,14 +17,14 @@ enum class Epilogue {
 enum LinearOperand { kInput, kOutput, kResidual, kNormWeight, kBias, kCandidates };
 
 template <Rows kRowsOf, uint32_t kMaxRows, uint32_t kIn, uint32_t kOut, bool kFoldedNorm, Epilogue kEpilogue,
-          bool kHasBias>
+          Activation kActivation, bool kHasBias>
 struct Linear {
     static constexpr uint32_t kBlocks = (kIn + PERK_BLOCK_COLS - 1) / PERK_BLOCK_COLS; // of a tile
     static constexpr uint32_t kChunks = (kBlocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS;
     static constexpr uint32_t kWarpBlocks = (kBlocks + PERK_CONSUMER_WARPS - 1) / PERK_CONSUMER_WARPS; // of one warp
     static constexpr uint32_t kColumnTiles = (kMaxRows + 7) / 8;                                       // of 8 rows of x
     static constexpr uint32_t kInStride = PERK_ROW_STRIDE(kIn);
-    static constexpr uint32_t kOutWidth = kEpilogue == Epilogue::silu ? kOut / 2 : kOut;
+    static constexpr uint32_t kOutWidth = kEpilogue == Epilogue::gated ? kOut / 2 : kOut;
     static constexpr uint32_t kOutStride = PERK_ROW_STRIDE(kOutWidth);
     static constexpr uint32_t kTiles = (kOut + PERK_TILE_ROWS - 1) / PERK_TILE_ROWS;
 
@@ -37,6 +37,7 @@ struct Linear {
     // Staged input: every warp keeps its own column blocks of x, 64 bytes a block and row.
     static constexpr uint32_t staged_bytes(uint32_t rows) { return PERK_CONSUMER_WARPS * kWarpBlocks * 64 * rows; }
     static constexpr bool kAlwaysStaged = staged_bytes(kMaxRows) <= program::staging_bytes;
+    static_assert(kEpilogue == Epilogue::gated || kActivation == Activation::none, "only a gate is activated");
     static_assert(kAlwaysStaged || !kFoldedNorm, "a folded norm needs its input staged");
 
     static __device__ __forceinline__ uint32_t partials(const Worker &w, uint32_t buffer, uint32_t column_tile,
@@ -228,7 +229,7 @@ struct Linear {
 
     // Which matrix row the lane's low (g) or high (g+8) output is.
     static __device__ __forceinline__ uint32_t output_row(const Worker &w, uint32_t tile, bool high) {
-        if constexpr (kEpilogue == Epilogue::silu)
+        if constexpr (kEpilogue == Epilogue::gated)
             return (high ? kOutWidth : 0) + tile * 8 + w.lane / 4;
         else
             return tile * PERK_TILE_ROWS + w.lane / 4 + (high ? 8 : 0);
@@ -250,11 +251,11 @@ struct Linear {
     // Stores the outputs of one row of x: `low` and `high` are outputs g and g+8 of the tile.
     static __device__ __forceinline__ void store_row(const Worker &w, const Finish &f, uint32_t tile, uint32_t row,
                                                      float low, float high) {
-        if constexpr (kEpilogue == Epilogue::silu) {
+        if constexpr (kEpilogue == Epilogue::gated) {
             const uint32_t column = tile * 8 + w.lane / 4;
             if (column >= kOutWidth) return;
             reinterpret_cast<uint16_t *>(f.out)[uint64_t(row) * kOutStride + column] =
-                to_bf16(silu(round_bf16(low)) * round_bf16(high));
+                to_bf16(activate<kActivation>(round_bf16(low)) * round_bf16(high));
         } else {
             const uint32_t output = output_row(w, tile, false);
             auto store = [&](uint32_t column, float value) {

@@ -10,9 +10,9 @@
 
 namespace perk {
 
-constexpr uint32_t kClerk = PERK_CONSUMER_WARPS + 1; // warp of worker 0
+constexpr uint32_t kClerk = PERK_CONSUMER_WARPS + 2; // warp of worker 0; the one before it feeds wide linears
 constexpr uint32_t kPickStride = PERK_ROW_STRIDE(1);
-constexpr uint32_t kClerkPauseNs = 500, kIdlePauseNs = 500, kGatePauseNs = 100;
+constexpr uint32_t kClerkPauseNs = 500, kIdlePauseNs = 500, kGatePauseNs = 100, kFeederPauseNs = 100;
 constexpr uint32_t kPollsBeforePause = 4096; // of the gate: some milliseconds
 
 // ---- between scheduler and clerk: a word of shared memory each way ----
@@ -308,8 +308,11 @@ __device__ __forceinline__ bool begin_step(Worker &w) {
             runs = pass_gate(w, step);
         __syncwarp();
         if (w.lane == 0) {
-            store_shared4(w.shared + SharedMap::step, number);
-            if (!runs) store_shared4(w.shared + SharedMap::given_up, kEnded);
+            fence_block(); // the feeder reads the batch once it sees the step's number
+            if (runs)
+                store_shared4(w.shared + SharedMap::step, number);
+            else
+                store_shared4(w.shared + SharedMap::given_up, kEnded);
         }
         __syncwarp();
     }
@@ -336,6 +339,21 @@ __device__ __forceinline__ void produce_steps(Worker &w) {
     land_chunks(w, chunk);
 }
 
+#if PERK_WIDE
+// Inputs of all steps. A step's are wanted once the consumers have begun it: before, there is nothing to bring, and how
+// many tokens it has is not known.
+__device__ __forceinline__ void feed_steps(Worker &w) {
+    for (uint32_t number = w.args.step;; number++) {
+        while (!__all_sync(0xffffffffu, static_cast<int32_t>(w.step() - number) >= 0)) {
+            if (has_ended(w)) return;
+            pause(kFeederPauseNs);
+        }
+        fence_block(); // what the consumers saw when they passed the gate
+        feed(w);
+    }
+}
+#endif
+
 __device__ __forceinline__ void init_steps(const Worker &w) {
     if (w.thread != 0) return;
     store_shared4(w.shared + SharedMap::step, w.args.step - 1);
@@ -353,8 +371,11 @@ __device__ __forceinline__ void many_steps_main(const perk_kernel_args &args, Ru
         for (uint32_t chunk = 0; begin_step(w);) chunk = consume(w, run_task, chunk);
     } else {
         give_registers<PERK_PRODUCER_REGISTERS>();
-        if (w.warp == PERK_CONSUMER_WARPS)
-            produce_steps(w);
+        if (w.warp == PERK_CONSUMER_WARPS) produce_steps(w);
+#if PERK_WIDE
+        else if (w.warp == PERK_CONSUMER_WARPS + 1)
+            feed_steps(w);
+#endif
         else if (w.warp == kClerk && w.index() == 0 && args.many.post != nullptr)
             serve(w);
     }

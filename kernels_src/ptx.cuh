@@ -241,6 +241,8 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void *global, u
         "l"(global), "r"(bytes), "r"(barrier)
         : "memory");
 }
+// What others wrote, and this thread has acquired, is there for its copies from here on.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 #endif
 // Makes mbarrier initialisation visible to the copy engine.
 __device__ __forceinline__ void fence_mbarrier_init() {
@@ -261,6 +263,60 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+// ---- tensor cores, a warpgroup at a time: sm_90a ----
+// Products run on while the warps go on. Until a wait says that they are done, sums and left operands belong to them.
+
+// The right operand in shared memory: rows of 128 bytes in the 128-byte swizzle, groups of 8 of them one after the
+// other; aligned to 1,024 bytes. `+ 2` is the next 16 columns.
+__device__ __forceinline__ uint64_t wgmma_operand(uint32_t address) {
+    constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kGroupBytes = uint64_t(1024 >> 4) << 32, kUnused = 1 << 16;
+    return kSwizzle128 | kGroupBytes | kUnused | (address & 0x3ffff) >> 4;
+}
+// Before products take registers that this thread has written.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until no more than the last kPending commits are under way.
+template <uint32_t kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Behind a wait for all: from here on the sums are there to be read.
+template <uint32_t kSums>
+__device__ __forceinline__ void wgmma_keep(float (&sums)[kSums]) {
+#pragma unroll
+    for (uint32_t i = 0; i < kSums; i++) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// sums[64 x kColumns] += a[64 x 16] b[16 x kColumns], bf16 in, fp32 out; `a` holds a warp's 16 rows as for mma, sums
+// hold 4 words for every 8 columns, as mma's.
+template <uint32_t kColumns>
+__device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const Vec16 &a, uint64_t b);
+
+#define PERK_REGISTERS_32                                                                                              \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                           \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PERK_REGISTERS_64                                                                                              \
+    PERK_REGISTERS_32 ", "                                                                                             \
+                      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "               \
+                      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PERK_SUMS_8(i)                                                                                                 \
+    "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]),      \
+        "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define PERK_SUMS_32(i) PERK_SUMS_8(i), PERK_SUMS_8(i + 8), PERK_SUMS_8(i + 16), PERK_SUMS_8(i + 24)
+#define PERK_SUMS_64(i) PERK_SUMS_32(i), PERK_SUMS_32(i + 32)
+// Behind the sums: the left operand, the right one.
+#define PERK_WGMMA(columns, count, a0, a1, a2, a3, b)                                                                  \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void wgmma<columns>(float(&sums)[count], const Vec16 &a, uint64_t operand) {            \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 {" PERK_REGISTERS_##count         \
+                     "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", 1, 1, 1, 0;"                                         \
+                     : PERK_SUMS_##count(0)                                                                            \
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(operand)                                            \
+                     : "memory");                                                                                      \
+    }
+PERK_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
+PERK_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68")
 
 // ---- numbers ----
 

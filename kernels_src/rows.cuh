@@ -1,4 +1,5 @@
-// Tasks over rows of activations that stream no weights: gather_rows (embed, select_rows), rmsnorm, silu_mul, argmax.
+// Tasks over rows of activations that stream no weights: gather_rows (embed, select_rows), arrange_input, rmsnorm,
+// gate_mul, argmax.
 #pragma once
 
 namespace perk {
@@ -8,6 +9,38 @@ enum class Rows { tokens, logits };
 template <Rows kRows>
 __device__ __forceinline__ uint32_t row_count(const Worker &w) {
     return kRows == Rows::tokens ? w.num_tokens() : w.num_logit_rows();
+}
+
+// ---- inputs of wide linears (abi.h) ----
+
+// Byte offset of columns `column` and `column` + 1 (an even one first) of a row.
+__device__ __forceinline__ uint64_t wide_pair(uint32_t row, uint32_t column) {
+    const uint32_t block = column / PERK_BLOCK_COLS % PERK_SLICE_BLOCKS, lane = column % PERK_BLOCK_COLS / 8;
+    const uint32_t sixteen = block * 4 + column % 8 / 2;
+    return (uint64_t(column / PERK_SLICE_COLS) * program::max_tokens + row) * PERK_SLICE_ROW_BYTES +
+           (sixteen ^ row % 8) * 16 + lane * 4;
+}
+
+// Stores 8 neighbouring columns of a row, from a multiple of 8 on.
+__device__ __forceinline__ void store_wide8(uint8_t *out, uint32_t row, uint32_t column, Vec16 values) {
+    *reinterpret_cast<uint32_t *>(out + wide_pair(row, column)) = values.x;
+    *reinterpret_cast<uint32_t *>(out + wide_pair(row, column + 2)) = values.y;
+    *reinterpret_cast<uint32_t *>(out + wide_pair(row, column + 4)) = values.z;
+    *reinterpret_cast<uint32_t *>(out + wide_pair(row, column + 6)) = values.w;
+}
+
+// Rows to an input, where whoever writes them cannot do so itself. A task copies the column groups of 8 first, first +
+// stride, ... of every row. Operands: 0 rows, 1 the input.
+template <uint32_t kStride>
+__device__ void arrange_input(Worker &w, const TaskView &task) {
+    const uint32_t rows = w.num_tokens(), first = task.first(), stride = task.stride(), count = task.count();
+    const uint8_t *x = w.args.activations + task.operand(0);
+    uint8_t *out = w.args.activations + task.operand(1);
+    await_inputs(w, task);
+    for (uint32_t i = w.thread; i < rows * count; i += PERK_CONSUMER_THREADS) {
+        const uint32_t row = i / count, column = (first + i % count * stride) * 8;
+        store_wide8(out, row, column, load_coherent16(x + (uint64_t(row) * kStride + column) * 2));
+    }
 }
 
 // out[r] = table[index[r]]. A task copies the 16-byte column groups first, first + stride, ... of every row.
@@ -47,8 +80,8 @@ __device__ __forceinline__ float block_sum(const Worker &w, float value) {
 
 // out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight. A task owns the rows first, first + stride, ...; the block works
 // on one row at a time, 8 columns a thread and piece. Columns beyond the width are zero and stay so. Operands: 0 x, 1
-// weight (constants), 2 out.
-template <Rows kRows, uint32_t kWidth, uint32_t kStride>
+// weight (constants), 2 out, which may be an input of wide linears.
+template <Rows kRows, uint32_t kWidth, uint32_t kStride, bool kOutIsInput>
 __device__ __forceinline__ void rmsnorm(Worker &w, const TaskView &task, float eps) {
     constexpr uint32_t kPieces = (kWidth + 7) / 8;
     constexpr uint32_t kThreadPieces = (kPieces + PERK_CONSUMER_THREADS - 1) / PERK_CONSUMER_THREADS;
@@ -83,20 +116,31 @@ __device__ __forceinline__ void rmsnorm(Worker &w, const TaskView &task, float e
             auto pair = [&](uint32_t value, uint32_t g) {
                 return pack_bf16(low_bf16(value) * scale * low_bf16(g), high_bf16(value) * scale * high_bf16(g));
             };
-            *reinterpret_cast<Vec16 *>(out + row_start + piece * 16) =
-                Vec16{pair(values[p].x, gain.x), pair(values[p].y, gain.y), pair(values[p].z, gain.z),
-                      pair(values[p].w, gain.w)};
+            const Vec16 normed{pair(values[p].x, gain.x), pair(values[p].y, gain.y), pair(values[p].z, gain.z),
+                               pair(values[p].w, gain.w)};
+            if constexpr (kOutIsInput)
+                store_wide8(out, row, piece * 8, normed);
+            else
+                *reinterpret_cast<Vec16 *>(out + row_start + piece * 16) = normed;
         }
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
     }
 }
 
-__device__ __forceinline__ float silu(float value) { return __fdividef(value, 1.0f + __expf(-value)); }
+// As src/activation.c. Two instructions of the special function unit: ex2 and rcp.
+enum class Activation { none, silu, gelu_tanh };
+template <Activation kActivation>
+__device__ __forceinline__ float activate(float value) {
+    if constexpr (kActivation == Activation::none) return value;
+    float exponent = value;
+    if constexpr (kActivation == Activation::gelu_tanh) exponent *= 1.5957691f + 0.07135481f * value * value;
+    return __fdividef(value, 1.0f + __expf(-exponent));
+}
 
-// out[r][c] = silu(x[r][c]) * x[r][width + c]. A task owns the columns [8 first, 8 (first + count)).
+// out[r][c] = activation(x[r][c]) * x[r][width + c]. A task owns the columns [8 first, 8 (first + count)).
 // Operands: 0 x, 1 out.
-template <Rows kRows, uint32_t kWidth, uint32_t kInStride, uint32_t kOutStride>
-__device__ void silu_mul(Worker &w, const TaskView &task) {
+template <Rows kRows, uint32_t kWidth, uint32_t kInStride, uint32_t kOutStride, Activation kActivation>
+__device__ void gate_mul(Worker &w, const TaskView &task) {
     const uint32_t rows = row_count<kRows>(w), first = task.first(), columns = task.count() * 8;
     const uint8_t *x = w.args.activations + task.operand(0);
     uint8_t *out = w.args.activations + task.operand(1);
@@ -106,7 +150,8 @@ __device__ void silu_mul(Worker &w, const TaskView &task) {
         if (column >= kWidth) continue;
         const uint8_t *source = x + (uint64_t(row) * kInStride + column) * 2;
         const float gate = from_bf16(load_coherent2(source)), up = from_bf16(load_coherent2(source + kWidth * 2));
-        reinterpret_cast<uint16_t *>(out)[uint64_t(row) * kOutStride + column] = to_bf16(silu(gate) * up);
+        reinterpret_cast<uint16_t *>(out)[uint64_t(row) * kOutStride + column] =
+            to_bf16(activate<kActivation>(gate) * up);
     }
 }
 

@@ -11,11 +11,17 @@ constexpr uint32_t kConsumerBarrier = 1;    // named barrier of the 8 consumer w
 constexpr uint32_t kPollsPerClockRead = 64; // reading the global timer costs more than a poll
 constexpr uint32_t kEnded = 2;              // in place of "given up": there are no more steps
 
-// ---- shared memory: ring slots | staging of activations | reduction scratch | the step's batch | task records |
-// barriers ----
+// ---- shared memory: ring slots | slices of wide linears' inputs | staging of activations | reduction scratch | the
+// step's batch | task records | barriers ----
 struct SharedMap {
     static constexpr uint32_t ring = 0;
-    static constexpr uint32_t staging = program::ring_slots * PERK_CHUNK_BYTES;
+    static constexpr uint32_t inputs = program::ring_slots * PERK_CHUNK_BYTES;
+#if PERK_WIDE
+    static constexpr uint32_t input_bytes = program::wide_tokens * PERK_SLICE_ROW_BYTES; // of a slot
+    static constexpr uint32_t staging = inputs + program::input_slots * input_bytes;
+#else
+    static constexpr uint32_t staging = inputs;
+#endif
     static constexpr uint32_t reduction = staging + program::staging_bytes;
     static constexpr uint32_t batch = reduction + program::reduction_bytes;
     static constexpr uint32_t tasks = batch + program::batch_shared_bytes;
@@ -23,7 +29,12 @@ struct SharedMap {
     static constexpr uint32_t step = given_up + 4;                             // and three of many_steps.cuh
     static constexpr uint32_t told = step + 4, served = told + 4;
     static constexpr uint32_t barriers = tasks + PERK_TASK_SLOTS_BYTES;
+#if PERK_WIDE
+    static constexpr uint32_t input_barriers = barriers + 2 * 8 * program::ring_slots;
+    static constexpr uint32_t bytes = input_barriers + 2 * 8 * program::input_slots;
+#else
     static constexpr uint32_t bytes = barriers + 2 * 8 * program::ring_slots;
+#endif
 };
 static_assert(SharedMap::bytes <= program::shared_bytes, "the plan and the kernel disagree about shared memory");
 
@@ -32,6 +43,9 @@ struct Worker {
     uint32_t warp, lane, thread;
     uint32_t shared;   // address of dynamic shared memory
     uint32_t position; // of the running task in the worker's list
+#if PERK_WIDE
+    uint32_t slices = 0; // of inputs of wide linears, that this role has come by
+#endif
 
     __device__ __forceinline__ uint32_t index() const { return blockIdx.x; } // of this worker
     // Steps that were completed before this one.
@@ -60,6 +74,18 @@ struct Worker {
     __device__ __forceinline__ uint32_t empty_barrier(uint32_t chunk) const {
         return full_barrier(chunk) + program::ring_slots * 8;
     }
+#if PERK_WIDE
+    // The same of a slice of an input.
+    __device__ __forceinline__ uint32_t input_slot(uint32_t slice) const {
+        return shared + SharedMap::inputs + slice % program::input_slots * SharedMap::input_bytes;
+    }
+    __device__ __forceinline__ uint32_t input_full(uint32_t slice) const {
+        return shared + SharedMap::input_barriers + slice % program::input_slots * 8;
+    }
+    __device__ __forceinline__ uint32_t input_empty(uint32_t slice) const {
+        return input_full(slice) + program::input_slots * 8;
+    }
+#endif
     __device__ __forceinline__ uint32_t staging() const { return shared + SharedMap::staging; }
     __device__ __forceinline__ uint32_t reduction() const { return shared + SharedMap::reduction; }
     // A word of the step's batch. It lies in shared memory unless it is too large: tokens, positions, pages and items
@@ -166,6 +192,12 @@ __device__ __forceinline__ void init_ring(const Worker &w) {
             mbarrier_init(w.full_barrier(slot), PERK_PORTABLE ? 32 : 1);
             mbarrier_init(w.empty_barrier(slot), PERK_CONSUMER_WARPS);
         }
+#if PERK_WIDE
+        for (uint32_t slot = 0; slot < program::input_slots; slot++) {
+            mbarrier_init(w.input_full(slot), 1);
+            mbarrier_init(w.input_empty(slot), PERK_CONSUMER_WARPS);
+        }
+#endif
         fence_mbarrier_init();
         store_shared4(w.shared + SharedMap::given_up, 0);
     }
@@ -205,14 +237,19 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }
 
-// Starts the copy of one chunk.
-__device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, const uint8_t *source, uint32_t bytes) {
+// Until the chunk's slot may be filled.
+__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk) {
     const uint32_t round = chunk / program::ring_slots;
     if (program::many_steps && round > 0)
         await_room(w, chunk, (round - 1) & 1);
     else if (round > 0)
         wait_slot<true>(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
     await_flight(w, chunk);
+}
+
+// Starts the copy of one chunk.
+__device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, const uint8_t *source, uint32_t bytes) {
+    await_room(w, chunk);
 #if PERK_PORTABLE
     const uint32_t slot = w.ring_slot(chunk);
     for (uint32_t offset = w.lane * 16; offset < bytes; offset += 32 * 16) copy_async16(slot + offset, source + offset);
@@ -267,12 +304,19 @@ struct StreamTask {
     uint32_t kind;
     uint32_t lane_in_round, workers, rounds;
     uint32_t base, tiles, blocks; // packed weights of the stage; tiles 0: it streams nothing
+#if PERK_WIDE
+    uint32_t together; // tiles side by side, of a wide linear
+#endif
 };
 __device__ __forceinline__ StreamTask load_stream_task(const Worker &w, uint32_t position) {
     const perk_task_record *record = record_at(w, position);
-    return {__ldg(&record->kind),         __ldg(&record->first),       __ldg(&record->stride),
-            __ldg(&record->count),        __ldg(&record->stream_base), __ldg(&record->stream_tiles),
-            __ldg(&record->stream_blocks)};
+    StreamTask task{__ldg(&record->kind),         __ldg(&record->first),       __ldg(&record->stride),
+                    __ldg(&record->count),        __ldg(&record->stream_base), __ldg(&record->stream_tiles),
+                    __ldg(&record->stream_blocks)};
+#if PERK_WIDE
+    task.together = __ldg(&record->stream_together);
+#endif
+    return task;
 }
 
 // Streams this worker's chunks of one stage: its tiles round by round, the workers' chunks side by side in memory.
@@ -291,7 +335,48 @@ __device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTas
     return chunk;
 }
 
+#if PERK_WIDE
+// Streams up to `together` tiles of one stage side by side, and then the next so many: a lane copies for a tile.
+__device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
+    for (uint32_t first = 0; first < task.rounds; first += task.together) {
+        const uint32_t tiles = min(task.together, task.rounds - first), slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
+        const uint32_t unit = task.lane_in_round + (first + min(w.lane, tiles - 1)) * task.workers;
+        const uint32_t tile = unit % task.tiles; // the lane's
+        const uint32_t round = tile / gridDim.x, lane_in_round = tile % gridDim.x;
+        const uint32_t width = min(gridDim.x, task.tiles - round * gridDim.x);
+        const uint32_t base = task.base + round * gridDim.x * task.blocks; // in blocks
+        for (uint32_t block = 0; block < task.blocks; block += slot_blocks, chunk++) {
+            const uint32_t in_chunk = block % PERK_CHUNK_BLOCKS, chunk_begin = block - in_chunk;
+            const uint32_t chunk_blocks = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - chunk_begin);
+            const uint32_t place = base + width * chunk_begin + lane_in_round * chunk_blocks + in_chunk;
+            const uint32_t bytes = min(slot_blocks, task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
+            await_room(w, chunk);
+            if (w.lane == 0) mbarrier_arrive_expect(w.full_barrier(chunk), bytes * tiles);
+            __syncwarp();
+            if (w.lane < tiles)
+                copy_bulk(w.ring_slot(chunk) + w.lane * slot_blocks * PERK_WEIGHT_BLOCK_BYTES,
+                          w.args.weights + uint64_t(place) * PERK_WEIGHT_BLOCK_BYTES, bytes, w.full_barrier(chunk));
+            __syncwarp();
+        }
+    }
+    return chunk;
+}
+#endif
+
 // Streams the weights of the whole list, from chunk number `chunk` on; returns the next one's.
+#if PERK_WIDE
+__device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
+    for (w.position = 0;; w.position++) {
+        const StreamTask task = load_stream_task(w, w.position); // not ahead: registers are few
+        if (task.kind == PERK_TASK_END) break;
+        if (task.together != 0)
+            chunk = stream_wide_task(w, task, chunk);
+        else if (task.tiles != 0)
+            chunk = stream_task(w, task, chunk);
+    }
+    return chunk;
+}
+#else
 __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
     StreamTask next = load_stream_task(w, 0);
     for (w.position = 0; next.kind != PERK_TASK_END; w.position++) {
@@ -301,6 +386,48 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
     }
     return chunk;
 }
+#endif
+
+#if PERK_WIDE
+// Brings the slices of a wide linear's input, as often as it goes over them: once for all tiles that it works on
+// together. `rows` are the step's tokens.
+__device__ __forceinline__ void feed_task(Worker &w, const perk_task_record *record, uint32_t rows) {
+    const uint8_t *input = w.args.activations + uint64_t(__ldg(&record->operand[0])) * 256;
+    const uint32_t slices = (__ldg(&record->stream_blocks) + PERK_SLICE_BLOCKS - 1) / PERK_SLICE_BLOCKS;
+    const uint32_t share_tokens = __ldg(&record->share_tokens);
+    const uint32_t first_token = __ldg(&record->first) / __ldg(&record->stream_tiles) * share_tokens;
+    const uint32_t bytes = (rows > first_token ? min(rows - first_token, share_tokens) : 0) * PERK_SLICE_ROW_BYTES;
+    input += first_token * PERK_SLICE_ROW_BYTES;
+    for (uint32_t first = 0; first < __ldg(&record->count); first += __ldg(&record->stream_together))
+        for (uint32_t s = 0; s < slices; s++, w.slices++) {
+            const uint32_t turn = w.slices / program::input_slots;
+            if (turn > 0) wait_slot<true>(w, w.input_empty(w.slices), (turn - 1) & 1, PERK_ROLE_INPUT_EMPTY, w.slices);
+            if (w.lane == 0) {
+                mbarrier_arrive_expect(w.input_full(w.slices), bytes);
+                if (bytes > 0)
+                    copy_bulk(w.input_slot(w.slices), input + uint64_t(s) * program::max_tokens * PERK_SLICE_ROW_BYTES,
+                              bytes, w.input_full(w.slices));
+            }
+            __syncwarp();
+        }
+}
+
+// The third role, of wide programs: it waits for the counters of every wide linear by itself, ahead of the consumers.
+__device__ __forceinline__ void feed(Worker &w) {
+    for (w.position = 0;; w.position++) {
+        const perk_task_record *record = record_at(w, w.position);
+        if (__ldg(&record->kind) == PERK_TASK_END) break;
+        if (__ldg(&record->stream_together) == 0) continue;
+        if (w.lane < PERK_RECORD_WAITS && __ldg(&record->wait_per_step[w.lane]) != 0)
+            wait_counter(w, __ldg(&record->wait_counter[w.lane]),
+                         w.step() * __ldg(&record->wait_per_step[w.lane]) + __ldg(&record->wait_needed[w.lane]));
+        __syncwarp();
+        fence_copies();
+        feed_task(w, record,
+                  program::many_steps ? load_coherent4(w.args.batch + PERK_BATCH_NUM_TOKENS) : w.num_tokens());
+    }
+}
+#endif
 
 // A profiled program's time stamps; any other program has no trace of them.
 __device__ __forceinline__ void stamp(const Worker &w, uint32_t which) {
@@ -371,6 +498,9 @@ __device__ __forceinline__ void worker_main(const perk_kernel_args &args, RunTas
     } else {
         give_registers<PERK_PRODUCER_REGISTERS>();
         if (w.warp == PERK_CONSUMER_WARPS) produce(w, 0);
+#if PERK_WIDE
+        if (w.warp == PERK_CONSUMER_WARPS + 1) feed(w);
+#endif
     }
 }
 

@@ -48,8 +48,9 @@ function drawTotals() {
           count = plan.workers.tasks;
     const device = Object.values(spaces).reduce((a, b) => a + b);
     const parts = [
-        ['ring', shared.ring_slots * shared.slot_bytes], ['staging', shared.staging_bytes],
-        ['reduction', shared.reduction_bytes], ['batch', shared.batch_bytes], ['barriers', shared.barrier_bytes]
+        ['ring', shared.ring_slots * shared.slot_bytes], ['slices', shared.slices_bytes],
+        ['staging', shared.staging_bytes], ['reduction', shared.reduction_bytes], ['batch', shared.batch_bytes],
+        ['barriers', shared.barrier_bytes]
     ];
     at('totals').replaceChildren(
         total(

@@ -86,7 +86,12 @@ static perk_status check_tensor(const perk_plan *plan, int index, perk_error *er
 
 static perk_status check_stream(const perk_plan *plan, const perk_stage *stage, perk_error *err) {
     const perk_stream *stream = &stage->stream;
-    if (stream->tensor == -1) return PERK_OK;
+    if (stream->together < 0 || stream->together > PERK_WIDE_TILES || (stream->together > 0 && plan->wide_tokens == 0))
+        return UNSAFE(err, "stage %.*s: %d tiles cannot be streamed side by side", NAME_LENGTH, stage->name,
+                      stream->together);
+    if (stream->shares < 0 || stream->shares > 2 || (stream->shares > 0 && stream->together == 0))
+        return UNSAFE(err, "stage %.*s: %d shares of the tokens", NAME_LENGTH, stage->name, stream->shares);
+    if (stream->tensor == -1 && stream->together == 0) return PERK_OK;
     if (stream->tensor < 0 || stream->tensor >= plan->tensor_count)
         return UNSAFE(err, "stage %.*s: it streams tensor %d of %d", NAME_LENGTH, stage->name, stream->tensor,
                       plan->tensor_count);
@@ -96,7 +101,7 @@ static perk_status check_stream(const perk_plan *plan, const perk_stage *stage, 
         return UNSAFE(err, "stage %.*s: %d tiles of %d blocks of 1 KB are not the %llu bytes of weights of %.*s",
                       NAME_LENGTH, stage->name, stream->tile_count, stream->blocks_per_tile,
                       (unsigned long long)t->bytes, NAME_LENGTH, t->name);
-    if (stream->tile_count != stage->unit_count)
+    if ((int64_t)stream->tile_count * PERK_MAX(1, stream->shares) != stage->unit_count)
         return UNSAFE(err, "stage %.*s: it streams %d tiles for %d units: its tasks would wait for weights forever",
                       NAME_LENGTH, stage->name, stream->tile_count, stage->unit_count);
     return PERK_OK;
@@ -159,6 +164,9 @@ static perk_status check_task(const perk_plan *plan, int index, int worker, perk
         return UNSAFE(err, "%s: units %d, step %d, %d of them, are not among the stage's %d",
                       perk_check_task_text(plan, index).text, task->first, task->stride, task->count,
                       stage->unit_count);
+    if (stage->stream.shares > 1 && task->first / stage->stream.tile_count != last / stage->stream.tile_count)
+        return UNSAFE(err, "%s: its tiles are for different shares of the tokens",
+                      perk_check_task_text(plan, index).text);
     uint64_t blocks = stage->stream.tensor < 0 ? 0 : (uint64_t)stage->stream.blocks_per_tile * (uint64_t)task->count;
     if (task->stream_bytes != blocks * PERK_WEIGHT_BLOCK_BYTES)
         return UNSAFE(err, "%s: it consumes %llu bytes of weights, its units are %llu bytes of the stream",

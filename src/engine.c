@@ -79,6 +79,27 @@ static perk_status open_reference(perk_engine *engine, const perk_engine_options
     return PERK_OK;
 }
 
+static int by_number(const void *a, const void *b) {
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* The caller's sizes of a step below max_num_batched_tokens, or else the defaults. */
+static void choose_programs(const int32_t wanted[PERK_MAX_PROGRAMS], int32_t most, perk_gpu_options *gpu) {
+    static const int32_t defaults[] = {1, 8};
+    int32_t sizes[PERK_MAX_PROGRAMS] = {0};
+    gpu->smaller_are_optional = true;
+    for (int i = 0; i < PERK_MAX_PROGRAMS; i++)
+        if ((sizes[i] = wanted[i])) gpu->smaller_are_optional = false;
+    for (size_t i = 0; i < PERK_COUNT(defaults) && gpu->smaller_are_optional; i++)
+        if (defaults[i] <= most / 2) sizes[i] = defaults[i];
+    qsort(sizes, PERK_MAX_PROGRAMS, sizeof *sizes, by_number);
+    for (int i = 0; i < PERK_MAX_PROGRAMS; i++) {
+        bool again = i > 0 && sizes[i] == sizes[i - 1];
+        if (sizes[i] > 0 && sizes[i] < most && !again) gpu->smaller_programs[gpu->smaller_program_count++] = sizes[i];
+    }
+}
+
 static perk_status open_gpu(perk_engine *engine, const perk_engine_options *options, perk_error *err) {
     perk_gpu_options gpu = {.device = options->device,
                             .portable = options->portable != 0,
@@ -89,6 +110,7 @@ static perk_status open_gpu(perk_engine *engine, const perk_engine_options *opti
                             .threads = options->threads,
                             .log = options->log,
                             .progress = options->progress};
+    choose_programs(options->program_tokens, engine->config.max_num_batched_tokens, &gpu);
     engine->report.backend = PERK_BACKEND_GPU;
     return perk_gpu_create(&engine->executor, engine->model->graph, engine->model->checkpoint, &engine->config, &gpu,
                            &engine->report, err);
@@ -119,7 +141,23 @@ static perk_status check_options(const perk_engine_options *options, perk_error 
         return perk_fail(err, PERK_INVALID_ARGUMENT, "steps_a_launch %d: must be 0 or more", options->steps_a_launch);
     if (options->threads < 0)
         return perk_fail(err, PERK_INVALID_ARGUMENT, "threads %d: must be 0 (all cores) or more", options->threads);
+    for (int i = 0; i < PERK_MAX_PROGRAMS; i++)
+        if (options->program_tokens[i] < 0)
+            return perk_fail(err, PERK_INVALID_ARGUMENT, "a program for %d tokens a step: must be 1 or more",
+                             options->program_tokens[i]);
     return PERK_OK;
+}
+
+/* Programs for larger steps than max_num_batched_tokens could never run; where only programs were asked for, the
+ * largest says what max_num_batched_tokens is. */
+static perk_status fit_programs(perk_config *config, const int32_t tokens[PERK_MAX_PROGRAMS], perk_error *err) {
+    int32_t most = 0;
+    for (int i = 0; i < PERK_MAX_PROGRAMS; i++) most = PERK_MAX(most, tokens[i]);
+    if (config->max_num_batched_tokens == 0) config->max_num_batched_tokens = most;
+    if (most <= config->max_num_batched_tokens) return PERK_OK;
+    return perk_fail(err, PERK_INVALID_ARGUMENT,
+                     "a program for %d tokens a step: max_num_batched_tokens is %d, and no step is larger", most,
+                     config->max_num_batched_tokens);
 }
 
 /* The oldest request must always be able to finish (see docs/scheduling.md), so the pool must hold one of
@@ -157,6 +195,7 @@ static perk_status open_model(perk_engine *engine, const char *path, const perk_
     perk_model_report_unread(model, &options->log);
     engine->config = options->config;
     engine->steps_a_launch = options->steps_a_launch;
+    if ((status = fit_programs(&engine->config, options->program_tokens, err))) return status;
     if ((status = perk_config_resolve(&engine->config, model->max_positions, err))) return status;
     bool length_was_asked_for = options->config.max_seq_length != 0;
     if ((status = fit_pool(&engine->config, length_was_asked_for, &options->log, err))) return status;
@@ -289,6 +328,7 @@ perk_status perk_engine_step(perk_engine *engine, int32_t *running, perk_error *
 
 void perk_engine_statistics(const perk_engine *engine, perk_engine_stats *out) {
     perk_scheduler_statistics(engine->scheduler, out);
+    if (engine->report.backend == PERK_BACKEND_GPU) perk_gpu_program_steps(engine->executor, out->program_steps);
 }
 
 /* ---- generation ---- */
@@ -409,7 +449,10 @@ static perk_status run_chunk(perk_engine *engine, const int32_t *ids, size_t fir
     perk_batch_clear(engine->batch);
     perk_status status =
         perk_batch_add(engine->batch, &engine->config, ids + first, count, (int32_t)first, pages, 2, err);
+    bool has_programs = engine->report.backend == PERK_BACKEND_GPU;
+    if (has_programs) perk_gpu_keep_to_largest(engine->executor, true);
     if (!status) status = run_batch(engine, engine->batch, true, result, err);
+    if (has_programs) perk_gpu_keep_to_largest(engine->executor, false);
     if (!status && !result->logits) status = perk_fail(err, PERK_INTERNAL, "the step brought no logits");
     return status;
 }

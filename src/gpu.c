@@ -8,7 +8,6 @@
 #include "float.h"
 #include "gpu_many.h"
 #include "ops/op.h"
-#include "plan_steps.h"
 
 static perk_gpu *gpu_of(perk_executor *self) { return (perk_gpu *)self; }
 
@@ -27,6 +26,12 @@ perk_status perk_gpu_upload(const perk_gpu *gpu, CUdeviceptr to, const void *fro
     CUresult result = driver->cuMemcpyHtoDAsync(to, from, bytes, gpu->stream);
     if (result == CUDA_SUCCESS) result = driver->cuStreamSynchronize(gpu->stream);
     return perk_driver_check(driver, result, err, "copying %s to the device", what);
+}
+
+CUdeviceptr perk_gpu_address(const perk_gpu *gpu, const perk_gpu_program *program, const perk_plan_tensor *tensor) {
+    const perk_gpu_memory *space =
+        tensor->space == PERK_SPACE_ACTIVATIONS ? &program->activations : &gpu->spaces[tensor->space];
+    return space->address + tensor->offset;
 }
 
 /* ---- making it ---- */
@@ -80,146 +85,71 @@ static perk_status open_stream(perk_gpu *gpu, const perk_gpu_options *options, p
     return perk_driver_check(driver, result, err, "making a stream on %s", gpu->info.name);
 }
 
-static perk_status make_plan(perk_gpu *gpu, const perk_graph *graph, const perk_gpu_options *options,
-                             perk_start_report *report, perk_error *err) {
-    perk_device_desc device;
-    double begin = perk_now();
-    perk_status status = perk_device_describe(&gpu->info, &device, err);
-    if (status != PERK_OK) return status;
-    if (options->portable) perk_device_make_portable(&device);
-    status = perk_plan_create(&gpu->plan, graph, &device, &gpu->config, err);
-    report->plan_ms = (perk_now() - begin) * 1e3;
-    if (status != PERK_OK) return status;
-    gpu->plan->profiled = options->profile;
-    gpu->plan->unlimited_waits = options->unlimited_waits;
-    gpu->plan->many_steps = options->many_steps;
-    if (options->many_steps && (status = perk_plan_check_many_steps(gpu->plan, err))) return status;
-    begin = perk_now();
-    if (!options->unchecked) status = perk_plan_check(gpu->plan, err);
-    report->check_ms = (perk_now() - begin) * 1e3;
-    if (status == PERK_OK && options->alter) options->alter(gpu->plan, options->alter_user);
-    return status;
-}
-
-static perk_status build_program(perk_gpu *gpu, const perk_gpu_options *options, perk_cache *cache, bool made_anew,
-                                 perk_start_report *report, perk_error *err) {
-    const perk_program_options build = {
-        .cache = cache, .driver_version = gpu->driver->version, .made_anew = made_anew, .log = &options->log};
-    perk_status status = perk_program_build(gpu->plan, &build, &gpu->program, err);
-    if (status != PERK_OK) return status;
-    report->emit_ms = gpu->program.emit_ms + gpu->program.lookup_ms;
-    report->compile_ms = gpu->program.compile_ms;
-    report->cache_hit = gpu->program.cache_hit;
-    report->registers = (int32_t)gpu->program.kernel.registers;
-    report->spill_bytes = (int32_t)gpu->program.spill_bytes;
-    report->shared_bytes = gpu->plan->shared_bytes;
-    report->cubin_bytes = (int32_t)gpu->program.cubin_size;
-    return status;
-}
-
-bool perk_gpu_refuses(const perk_program *program, CUresult result, const perk_log *log) {
-    bool refused =
-        program->cache_hit && (result == CUDA_ERROR_INVALID_IMAGE || result == CUDA_ERROR_NO_BINARY_FOR_GPU ||
-                               result == CUDA_ERROR_INVALID_SOURCE || result == CUDA_ERROR_SHARED_OBJECT_INIT_FAILED);
-    if (refused)
-        perk_log_write(log, PERK_LOG_WARNING, "the cached program is made anew: the driver refuses it (error %d)",
-                       (int)result);
-    return refused;
-}
-
-static CUresult load_program(perk_gpu *gpu, const perk_gpu_options *options, perk_cache *cache,
-                             perk_start_report *report) {
-    CUresult result = gpu->driver->cuModuleLoadData(&gpu->module, gpu->program.cubin);
-    if (!perk_gpu_refuses(&gpu->program, result, &options->log)) return result;
-    perk_program_free(&gpu->program);
-    if (build_program(gpu, options, cache, true, report, NULL) != PERK_OK) return result;
-    return gpu->driver->cuModuleLoadData(&gpu->module, gpu->program.cubin);
-}
-
-static perk_status load_module(perk_gpu *gpu, const perk_gpu_options *options, perk_cache *cache,
-                               perk_start_report *report, perk_error *err) {
-    const perk_driver *driver = gpu->driver;
-    double begin = perk_now();
-    CUresult result = load_program(gpu, options, cache, report);
-    if (result == CUDA_SUCCESS) result = driver->cuModuleGetFunction(&gpu->kernel, gpu->module, PERK_KERNEL_NAME);
-    if (result == CUDA_SUCCESS)
-        result = driver->cuFuncSetAttribute(gpu->kernel, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                                            gpu->plan->shared_bytes);
-    perk_status status = perk_driver_check(driver, result, err, "loading the program");
-    if (status != PERK_OK) return status;
-    int blocks = 0;
-    result = driver->cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, gpu->kernel, PERK_BLOCK_THREADS,
-                                                                 (size_t)gpu->plan->shared_bytes);
-    status = perk_driver_check(driver, result, err, "asking for the program's occupancy");
-    if (status == PERK_OK && blocks < 1)
-        status = perk_fail(err, PERK_INTERNAL,
-                           "the program (%d registers, %d bytes of shared memory) does not fit an SM of %s",
-                           (int)gpu->program.kernel.registers, gpu->plan->shared_bytes, gpu->info.name);
-    report->module_ms = (perk_now() - begin) * 1e3;
-    return status;
-}
-
-static int plan_tensor_of(const perk_plan *plan, const perk_tensor *tensor) {
-    for (int i = 0; i < plan->tensor_count && tensor; i++)
-        if (plan->tensors[i].graph_tensor == tensor->index && plan->tensors[i].space == PERK_SPACE_ACTIVATIONS)
-            return i;
-    return -1;
-}
-
-/* The results that a step brings back: the last argmax, and its logits; or the last fp32 output. */
-static void find_results(perk_gpu *gpu) {
-    const perk_graph *graph = gpu->plan->graph;
-    gpu->argmax_tensor = gpu->logits_tensor = -1;
-    for (int i = 0; i < graph->op_count; i++) {
-        const perk_tensor *out = graph->ops[i]->output;
-        if (out->dtype == PERK_I32) gpu->argmax_tensor = plan_tensor_of(gpu->plan, out);
-        if (out->dtype == PERK_F32) gpu->logits_tensor = plan_tensor_of(gpu->plan, out);
-    }
-}
-
 static perk_status pin(perk_gpu *gpu, void **out, size_t bytes, unsigned flags, const char *what, perk_error *err) {
     perk_status status = perk_gpu_pin(gpu, out, bytes, flags, what, err);
     if (status == PERK_OK) memset(*out, 0, bytes);
     return status;
 }
 
+/* A results tensor's bytes in the program that has most; 0: the graph has none. */
+static size_t most_bytes(const perk_gpu *gpu, bool logits) {
+    size_t most = 0;
+    for (int i = 0; i < gpu->program_count; i++) {
+        const perk_gpu_program *p = &gpu->programs[i];
+        int tensor = logits ? p->logits_tensor : p->argmax_tensor;
+        if (tensor >= 0) most = PERK_MAX(most, (size_t)p->plan->tensors[tensor].bytes);
+    }
+    return most;
+}
+
 static perk_status open_step_buffers(perk_gpu *gpu, perk_error *err) {
-    perk_status status = pin(gpu, (void **)&gpu->batch_host, (size_t)gpu->layout.words * 4, 0, "the batch", err);
+    perk_status status = PERK_OK;
+    for (int i = 0; i < gpu->program_count && status == PERK_OK; i++) {
+        perk_gpu_program *p = &gpu->programs[i];
+        status = pin(gpu, (void **)&p->batch_host, (size_t)p->layout.words * 4, 0, "the batch", err);
+    }
     if (status == PERK_OK)
         status = pin(gpu, (void **)&gpu->hang, sizeof *gpu->hang, CU_MEMHOSTALLOC_DEVICEMAP, "the hang report", err);
-    if (status == PERK_OK && gpu->argmax_tensor >= 0)
-        status = pin(gpu, (void **)&gpu->argmax_host, gpu->plan->tensors[gpu->argmax_tensor].bytes, 0, "tokens", err);
+    if (status == PERK_OK && most_bytes(gpu, false) > 0)
+        status = pin(gpu, (void **)&gpu->argmax_host, most_bytes(gpu, false), 0, "tokens", err);
     return status;
 }
 
-static perk_status upload_tasks(perk_gpu *gpu, perk_error *err) {
+static perk_status upload_tasks(perk_gpu *gpu, const perk_gpu_program *p, perk_error *err) {
     perk_task_record *records;
     int per_worker;
-    perk_status status = perk_emit_records(gpu->plan, &records, &per_worker, err);
+    perk_status status = perk_emit_records(p->plan, &records, &per_worker, err);
     if (status != PERK_OK) return status;
-    size_t bytes = (size_t)gpu->plan->device.worker_count * (size_t)per_worker * sizeof *records;
-    status = perk_gpu_upload(gpu, gpu->tasks.address, records, bytes, "the task lists", err);
+    size_t bytes = (size_t)p->plan->device.worker_count * (size_t)per_worker * sizeof *records;
+    status = perk_gpu_upload(gpu, p->tasks.address, records, bytes, "the task lists", err);
     free(records);
     return status;
 }
 
 static void fill_report(const perk_gpu *gpu, perk_start_report *report) {
+    const perk_plan *plan = gpu->largest->plan;
     report->backend = PERK_BACKEND_GPU;
     snprintf(report->device, sizeof report->device, "%s", gpu->info.name);
-    snprintf(report->arch, sizeof report->arch, "%s", gpu->plan->device.arch);
-    report->weights_bytes = gpu->plan->space_bytes[PERK_SPACE_WEIGHTS] + gpu->plan->space_bytes[PERK_SPACE_CONSTANTS];
+    snprintf(report->arch, sizeof report->arch, "%s", plan->device.arch);
+    report->weights_bytes = plan->space_bytes[PERK_SPACE_WEIGHTS] + plan->space_bytes[PERK_SPACE_CONSTANTS];
+    for (int i = 0; i < gpu->program_count; i++) {
+        const perk_gpu_program *p = &gpu->programs[i];
+        report->programs[i].memory_bytes =
+            p->activations.bytes + p->tasks.bytes + p->batch.bytes + p->counters.bytes + p->stamps.bytes;
+    }
 }
 
 /* Everything that lives on the device. With the context current. */
 static perk_status fill_device(perk_gpu *gpu, const perk_checkpoint *checkpoint, const perk_gpu_options *options,
                                perk_cache *cache, perk_start_report *report, perk_error *err) {
     perk_status status = open_stream(gpu, options, err);
-    if (status == PERK_OK) status = load_module(gpu, options, cache, report, err);
+    if (status == PERK_OK) status = perk_gpu_load_programs(gpu, options, cache, report, err);
     double begin = perk_now();
     if (status == PERK_OK) status = perk_gpu_allocate(gpu, err);
     if (status == PERK_OK) status = open_step_buffers(gpu, err);
-    if (status == PERK_OK) status = upload_tasks(gpu, err);
-    if (status == PERK_OK && gpu->plan->many_steps) status = perk_gpu_many_open(gpu, err);
+    for (int i = 0; i < gpu->program_count && status == PERK_OK; i++)
+        status = upload_tasks(gpu, &gpu->programs[i], err);
+    if (status == PERK_OK && gpu->largest->plan->many_steps) status = perk_gpu_many_open(gpu, err);
     if (status == PERK_OK) status = perk_gpu_load_weights(gpu, checkpoint, options, cache, err);
     report->weights_ms = (perk_now() - begin) * 1e3;
     return status;
@@ -234,8 +164,7 @@ static perk_status start(perk_gpu *gpu, const perk_graph *graph, const perk_chec
     if (status != PERK_OK) return status;
     report->driver_ms = (perk_now() - begin) * 1e3;
     begin_context(&context);
-    status = make_plan(gpu, graph, options, report, err);
-    if (status == PERK_OK) status = build_program(gpu, options, cache, false, report, err);
+    status = perk_gpu_make_programs(gpu, graph, options, cache, report, err);
     perk_error context_failure = {0};
     perk_status context_status = finish_context(&context, &context_failure);
     report->context_ms = context.milliseconds;
@@ -244,8 +173,6 @@ static perk_status start(perk_gpu *gpu, const perk_graph *graph, const perk_chec
         status = context_status;
     }
     if (status != PERK_OK) return status;
-    gpu->layout = perk_plan_batch_layout(gpu->plan);
-    find_results(gpu);
     status = perk_gpu_enter(gpu, err);
     if (status != PERK_OK) return status;
     status = fill_device(gpu, checkpoint, options, cache, report, err);
@@ -265,8 +192,10 @@ static int32_t in_step(const perk_plan *plan, int counter, uint32_t step, uint32
 static void describe_wait(const perk_plan *plan, const perk_hang_report *hang, perk_buffer *text) {
     bool is_counter = hang->role == PERK_ROLE_COUNTER || hang->role == PERK_ROLE_STEP_END;
     if (!is_counter || hang->counter >= (uint32_t)plan->counter_count) {
-        const char *what = hang->role == PERK_ROLE_RING_FULL ? "the arrival of" : "room in the ring for";
-        perk_buffer_printf(text, "%s chunk %u of the worker's weights", what, hang->counter);
+        bool is_input = hang->role == PERK_ROLE_INPUT_FULL || hang->role == PERK_ROLE_INPUT_EMPTY;
+        bool arrives = hang->role == PERK_ROLE_RING_FULL || hang->role == PERK_ROLE_INPUT_FULL;
+        perk_buffer_printf(text, "%s %s %u of the worker's %s", arrives ? "the arrival of" : "room in the ring for",
+                           is_input ? "slice" : "chunk", hang->counter, is_input ? "inputs" : "weights");
         return;
     }
     int counter = (int)hang->counter;
@@ -311,9 +240,9 @@ static bool describe_waiter(const perk_plan *plan, const perk_hang_report *hang,
     return true;
 }
 
-static perk_status fail_hang(perk_gpu *gpu, perk_error *err) {
+static perk_status fail_hang(perk_gpu *gpu, const perk_gpu_program *p, perk_error *err) {
     const perk_hang_report *hang = gpu->hang;
-    const perk_plan *plan = gpu->plan;
+    const perk_plan *plan = p->plan;
     perk_buffer waiter = {0}, text = {0};
     if (!describe_waiter(plan, hang, &waiter))
         return perk_fail(err, PERK_INTERNAL, "the report of a hang names task %u of worker %u", hang->position,
@@ -322,7 +251,7 @@ static perk_status fail_hang(perk_gpu *gpu, perk_error *err) {
     describe_wait(plan, hang, &text);
     if (counters && perk_gpu_enter(gpu, NULL) == PERK_OK) {
         CUresult result =
-            gpu->driver->cuMemcpyDtoH(counters, gpu->counters.address, (size_t)plan->counter_count * sizeof *counters);
+            gpu->driver->cuMemcpyDtoH(counters, p->counters.address, (size_t)plan->counter_count * sizeof *counters);
         if (result == CUDA_SUCCESS) describe_origin(plan, hang->step, counters, &text);
         perk_gpu_leave(gpu);
     }
@@ -337,8 +266,8 @@ static perk_status fail_hang(perk_gpu *gpu, perk_error *err) {
     return status;
 }
 
-perk_status perk_gpu_fail_step(perk_gpu *gpu, perk_status status, perk_error *err) {
-    if (gpu->hang->complete) status = fail_hang(gpu, err);
+perk_status perk_gpu_fail_step(perk_gpu *gpu, const perk_gpu_program *p, perk_status status, perk_error *err) {
+    if (gpu->hang->complete) status = fail_hang(gpu, p, err);
     gpu->failed = true;
     gpu->failure = *err;
     return status;
@@ -353,8 +282,8 @@ static perk_status shut_gate(perk_gpu *gpu, const perk_many_args *many, perk_err
         "shutting the gate of the steps");
 }
 
-perk_status perk_gpu_launch(perk_gpu *gpu, const perk_many_args *many, perk_error *err) {
-    perk_many_args one = gpu->many ? perk_gpu_one_step(gpu) : (perk_many_args){0};
+perk_status perk_gpu_launch(perk_gpu *gpu, const perk_gpu_program *p, const perk_many_args *many, perk_error *err) {
+    perk_many_args one = p->plan->many_steps ? perk_gpu_one_step(gpu) : (perk_many_args){0};
     if (!many) many = &one;
     const perk_driver *driver = gpu->driver;
     CUdeviceptr hang = 0;
@@ -363,37 +292,37 @@ perk_status perk_gpu_launch(perk_gpu *gpu, const perk_many_args *many, perk_erro
     if (status == PERK_OK) status = shut_gate(gpu, many, err);
     if (status != PERK_OK) return status;
     perk_kernel_args args = {
-        .tasks = (const perk_task_record *)(uintptr_t)gpu->tasks.address,
+        .tasks = (const perk_task_record *)(uintptr_t)p->tasks.address,
         .weights = (const uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_WEIGHTS].address,
         .constants = (const uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_CONSTANTS].address,
-        .activations = (uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_ACTIVATIONS].address,
+        .activations = (uint8_t *)(uintptr_t)p->activations.address,
         .kv = (uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_KV].address,
-        .batch = many->batch ? many->batch : (const int32_t *)(uintptr_t)gpu->batch.address,
-        .counters = (uint32_t *)(uintptr_t)gpu->counters.address,
+        .batch = many->batch ? many->batch : (const int32_t *)(uintptr_t)p->batch.address,
+        .counters = (uint32_t *)(uintptr_t)p->counters.address,
         .hang_claim = (uint32_t *)(uintptr_t)gpu->hang_claim.address,
         .hang = (perk_hang_report *)(uintptr_t)hang,
-        .stamps = (uint64_t *)(uintptr_t)gpu->stamps.address,
+        .stamps = (uint64_t *)(uintptr_t)p->stamps.address,
         .wait_limit_ns = (uint64_t)gpu->wait_limit_ms * 1000000u,
-        .step = gpu->steps,
+        .step = p->steps,
         .many = *many,
     };
     void *params[] = {&args};
     return perk_driver_check(driver,
-                             driver->cuLaunchCooperativeKernel(gpu->kernel, (unsigned)gpu->plan->device.worker_count, 1,
-                                                               1, PERK_BLOCK_THREADS, 1, 1,
-                                                               (unsigned)gpu->plan->shared_bytes, gpu->stream, params),
+                             driver->cuLaunchCooperativeKernel(p->kernel, (unsigned)p->plan->device.worker_count, 1, 1,
+                                                               PERK_BLOCK_THREADS, 1, 1,
+                                                               (unsigned)p->plan->shared_bytes, gpu->stream, params),
                              err, "launching the program");
 }
 
 /* Starts copying `rows` rows of a plan tensor to the host. */
-static perk_status fetch_rows(perk_gpu *gpu, int tensor, int32_t rows, void *host, perk_error *err) {
-    const perk_plan_tensor *t = &gpu->plan->tensors[tensor];
+static perk_status fetch_rows(perk_gpu *gpu, const perk_gpu_program *p, int tensor, int32_t rows, void *host,
+                              perk_error *err) {
+    const perk_plan_tensor *t = &p->plan->tensors[tensor];
     size_t bytes = (size_t)rows * (size_t)t->row_stride * perk_dtype_size(t->dtype);
     if (bytes == 0) return PERK_OK;
-    return perk_driver_check(
-        gpu->driver,
-        gpu->driver->cuMemcpyDtoHAsync(host, gpu->spaces[t->space].address + t->offset, bytes, gpu->stream), err,
-        "copying %s", t->name);
+    return perk_driver_check(gpu->driver,
+                             gpu->driver->cuMemcpyDtoHAsync(host, perk_gpu_address(gpu, p, t), bytes, gpu->stream), err,
+                             "copying %s", t->name);
 }
 
 /* Rows that lie `stride` apart move together. */
@@ -402,26 +331,27 @@ static void close_gaps(void *values, int32_t rows, size_t width, size_t stride) 
         memmove((char *)values + (size_t)r * width, (char *)values + (size_t)r * stride, width);
 }
 
-static perk_status fetch_results(perk_gpu *gpu, const perk_batch *batch, bool want_logits, perk_error *err) {
+static perk_status fetch_results(perk_gpu *gpu, const perk_gpu_program *p, const perk_batch *batch, bool want_logits,
+                                 perk_error *err) {
     perk_status status = PERK_OK;
-    if (gpu->argmax_tensor >= 0)
-        status = fetch_rows(gpu, gpu->argmax_tensor, batch->num_logit_rows, gpu->argmax_host, err);
-    if (status != PERK_OK || !want_logits || gpu->logits_tensor < 0) return status;
-    if (!gpu->logits_host)
-        status = pin(gpu, (void **)&gpu->logits_host, gpu->plan->tensors[gpu->logits_tensor].bytes, 0, "logits", err);
-    if (status == PERK_OK) status = fetch_rows(gpu, gpu->logits_tensor, batch->num_logit_rows, gpu->logits_host, err);
+    int32_t rows = batch->num_logit_rows;
+    if (p->argmax_tensor >= 0) status = fetch_rows(gpu, p, p->argmax_tensor, rows, gpu->argmax_host, err);
+    if (status != PERK_OK || !want_logits || p->logits_tensor < 0) return status;
+    if (!gpu->logits_host) status = pin(gpu, (void **)&gpu->logits_host, most_bytes(gpu, true), 0, "logits", err);
+    if (status == PERK_OK) status = fetch_rows(gpu, p, p->logits_tensor, rows, gpu->logits_host, err);
     return status;
 }
 
-static void give_results(perk_gpu *gpu, const perk_batch *batch, bool want_logits, perk_step_result *result) {
+static void give_results(perk_gpu *gpu, const perk_gpu_program *p, const perk_batch *batch, bool want_logits,
+                         perk_step_result *result) {
     *result = (perk_step_result){0};
-    if (gpu->argmax_tensor >= 0) {
-        const perk_plan_tensor *t = &gpu->plan->tensors[gpu->argmax_tensor];
+    if (p->argmax_tensor >= 0) {
+        const perk_plan_tensor *t = &p->plan->tensors[p->argmax_tensor];
         close_gaps(gpu->argmax_host, batch->num_logit_rows, sizeof(int32_t), (size_t)t->row_stride * sizeof(int32_t));
         result->argmax = gpu->argmax_host;
     }
-    if (want_logits && gpu->logits_tensor >= 0) {
-        const perk_plan_tensor *t = &gpu->plan->tensors[gpu->logits_tensor];
+    if (want_logits && p->logits_tensor >= 0) {
+        const perk_plan_tensor *t = &p->plan->tensors[p->logits_tensor];
         close_gaps(gpu->logits_host, batch->num_logit_rows, (size_t)t->cols * sizeof(float),
                    (size_t)t->row_stride * sizeof(float));
         result->logits = gpu->logits_host;
@@ -433,21 +363,35 @@ static perk_status record(perk_gpu *gpu, CUevent event, perk_error *err) {
     return perk_driver_check(gpu->driver, gpu->driver->cuEventRecord(event, gpu->stream), err, "recording a time");
 }
 
-/* Copies the batch, launches, and waits for the results. With the context current. */
-static perk_status run_step(perk_gpu *gpu, const perk_batch *batch, bool want_logits, perk_error *err) {
+static bool fits(const perk_batch *batch, const perk_config *config) {
+    return batch->num_tokens <= config->max_num_batched_tokens &&
+           batch->num_requests <= config->max_num_batched_requests &&
+           batch->num_logit_rows <= config->max_num_logit_rows;
+}
+
+static perk_gpu_program *choose_program(perk_gpu *gpu, const perk_batch *batch) {
+    perk_gpu_program *p = gpu->only_largest ? gpu->largest : gpu->programs;
+    while (p < gpu->largest && !fits(batch, &p->plan->config)) p++;
+    return p;
+}
+
+/* Copies the batch, launches, and waits for the results. Programs may take turns: the stream orders their launches, as
+ * it does those of one. With the context current. */
+static perk_status run_step(perk_gpu *gpu, const perk_gpu_program *p, const perk_batch *batch, bool want_logits,
+                            perk_error *err) {
     const perk_driver *driver = gpu->driver;
-    perk_gpu_batch_write(gpu->plan, &gpu->layout, batch, gpu->batch_host);
+    perk_gpu_batch_write(p->plan, &p->layout, batch, p->batch_host);
     perk_status status = perk_driver_check(
-        driver,
-        driver->cuMemcpyHtoDAsync(gpu->batch.address, gpu->batch_host, (size_t)gpu->layout.words * 4, gpu->stream), err,
-        "copying the batch");
+        driver, driver->cuMemcpyHtoDAsync(p->batch.address, p->batch_host, (size_t)p->layout.words * 4, gpu->stream),
+        err, "copying the batch");
     if (status == PERK_OK) status = record(gpu, gpu->begin, err);
-    if (status == PERK_OK) status = perk_gpu_launch(gpu, NULL, err);
+    if (status == PERK_OK) status = perk_gpu_launch(gpu, p, NULL, err);
     if (status == PERK_OK) status = record(gpu, gpu->end, err);
-    if (status == PERK_OK) status = fetch_results(gpu, batch, want_logits, err);
+    if (status == PERK_OK) status = fetch_results(gpu, p, batch, want_logits, err);
     if (status == PERK_OK)
-        status =
-            perk_driver_check(driver, driver->cuStreamSynchronize(gpu->stream), err, "running step %u", gpu->steps);
+        status = perk_driver_check(driver, driver->cuStreamSynchronize(gpu->stream), err,
+                                   "running step %u of the program for %d tokens", p->steps,
+                                   p->plan->config.max_num_batched_tokens);
     return status == PERK_OK && gpu->hang->complete ? PERK_HANG : status;
 }
 
@@ -460,15 +404,23 @@ static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool w
         *err = gpu->failure;
         return gpu->failure.status;
     }
+    perk_gpu_program *p = choose_program(gpu, batch);
     perk_status status = perk_gpu_enter(gpu, err);
     if (status == PERK_OK) {
-        status = run_step(gpu, batch, want_logits, err);
+        status = run_step(gpu, p, batch, want_logits, err);
         perk_gpu_leave(gpu);
     }
-    if (status != PERK_OK) return perk_gpu_fail_step(gpu, status, err);
-    gpu->steps++;
-    give_results(gpu, batch, want_logits, result);
+    if (status != PERK_OK) return perk_gpu_fail_step(gpu, p, status, err);
+    p->steps++;
+    give_results(gpu, p, batch, want_logits, result);
     return PERK_OK;
+}
+
+void perk_gpu_keep_to_largest(perk_executor *executor, bool kept) { gpu_of(executor)->only_largest = kept; }
+
+void perk_gpu_program_steps(const perk_executor *executor, uint64_t steps[PERK_MAX_PROGRAMS]) {
+    const perk_gpu *gpu = (const perk_gpu *)executor;
+    for (int i = 0; i < gpu->program_count; i++) steps[i] = gpu->programs[i].steps;
 }
 
 /* ---- tensors, for tests ---- */
@@ -478,19 +430,19 @@ static perk_status check_rows(const perk_gpu *gpu, int tensor, const perk_tensor
     if (tensor < 0)
         return perk_fail(err, PERK_NOT_FOUND, "%s has no memory of its own in the plan; keep it (perk_keep)",
                          wanted->name);
-    if (rows < 0 || rows > gpu->plan->tensors[tensor].rows)
+    if (rows < 0 || rows > gpu->largest->plan->tensors[tensor].rows)
         return perk_fail(err, PERK_INVALID_ARGUMENT, "%s has %d rows, not %lld", wanted->name,
-                         gpu->plan->tensors[tensor].rows, (long long)rows);
+                         gpu->largest->plan->tensors[tensor].rows, (long long)rows);
     return PERK_OK;
 }
 
 static perk_status gpu_write(perk_executor *self, const perk_tensor *input, const float *values, int64_t rows,
                              perk_error *err) {
     perk_gpu *gpu = gpu_of(self);
-    int index = plan_tensor_of(gpu->plan, input);
+    int index = perk_gpu_tensor(gpu->largest->plan, input);
     perk_status status = check_rows(gpu, index, input, rows, err);
     if (status != PERK_OK) return status;
-    const perk_plan_tensor *t = &gpu->plan->tensors[index];
+    const perk_plan_tensor *t = &gpu->largest->plan->tensors[index];
     size_t stride = (size_t)t->row_stride, count = (size_t)rows * stride;
     uint16_t *packed = perk_calloc(count, sizeof *packed);
     if (!packed) return perk_fail_memory(err, input->name);
@@ -499,7 +451,7 @@ static perk_status gpu_write(perk_executor *self, const perk_tensor *input, cons
             packed[r * stride + c] = perk_f32_to_bf16(values[r * (size_t)t->cols + c]);
     status = perk_gpu_enter(gpu, err);
     if (status == PERK_OK) {
-        status = perk_gpu_upload(gpu, gpu->spaces[t->space].address + t->offset, packed, count * sizeof *packed,
+        status = perk_gpu_upload(gpu, perk_gpu_address(gpu, gpu->largest, t), packed, count * sizeof *packed,
                                  input->name, err);
         perk_gpu_leave(gpu);
     }
@@ -521,16 +473,16 @@ static void widen_row(const perk_plan_tensor *t, const void *row, float *out) {
 static perk_status gpu_read(perk_executor *self, const perk_tensor *tensor, float *values, int64_t rows,
                             perk_error *err) {
     perk_gpu *gpu = gpu_of(self);
-    int index = plan_tensor_of(gpu->plan, tensor);
+    int index = perk_gpu_tensor(gpu->largest->plan, tensor);
     perk_status status = check_rows(gpu, index, tensor, rows, err);
     if (status != PERK_OK) return status;
-    const perk_plan_tensor *t = &gpu->plan->tensors[index];
+    const perk_plan_tensor *t = &gpu->largest->plan->tensors[index];
     size_t row_bytes = (size_t)t->row_stride * perk_dtype_size(t->dtype);
     char *raw = perk_calloc((size_t)rows, row_bytes);
     if (!raw) return perk_fail_memory(err, tensor->name);
     status = perk_gpu_enter(gpu, err);
     if (status == PERK_OK) {
-        CUdeviceptr from = gpu->spaces[t->space].address + t->offset;
+        CUdeviceptr from = perk_gpu_address(gpu, gpu->largest, t);
         status = perk_driver_check(gpu->driver, gpu->driver->cuMemcpyDtoH(raw, from, (size_t)rows * row_bytes), err,
                                    "reading %s", tensor->name);
         perk_gpu_leave(gpu);
@@ -548,13 +500,14 @@ static perk_status poison_tensor(const perk_gpu *gpu, const perk_plan_tensor *t,
     size_t element = perk_dtype_size(t->dtype), width = (size_t)t->cols * element,
            stride = (size_t)t->row_stride * element, rows = (size_t)t->rows;
     CUresult result = CUDA_SUCCESS;
+    if (t->layout == PERK_LAYOUT_WIDE_INPUT && width != stride) return PERK_OK; /* zeros lie anywhere, and must stay */
     if (width == stride) {
         width *= rows;
         rows = 1;
     }
     for (size_t r = 0; r < rows && result == CUDA_SUCCESS; r++)
         result =
-            driver->cuMemsetD8Async(gpu->spaces[t->space].address + t->offset + r * stride, POISON, width, gpu->stream);
+            driver->cuMemsetD8Async(perk_gpu_address(gpu, gpu->largest, t) + r * stride, POISON, width, gpu->stream);
     return perk_driver_check(driver, result, err, "poisoning %s", t->name);
 }
 
@@ -565,7 +518,7 @@ static perk_status poison_cache(const perk_gpu *gpu, perk_error *err) {
 }
 
 static perk_status poison_activations(const perk_gpu *gpu, perk_error *err) {
-    const perk_plan *plan = gpu->plan;
+    const perk_plan *plan = gpu->largest->plan;
     perk_status status = PERK_OK;
     for (int i = 0; i < plan->tensor_count && status == PERK_OK; i++)
         if (plan->tensors[i].space == PERK_SPACE_ACTIVATIONS && !plan->tensors[i].external_input)
@@ -585,22 +538,30 @@ perk_status perk_gpu_poison(perk_executor *executor, bool with_cache, perk_error
 
 /* ---- the end ---- */
 
+static void release_memory(const perk_gpu *gpu, const perk_gpu_memory *memory) {
+    if (memory->address) gpu->driver->cuMemFree(memory->address);
+}
+
+static void release_program(const perk_gpu *gpu, const perk_gpu_program *p) {
+    const perk_gpu_memory *all[] = {&p->activations, &p->tasks, &p->batch, &p->counters, &p->stamps};
+    for (size_t i = 0; i < PERK_COUNT(all); i++) release_memory(gpu, all[i]);
+    if (p->batch_host) gpu->driver->cuMemFreeHost(p->batch_host);
+    if (p->module) gpu->driver->cuModuleUnload(p->module);
+}
+
 /* With the context current. */
 static void release_objects(perk_gpu *gpu) {
     const perk_driver *driver = gpu->driver;
     if (gpu->stream) driver->cuStreamSynchronize(gpu->stream);
     perk_gpu_many_close(gpu);
-    perk_gpu_memory *all[] = {&gpu->tasks, &gpu->batch, &gpu->counters, &gpu->hang_claim, &gpu->stamps};
-    for (int i = 0; i < PERK_SPACE_COUNT; i++)
-        if (gpu->spaces[i].address) driver->cuMemFree(gpu->spaces[i].address);
-    for (size_t i = 0; i < PERK_COUNT(all); i++)
-        if (all[i]->address) driver->cuMemFree(all[i]->address);
-    void *pinned[] = {gpu->batch_host, gpu->hang, gpu->argmax_host, gpu->logits_host};
+    for (int i = 0; i < PERK_SPACE_COUNT; i++) release_memory(gpu, &gpu->spaces[i]);
+    release_memory(gpu, &gpu->hang_claim);
+    for (int i = 0; i < gpu->program_count; i++) release_program(gpu, &gpu->programs[i]);
+    void *pinned[] = {gpu->hang, gpu->argmax_host, gpu->logits_host};
     for (size_t i = 0; i < PERK_COUNT(pinned); i++)
         if (pinned[i]) driver->cuMemFreeHost(pinned[i]);
     if (gpu->begin) driver->cuEventDestroy(gpu->begin);
     if (gpu->end) driver->cuEventDestroy(gpu->end);
-    if (gpu->module) driver->cuModuleUnload(gpu->module);
     if (gpu->stream) driver->cuStreamDestroy(gpu->stream);
 }
 
@@ -614,8 +575,7 @@ static void gpu_free(perk_executor *self) {
         }
         gpu->driver->cuDevicePrimaryCtxRelease(gpu->info.device);
     }
-    perk_program_free(&gpu->program);
-    perk_plan_free(gpu->plan);
+    for (int i = 0; i < gpu->program_count; i++) perk_gpu_program_free(&gpu->programs[i]);
     perk_driver_free(gpu->driver);
     free(gpu);
 }
@@ -623,22 +583,57 @@ static void gpu_free(perk_executor *self) {
 static const perk_executor_type gpu_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free, NULL};
 static const perk_executor_type many_steps_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free, perk_gpu_many_steps};
 
+/* Programs are made on several threads, and whoever listens hears one at a time. */
+typedef struct ordered_log {
+    pthread_mutex_t lock;
+    perk_log to;
+} ordered_log;
+
+static void write_in_order(void *user, perk_log_level level, const char *message) {
+    ordered_log *log = user;
+    pthread_mutex_lock(&log->lock);
+    log->to.write(log->to.user, level, message);
+    pthread_mutex_unlock(&log->lock);
+}
+
+static perk_status check_smaller(const perk_gpu_options *options, const perk_config *config, perk_error *err) {
+    int count = options->smaller_program_count;
+    if (count < 0 || count >= PERK_MAX_PROGRAMS)
+        return perk_fail(err, PERK_INVALID_ARGUMENT,
+                         "%d programs for smaller steps than max_num_batched_tokens: an engine holds at most %d", count,
+                         PERK_MAX_PROGRAMS - 1);
+    for (int i = 0; i < count; i++) {
+        int32_t tokens = options->smaller_programs[i], before = i ? options->smaller_programs[i - 1] : 0;
+        if (tokens <= before || tokens >= config->max_num_batched_tokens)
+            return perk_fail(err, PERK_INVALID_ARGUMENT,
+                             "a program for %d tokens a step: must be more than %d and less than "
+                             "max_num_batched_tokens %d",
+                             tokens, before, config->max_num_batched_tokens);
+    }
+    return PERK_OK;
+}
+
 perk_status perk_gpu_create(perk_executor **out, const perk_graph *graph, const perk_checkpoint *checkpoint,
                             const perk_config *config, const perk_gpu_options *options, perk_start_report *report,
                             perk_error *err) {
     *out = NULL;
     perk_start_report local = {0};
     perk_cache *cache = NULL;
+    ordered_log log = {.lock = PTHREAD_MUTEX_INITIALIZER, .to = options->log};
+    perk_gpu_options ordered = *options;
+    if (options->log.write) ordered.log = (perk_log){write_in_order, &log};
     perk_gpu *gpu = perk_calloc(1, sizeof *gpu);
     if (!gpu) return perk_fail_memory(err, "the GPU executor");
     gpu->executor.type = options->many_steps ? &many_steps_type : &gpu_type;
     gpu->config = *config;
     gpu->wait_limit_ms = options->wait_limit_ms ? options->wait_limit_ms : PERK_GPU_WAIT_LIMIT_MS;
     const perk_cache_options cache_options = {
-        .folder = options->cache_folder, .log = options->log, .disabled = options->no_cache};
-    perk_status status = perk_cache_open(&cache, &cache_options, err);
-    if (status == PERK_OK) status = start(gpu, graph, checkpoint, options, cache, report ? report : &local, err);
+        .folder = options->cache_folder, .log = ordered.log, .disabled = options->no_cache};
+    perk_status status = check_smaller(options, config, err);
+    if (status == PERK_OK) status = perk_cache_open(&cache, &cache_options, err);
+    if (status == PERK_OK) status = start(gpu, graph, checkpoint, &ordered, cache, report ? report : &local, err);
     perk_cache_free(cache);
+    pthread_mutex_destroy(&log.lock);
     if (status != PERK_OK) {
         gpu_free(&gpu->executor);
         return status;

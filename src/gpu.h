@@ -16,13 +16,18 @@ typedef struct perk_gpu_options {
     bool portable, unchecked, no_cache;
     bool timing;               /* measure the device time of every step */
     bool profile;              /* the program stamps every task: see perk_gpu_task_times */
-    bool many_steps;           /* launches may run many of them: src/gpu_many.h */
+    bool many_steps;           /* launches of the largest program may run many of them: src/gpu_many.h */
     bool unlimited_waits;      /* waits in the kernel never give up: to measure what their limit costs */
     int32_t wait_limit_ms;     /* of one wait in the kernel; 0: PERK_GPU_WAIT_LIMIT_MS */
     perk_gpu_alter_plan alter; /* for tests: changes the plan behind the checker's back */
     void *alter_user;
     const char *cache_folder;
     int threads; /* of the weight loader; 0: all cores */
+    /* Programs for smaller steps, beside that of the configuration: tokens a step, each less than
+     * max_num_batched_tokens and more than the one before; at most PERK_MAX_PROGRAMS - 1. */
+    int32_t smaller_programs[PERK_MAX_PROGRAMS];
+    int smaller_program_count;
+    bool smaller_are_optional; /* one that is not in the cache and cannot be compiled is left out */
     perk_log log;
     perk_progress progress;
 } perk_gpu_options;
@@ -33,7 +38,14 @@ perk_status perk_gpu_create(perk_executor **out, const perk_graph *graph, const 
                             const perk_config *config, const perk_gpu_options *options, perk_start_report *report,
                             perk_error *err);
 
-/* For tests: fills every activation with NaN (integers with -1) and, `with_cache`, the KV cache as well. The host's
+/* Keeps steps to the program of the configuration, also those that a smaller one would do, until told otherwise. */
+void perk_gpu_keep_to_largest(perk_executor *executor, bool kept);
+/* Steps that each program has completed, by rising tokens: as many as report->program_count. */
+void perk_gpu_program_steps(const perk_executor *executor, uint64_t steps[PERK_MAX_PROGRAMS]);
+
+/* What follows is about the program of the configuration.
+ *
+ * For tests: fills every activation with NaN (integers with -1) and, `with_cache`, the KV cache as well. The host's
  * inputs, and what lies between a row's width and its stride, stay as they are. */
 perk_status perk_gpu_poison(perk_executor *executor, bool with_cache, perk_error *err);
 

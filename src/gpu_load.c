@@ -14,36 +14,65 @@ typedef struct reservation {
     uint64_t bytes;
 } reservation;
 
-enum { RESERVATIONS = 9 };
+/* What all programs share, and what each has of its own. */
+enum { SHARED_RESERVATIONS = 4, OWN_RESERVATIONS = 5 };
 
-static void list_reservations(perk_gpu *gpu, reservation list[RESERVATIONS]) {
-    const perk_plan *plan = gpu->plan;
-    for (int w = 0; w < plan->device.worker_count; w++) /* every list is as long as the longest, and closed */
-        gpu->tasks_per_worker = PERK_MAX(gpu->tasks_per_worker, plan->worker_begin[w + 1] - plan->worker_begin[w] + 1);
-    uint64_t records = (uint64_t)gpu->tasks_per_worker * (uint64_t)plan->device.worker_count;
-    const reservation all[RESERVATIONS] = {
+typedef struct reservations {
+    reservation items[SHARED_RESERVATIONS + PERK_MAX_PROGRAMS * OWN_RESERVATIONS];
+    int count;
+} reservations;
+
+static void add_reservations(reservations *list, const reservation *items, size_t count) {
+    for (size_t i = 0; i < count; i++) list->items[list->count++] = items[i];
+}
+
+static void list_shared(perk_gpu *gpu, reservations *list) {
+    const perk_plan *plan = gpu->largest->plan;
+    const reservation all[SHARED_RESERVATIONS] = {
         {"weights", &gpu->spaces[PERK_SPACE_WEIGHTS], plan->space_bytes[PERK_SPACE_WEIGHTS]},
         {"tables and norms", &gpu->spaces[PERK_SPACE_CONSTANTS], plan->space_bytes[PERK_SPACE_CONSTANTS]},
         {"KV pages", &gpu->spaces[PERK_SPACE_KV], plan->kv_layer_bytes * (uint64_t)plan->graph->kv_layer_count},
-        {"activations", &gpu->spaces[PERK_SPACE_ACTIVATIONS], plan->space_bytes[PERK_SPACE_ACTIVATIONS]},
-        {"task lists", &gpu->tasks, records * sizeof(perk_task_record)},
-        {"batch", &gpu->batch, (uint64_t)gpu->layout.words * 4},
-        {"counters", &gpu->counters, (uint64_t)plan->counter_count * 4},
         {"hang claim", &gpu->hang_claim, 4},
-        {"time stamps", &gpu->stamps, plan->profiled ? records * PERK_STAMPS * sizeof(uint64_t) : 0},
     };
-    memcpy(list, all, sizeof all);
+    add_reservations(list, all, PERK_COUNT(all));
 }
 
-static perk_status fail_reservations(perk_gpu *gpu, const reservation list[RESERVATIONS], perk_error *err) {
+static void list_own(perk_gpu_program *p, reservations *list) {
+    const perk_plan *plan = p->plan;
+    for (int w = 0; w < plan->device.worker_count; w++) /* every list is as long as the longest, and closed */
+        p->tasks_per_worker = PERK_MAX(p->tasks_per_worker, plan->worker_begin[w + 1] - plan->worker_begin[w] + 1);
+    uint64_t records = (uint64_t)p->tasks_per_worker * (uint64_t)plan->device.worker_count;
+    const reservation all[OWN_RESERVATIONS] = {
+        {"activations", &p->activations, plan->space_bytes[PERK_SPACE_ACTIVATIONS]},
+        {"task lists", &p->tasks, records * sizeof(perk_task_record)},
+        {"batch", &p->batch, (uint64_t)p->layout.words * 4},
+        {"counters", &p->counters, (uint64_t)plan->counter_count * 4},
+        {"time stamps", &p->stamps, plan->profiled ? records * PERK_STAMPS * sizeof(uint64_t) : 0},
+    };
+    add_reservations(list, all, PERK_COUNT(all));
+}
+
+/* All bytes for what item `first` is for; 0 where an earlier item was for that, too. */
+static uint64_t sum_of_kind(const reservations *list, int first) {
+    uint64_t bytes = 0;
+    for (int i = 0; i < list->count; i++) {
+        if (strcmp(list->items[i].what, list->items[first].what) != 0) continue;
+        if (i < first) return 0;
+        bytes += list->items[i].bytes;
+    }
+    return bytes;
+}
+
+static perk_status fail_reservations(perk_gpu *gpu, const reservations *list, perk_error *err) {
     perk_buffer text = {0};
     uint64_t total = 0;
     size_t free_bytes = 0, all_bytes = 0;
-    for (int i = 0; i < RESERVATIONS; i++) {
-        total += list[i].bytes;
-        if (list[i].bytes >= 1 << 20)
-            perk_buffer_printf(&text, "%s%.3f GB for %s", text.size ? ", " : "", (double)list[i].bytes * 1e-9,
-                               list[i].what);
+    for (int i = 0; i < list->count; i++) {
+        uint64_t bytes = sum_of_kind(list, i);
+        total += bytes;
+        if (bytes >= 1 << 20)
+            perk_buffer_printf(&text, "%s%.3f GB for %s", text.size ? ", " : "", (double)bytes * 1e-9,
+                               list->items[i].what);
     }
     gpu->driver->cuMemGetInfo(&free_bytes, &all_bytes);
     perk_status status = perk_fail(err, PERK_DEVICE_MEMORY,
@@ -56,24 +85,27 @@ static perk_status fail_reservations(perk_gpu *gpu, const reservation list[RESER
     return status;
 }
 
-perk_status perk_gpu_allocate(perk_gpu *gpu, perk_error *err) {
+static perk_status reserve(perk_gpu *gpu, const reservations *list, const reservation *item, perk_error *err) {
     const perk_driver *driver = gpu->driver;
-    reservation list[RESERVATIONS];
-    list_reservations(gpu, list);
-    for (int i = 0; i < RESERVATIONS; i++) {
-        perk_gpu_memory *memory = list[i].memory;
-        memory->bytes = PERK_MAX(list[i].bytes, (uint64_t)256);
-        CUresult result = driver->cuMemAlloc(&memory->address, memory->bytes);
-        if (result == CUDA_ERROR_OUT_OF_MEMORY) return fail_reservations(gpu, list, err);
-        perk_status status = perk_driver_check(driver, result, err, "reserving %llu bytes for %s",
-                                               (unsigned long long)memory->bytes, list[i].what);
-        if (status != PERK_OK) return status;
-        /* Zeros: the padding of tiles and rows stays so, counters begin there, stale pages hold no NaN. */
-        status = perk_driver_check(driver, driver->cuMemsetD8Async(memory->address, 0, memory->bytes, gpu->stream), err,
-                                   "clearing %s", list[i].what);
-        if (status != PERK_OK) return status;
-    }
-    return PERK_OK;
+    perk_gpu_memory *memory = item->memory;
+    memory->bytes = PERK_MAX(item->bytes, (uint64_t)256);
+    CUresult result = driver->cuMemAlloc(&memory->address, memory->bytes);
+    if (result == CUDA_ERROR_OUT_OF_MEMORY) return fail_reservations(gpu, list, err);
+    perk_status status = perk_driver_check(driver, result, err, "reserving %llu bytes for %s",
+                                           (unsigned long long)memory->bytes, item->what);
+    if (status != PERK_OK) return status;
+    /* Zeros: the padding of tiles and rows stays so, counters begin there, stale pages hold no NaN. */
+    return perk_driver_check(driver, driver->cuMemsetD8Async(memory->address, 0, memory->bytes, gpu->stream), err,
+                             "clearing %s", item->what);
+}
+
+perk_status perk_gpu_allocate(perk_gpu *gpu, perk_error *err) {
+    reservations list = {.count = 0};
+    perk_status status = PERK_OK;
+    list_shared(gpu, &list);
+    for (int i = 0; i < gpu->program_count; i++) list_own(&gpu->programs[i], &list);
+    for (int i = 0; i < list.count && status == PERK_OK; i++) status = reserve(gpu, &list, &list.items[i], err);
+    return status;
 }
 
 perk_status perk_gpu_pin(const perk_gpu *gpu, void **out, size_t bytes, unsigned flags, const char *what,
@@ -132,7 +164,7 @@ static perk_status open_packer(loader *l, const perk_gpu_options *options, perk_
         .text = "#define PERK_PORTABLE 1\n#include \"abi.h\"\n#include \"ptx.cuh\"\n#include \"pack.cuh\"\n",
         .headers = headers,
         .header_count = header_count,
-        .arch = l->gpu->plan->device.arch,
+        .arch = l->gpu->largest->plan->device.arch,
         .kernel = "perk_pack_tiles"};
     perk_program_options build = {.cache = cache, .driver_version = driver->version, .log = &options->log};
     status = perk_program_build_source(&source, &build, &program, err);
@@ -241,7 +273,7 @@ static perk_status issue_slice(loader *l, const perk_checkpoint_tensor *stored, 
                       .paired_half = to->paired_half,
                       .tiles = to->tiles,
                       .blocks = to->blocks,
-                      .workers = (uint32_t)l->gpu->plan->device.worker_count,
+                      .workers = (uint32_t)l->gpu->largest->plan->device.worker_count,
                       .target_stride = (uint32_t)to->tensor->row_stride};
     bool is_tiled = to->tensor->layout != PERK_LAYOUT_ROWS;
     uint64_t pieces = is_tiled ? (uint64_t)to->blocks * (PERK_BLOCK_COLS / 8) : perk_ceil_div(cols, 8);
@@ -282,7 +314,7 @@ static perk_status find_stored(const perk_checkpoint *checkpoint, const perk_ten
 
 static perk_status load_tensor(loader *l, const perk_checkpoint *checkpoint, const perk_plan_tensor *tensor,
                                perk_error *err) {
-    const perk_tensor *weight = l->gpu->plan->graph->tensors[tensor->graph_tensor];
+    const perk_tensor *weight = l->gpu->largest->plan->graph->tensors[tensor->graph_tensor];
     int parts = weight->kind == PERK_TENSOR_STACK ? weight->part_count : 1;
     destination to = {.tensor = tensor};
     if (tensor->layout != PERK_LAYOUT_ROWS) {
@@ -313,7 +345,7 @@ static perk_status load_tensor(loader *l, const perk_checkpoint *checkpoint, con
 
 static perk_status load_rope(loader *l, const perk_plan_tensor *tensor, perk_error *err) {
     perk_gpu *gpu = l->gpu;
-    const perk_attention_params *p = &gpu->plan->graph->ops[tensor->rope_op]->attention;
+    const perk_attention_params *p = &gpu->largest->plan->graph->ops[tensor->rope_op]->attention;
     size_t bytes = (size_t)p->head_dim / 2 * sizeof(float);
     CUdeviceptr frequencies = 0;
     perk_status status = perk_driver_check(gpu->driver, gpu->driver->cuMemAlloc(&frequencies, bytes), err,
@@ -334,7 +366,7 @@ static perk_status load_rope(loader *l, const perk_plan_tensor *tensor, perk_err
 }
 
 static perk_status load_all(loader *l, const perk_checkpoint *checkpoint, perk_error *err) {
-    const perk_plan *plan = l->gpu->plan;
+    const perk_plan *plan = l->gpu->largest->plan;
     for (int i = 0; i < plan->tensor_count; i++) {
         const perk_plan_tensor *tensor = &plan->tensors[i];
         bool is_weight = tensor->space == PERK_SPACE_CONSTANTS || tensor->space == PERK_SPACE_WEIGHTS;
@@ -353,10 +385,10 @@ static perk_status load_all(loader *l, const perk_checkpoint *checkpoint, perk_e
 perk_status perk_gpu_load_weights(perk_gpu *gpu, const perk_checkpoint *checkpoint, const perk_gpu_options *options,
                                   perk_cache *cache, perk_error *err) {
     loader l = {.gpu = gpu, .progress = &options->progress};
-    for (int i = 0; i < gpu->plan->tensor_count; i++) {
-        const perk_plan_tensor *tensor = &gpu->plan->tensors[i];
+    for (int i = 0; i < gpu->largest->plan->tensor_count; i++) {
+        const perk_plan_tensor *tensor = &gpu->largest->plan->tensors[i];
         if (tensor->graph_tensor < 0 || tensor->space == PERK_SPACE_ACTIVATIONS) continue;
-        const perk_tensor *weight = gpu->plan->graph->tensors[tensor->graph_tensor];
+        const perk_tensor *weight = gpu->largest->plan->graph->tensors[tensor->graph_tensor];
         l.total_bytes += (uint64_t)weight->rows * (uint64_t)weight->cols * 2;
         l.staging_bytes = PERK_MAX(l.staging_bytes, (uint64_t)weight->cols * 4); /* a row of any dtype fits */
     }

@@ -86,9 +86,9 @@ static uint64_t place_device(const perk_gpu *gpu, struct perk_gpu_many *many, ui
     cursor at = {base, 0};
     args->desk = take(&at, sizeof(perk_desk));
     args->schedule = take(&at, many->layout.words * sizeof(uint64_t));
-    args->batch = take(&at, (uint64_t)gpu->layout.words * 4);
+    args->batch = take(&at, (uint64_t)gpu->largest->layout.words * 4);
     args->inbox = take(&at, mail_ring(&many->limits) * sizeof(perk_mail));
-    args->outbox = take(&at, (uint64_t)perk_plan_outbox_records(gpu->plan) * sizeof(perk_token_record));
+    args->outbox = take(&at, (uint64_t)perk_plan_outbox_records(gpu->largest->plan) * sizeof(perk_token_record));
     uint64_t schedule = (uint64_t)(uintptr_t)args->schedule;
     args->slots = (perk_slot *)(uintptr_t)(schedule + many->layout.slots * 8);
     args->tokens = (int32_t *)(uintptr_t)(schedule + many->layout.tokens * 8);
@@ -135,21 +135,21 @@ static perk_status upload_schedule(perk_gpu *gpu, struct perk_gpu_many *many, pe
 
 static void fill_args(const perk_gpu *gpu, struct perk_gpu_many *many) {
     perk_many_args *args = &many->args;
-    const perk_plan_tensor *picks = &gpu->plan->tensors[perk_plan_picks(gpu->plan)];
-    int counters[PERK_RECORD_WAITS], count = perk_plan_step_end(gpu->plan, counters);
-    args->picks = (const int32_t *)(uintptr_t)(gpu->spaces[picks->space].address + picks->offset);
+    const perk_plan_tensor *picks = &gpu->largest->plan->tensors[perk_plan_picks(gpu->largest->plan)];
+    int counters[PERK_RECORD_WAITS], count = perk_plan_step_end(gpu->largest->plan, counters);
+    args->picks = (const int32_t *)(uintptr_t)perk_gpu_address(gpu, gpu->largest, picks);
     for (int i = 0; i < count; i++) {
         args->end_counter[i] = (uint32_t)counters[i];
-        args->end_per_step[i] = (uint32_t)gpu->plan->counter_per_step[counters[i]];
+        args->end_per_step[i] = (uint32_t)gpu->largest->plan->counter_per_step[counters[i]];
     }
-    uint64_t chunks = PERK_MAX(perk_plan_chunks(gpu->plan), (uint64_t)1);
+    uint64_t chunks = PERK_MAX(perk_plan_chunks(gpu->largest->plan), (uint64_t)1);
     many->most_steps = (uint32_t)((UINT64_C(1) << 31) / PERK_MAX(chunks, (uint64_t)4)); /* the ring counts chunks */
 }
 
 perk_status perk_gpu_many_open(perk_gpu *gpu, perk_error *err) {
     struct perk_gpu_many *many = gpu->many = perk_calloc(1, sizeof *many);
     if (!many) return perk_fail_memory(err, "requests");
-    many->limits = perk_plan_schedule_limits(gpu->plan);
+    many->limits = perk_plan_schedule_limits(gpu->largest->plan);
     many->layout = perk_schedule_lay_out(&many->limits);
     many->owners = perk_calloc((size_t)many->limits.slots, sizeof *many->owners);
     if (!many->owners) return perk_fail_memory(err, "requests");
@@ -283,10 +283,10 @@ static perk_status run_launch(perk_gpu *gpu, const perk_gpu_many_options *option
     args.dealt = many->post->dealt;
     args.written = many->post->written;
     many->post->end = PERK_LAUNCH_RUNS;
-    perk_status status = perk_gpu_launch(gpu, &args, err);
+    perk_status status = perk_gpu_launch(gpu, gpu->largest, &args, err);
     if (!status)
         status = perk_driver_check(gpu->driver, gpu->driver->cuStreamSynchronize(gpu->stream), err,
-                                   "running steps from %u on", gpu->steps);
+                                   "running steps from %u on", gpu->largest->steps);
     if (status || gpu->hang->complete) return status ? status : PERK_HANG;
     switch (many->post->end) {
     case PERK_LAUNCH_RUNS: return perk_fail(err, PERK_INTERNAL, "the launch ended and did not say why");
@@ -295,7 +295,7 @@ static perk_status run_launch(perk_gpu *gpu, const perk_gpu_many_options *option
                          many->post->unfinished);
     case PERK_LAUNCH_TOKEN:
         return perk_fail(err, PERK_INTERNAL, "step %u picked a token outside the model's vocabulary",
-                         gpu->steps + many->post->steps - 1);
+                         gpu->largest->steps + many->post->steps - 1);
     default: return PERK_OK;
     }
 }
@@ -315,9 +315,9 @@ perk_status perk_gpu_many_run(perk_executor *executor, const perk_gpu_many_optio
         status = run_launch(gpu, options, err);
         perk_gpu_leave(gpu);
     }
-    if (status) return perk_gpu_fail_step(gpu, status, err);
+    if (status) return perk_gpu_fail_step(gpu, gpu->largest, status, err);
     const perk_post *post = gpu->many->post;
-    gpu->steps += post->steps;
+    gpu->largest->steps += post->steps;
     *result = (perk_gpu_many_result){.end = post->end,
                                      .steps = post->steps,
                                      .unfinished = post->unfinished,
@@ -330,7 +330,7 @@ static perk_status copy_schedule(perk_gpu *gpu, uint64_t *block, bool to_device,
     const struct perk_gpu_many *many = gpu->many;
     const perk_driver *driver = gpu->driver;
     CUdeviceptr schedule = (CUdeviceptr)(uintptr_t)many->args.schedule;
-    CUdeviceptr page_table = (CUdeviceptr)(uintptr_t)(many->args.batch + gpu->layout.page_table);
+    CUdeviceptr page_table = (CUdeviceptr)(uintptr_t)(many->args.batch + gpu->largest->layout.page_table);
     uint64_t *host_table = block + many->layout.page_table;
     size_t bytes = many->layout.words * sizeof *block;
     size_t table_bytes = (size_t)many->limits.requests * (size_t)perk_plan_pages_per_request(&gpu->config) * 4;

@@ -5,7 +5,7 @@ enum { CEILING_CHUNK = 32768, CEILING_SLOTS = 6, CEILING_THREADS = 1024 }; /* as
 
 static perk_gpu *gpu_of(perk_executor *executor) { return (perk_gpu *)executor; }
 
-const perk_plan *perk_gpu_plan(const perk_executor *executor) { return ((const perk_gpu *)executor)->plan; }
+const perk_plan *perk_gpu_plan(const perk_executor *executor) { return ((const perk_gpu *)executor)->largest->plan; }
 
 perk_status perk_gpu_step_ms(perk_executor *executor, double *milliseconds, perk_error *err) {
     perk_gpu *gpu = gpu_of(executor);
@@ -55,7 +55,7 @@ static perk_status build_probe(perk_gpu *gpu, probe *p, perk_error *err) {
                                             .text = text,
                                             .headers = headers,
                                             .header_count = header_count,
-                                            .arch = gpu->plan->device.arch,
+                                            .arch = gpu->largest->plan->device.arch,
                                             .kernel = p->kernel};
         const perk_program_options options = {.driver_version = gpu->driver->version};
         status = perk_program_build_source(&source, &options, &program, err);
@@ -105,7 +105,7 @@ static perk_status time_reads(perk_gpu *gpu, const probe *p, int runs, double *m
 
 perk_status perk_gpu_read_ceiling(perk_executor *executor, int runs, double *bytes_per_second, perk_error *err) {
     perk_gpu *gpu = gpu_of(executor);
-    bool portable = gpu->plan->device.capability < 90;
+    bool portable = gpu->largest->plan->device.capability < 90;
     probe p = {.file = "ceiling",
                .kernel = "perk_read_ceiling",
                .shared_bytes = portable ? 0 : CEILING_CHUNK * CEILING_SLOTS,
@@ -258,7 +258,7 @@ static perk_status check_sync_counters(const sync_probe *s, uint32_t launches, p
 
 perk_status perk_gpu_sync_times(perk_executor *executor, int runs, double *microseconds, perk_error *err) {
     perk_gpu *gpu = gpu_of(executor);
-    const perk_device_desc *device = &gpu->plan->device;
+    const perk_device_desc *device = &gpu->largest->plan->device;
     /* All the shared memory that a block may have: as with any program, no SM has room for two. */
     sync_probe s = {.gpu = gpu,
                     .program = {.file = "sync",
@@ -320,18 +320,19 @@ perk_status perk_gpu_bus_speed(perk_executor *executor, double *bytes_per_second
 
 perk_status perk_gpu_task_times(perk_executor *executor, perk_task_time *times, perk_error *err) {
     perk_gpu *gpu = gpu_of(executor);
-    const perk_plan *plan = gpu->plan;
+    const perk_plan *plan = gpu->largest->plan;
     if (!plan->profiled) return perk_fail(err, PERK_INVALID_ARGUMENT, "the executor was not made with profile");
-    perk_task_time *stamps = perk_calloc(1, gpu->stamps.bytes); /* [workers][tasks_per_worker] */
+    perk_task_time *stamps = perk_calloc(1, gpu->largest->stamps.bytes); /* [workers][tasks_per_worker] */
     perk_status status = stamps ? perk_gpu_enter(gpu, err) : perk_fail_memory(err, "time stamps");
     if (status == PERK_OK) {
-        CUresult result = gpu->driver->cuMemcpyDtoH(stamps, gpu->stamps.address, gpu->stamps.bytes);
+        CUresult result = gpu->driver->cuMemcpyDtoH(stamps, gpu->largest->stamps.address, gpu->largest->stamps.bytes);
         status = perk_driver_check(gpu->driver, result, err, "reading the time stamps");
         perk_gpu_leave(gpu);
     }
     for (int w = 0; w < plan->device.worker_count && status == PERK_OK; w++) {
         int begin = plan->worker_begin[w], count = plan->worker_begin[w + 1] - begin;
-        memcpy(times + begin, stamps + (size_t)w * (size_t)gpu->tasks_per_worker, (size_t)count * sizeof *times);
+        memcpy(times + begin, stamps + (size_t)w * (size_t)gpu->largest->tasks_per_worker,
+               (size_t)count * sizeof *times);
     }
     free(stamps);
     return status;

@@ -2,6 +2,7 @@
 #ifndef PERK_SRC_GRAPH_H
 #define PERK_SRC_GRAPH_H
 
+#include "activation.h"
 #include "base.h"
 #include "perk/dtype.h"
 #include "perk/graph.h"
@@ -63,6 +64,7 @@ struct perk_op {
     perk_tensor *second;             /* moe_route: the shares beside the experts; else NULL */
     float eps;                       /* rmsnorm */
     bool normalises;                 /* moe_route */
+    perk_activation activation;      /* gate_mul */
     perk_attention_params attention; /* attention; inv_freq is owned by the op */
     int kv_layer;                    /* attention: its layer in the KV cache */
 };

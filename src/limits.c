@@ -1,6 +1,6 @@
 /* Defaults and ranges of a configuration. */
 #include "base.h"
-#include "perk/config.h"
+#include "plan.h"
 
 enum {
     MAX_TOKENS = 65536,
@@ -66,4 +66,12 @@ perk_status perk_config_resolve(perk_config *config, int32_t model_max_positions
     if (!status) status = resolve_pages(&resolved, err);
     if (!status) *config = resolved;
     return status;
+}
+
+perk_config perk_config_for_steps(const perk_config *config, int32_t tokens) {
+    perk_config smaller = *config;
+    smaller.max_num_batched_tokens = PERK_MIN(tokens, config->max_num_batched_tokens);
+    smaller.max_num_batched_requests = PERK_MIN(tokens, config->max_num_batched_requests);
+    smaller.max_num_logit_rows = PERK_MIN(tokens, config->max_num_logit_rows);
+    return smaller;
 }

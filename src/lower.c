@@ -10,8 +10,10 @@
 
 /* The ring keeps at least this many slots, if shared memory allows: 8 x 16 KB is about 6 us of stream on an H100. */
 enum { RING_SLOTS_WANTED = 8, RING_SLOTS_MIN = 3, RING_SLOTS_MAX = 12, SLOT_BYTES = PERK_CHUNK_BYTES + 16 };
-enum { MAX_ROWS = 64 };         /* rows of x that one pass over the weights serves */
-enum { SPACE_ALIGNMENT = 256 }; /* operands are addressed in units of 256 bytes */
+enum { MAX_ROWS = 64 };          /* rows of x that one pass over the weights serves with mma */
+enum { MAX_WIDE_TOKENS = 256 };  /* and with wgmma */
+enum { INPUT_BYTES = 96 << 10 }; /* slices of inputs of wide linears: three of 256 tokens */
+enum { SPACE_ALIGNMENT = 256 };  /* operands are addressed in units of 256 bytes */
 
 int perk_linear_staged_bytes(int rows, int64_t cols) {
     return (int)perk_round_up((uint64_t)cols, PERK_BLOCK_COLS * PERK_CONSUMER_WARPS) * 2 * rows;
@@ -21,6 +23,8 @@ int perk_linear_reduction_bytes(int rows) {
     int column_tiles = (rows + 7) / 8, buffers = column_tiles <= 2 ? 2 : 1;
     return buffers * column_tiles * PERK_CONSUMER_WARPS * 512 + PERK_CONSUMER_WARPS * rows * 4;
 }
+
+static bool is_linear(const perk_op *op) { return op && op->type == &perk_op_linear; }
 
 static void fail_memory(perk_lowering *l) {
     if (l->error.status == PERK_OK) perk_fail_memory(&l->error, "the plan");
@@ -123,6 +127,58 @@ int perk_lower_candidates(perk_lowering *l, const perk_tensor *logits) {
     int tiles = (int)perk_ceil_div((uint64_t)logits->cols, PERK_TILE_ROWS);
     return perk_lower_scratch(l, name, PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, logits->row_kind), 2 * tiles,
                               PERK_F32);
+}
+
+/* ---- inputs of wide linears ---- */
+
+bool perk_lower_is_wide(const perk_lowering *l, const perk_op *linear) {
+    return l->plan->wide_tokens > 0 && is_linear(linear) && linear->output->row_kind == PERK_ROWS_TOKENS &&
+           linear->output->dtype == PERK_BF16;
+}
+
+static int find_wide_input(const perk_lowering *l, const perk_tensor *tensor, char name[96]) {
+    snprintf(name, 96, "%.80s.slices", tensor->name);
+    for (int i = 0; i < l->plan->tensor_count; i++)
+        if (l->plan->tensors[i].layout == PERK_LAYOUT_WIDE_INPUT && !strcmp(l->plan->tensors[i].name, name)) return i;
+    return -1;
+}
+
+bool perk_lower_has_wide_input(const perk_lowering *l, const perk_tensor *tensor) {
+    char name[96];
+    return find_wide_input(l, tensor, name) >= 0;
+}
+
+int perk_lower_wide_input(perk_lowering *l, const perk_tensor *tensor) {
+    char name[96];
+    int index = find_wide_input(l, tensor, name);
+    if (index >= 0 || l->error.status != PERK_OK) return index;
+    perk_plan_tensor described =
+        describe_rows(PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, tensor->row_kind), tensor->cols, PERK_BF16);
+    described.graph_tensor = -1;
+    described.layout = PERK_LAYOUT_WIDE_INPUT;
+    snprintf(described.name, sizeof described.name, "%s", name);
+    return add_tensor(l, described);
+}
+
+/* Whether only wide linears read the tensor, as what they multiply. */
+static bool only_wide_linears_read(const perk_lowering *l, const perk_tensor *tensor) {
+    int readers = 0;
+    for (int i = 0; i < l->graph->op_count; i++)
+        for (int j = 0; j < PERK_OP_INPUTS_MAX; j++) {
+            if (l->graph->ops[i]->inputs[j] != tensor) continue;
+            if (j != PERK_IN_X || !perk_lower_is_wide(l, l->graph->ops[i])) return false;
+            readers++;
+        }
+    return readers > 0;
+}
+
+bool perk_lower_writes_input(const perk_lowering *l, const perk_tensor *output) {
+    return l->plan->wide_tokens > 0 && !output->kept && only_wide_linears_read(l, output);
+}
+
+int perk_lower_output(perk_lowering *l, const perk_tensor *output) {
+    return perk_lower_writes_input(l, output) ? perk_lower_wide_input(l, output)
+                                              : perk_lower_tensor(l, output, PERK_LAYOUT_ROWS);
 }
 
 /* ---- stages and tasks ---- */
@@ -235,7 +291,7 @@ void perk_lower_runs(perk_lowering *l, int units, perk_lower_run add, void *user
 }
 
 /* Column groups of 8 elements, dealt in runs: from operand 0 to operand 1. */
-static void add_copy(perk_lowering *l, void *user, int worker, int first, int count) {
+void perk_lower_copy(perk_lowering *l, void *user, int worker, int first, int count) {
     const perk_stage *stage = user;
     const int *operands = stage->operands;
     int begin = first * 8, width = PERK_MIN((first + count) * 8, l->plan->tensors[operands[1]].cols) - begin;
@@ -253,7 +309,8 @@ perk_status perk_lower_gather(perk_lowering *l, const perk_op *op, const char *r
     stage->work = PERK_WORK_GATHER;
     stage->operands[0] = perk_lower_tensor(l, source, PERK_LAYOUT_ROWS);
     stage->operands[1] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
-    if (l->error.status == PERK_OK) perk_lower_runs(l, (int)perk_ceil_div((uint64_t)source->cols, 8), add_copy, stage);
+    if (l->error.status == PERK_OK)
+        perk_lower_runs(l, (int)perk_ceil_div((uint64_t)source->cols, 8), perk_lower_copy, stage);
     perk_lower_end(l);
     return l->error.status;
 }
@@ -271,14 +328,13 @@ static int reader_count(const perk_graph *graph, const perk_tensor *tensor, cons
     return readers;
 }
 
-static bool is_linear(const perk_op *op) { return op && op->type == &perk_op_linear; }
-
 /* A norm is folded when every reader takes it as the input of a linear whose staging holds all rows: the gain goes into
  * the staged input, the scale into the finished sums. */
 static bool norm_is_foldable(const perk_lowering *l, const perk_op *norm) {
     const perk_tensor *out = norm->output;
     int rows = perk_lower_rows(l, out->row_kind), readers = 0;
     if (out->kept || perk_linear_staged_bytes(rows, out->cols) > l->staging_limit) return false;
+    if (l->plan->wide_tokens > 0 && out->row_kind == PERK_ROWS_TOKENS) return false; /* nobody stages there */
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
         for (int j = 0; j < PERK_OP_INPUTS_MAX; j++) {
@@ -290,9 +346,9 @@ static bool norm_is_foldable(const perk_lowering *l, const perk_op *norm) {
     return readers > 0;
 }
 
-/* silu_mul is folded into the linear that makes its input, when nothing else reads that. */
-static const perk_op *silu_host(const perk_lowering *l, const perk_op *silu) {
-    const perk_tensor *x = silu->inputs[PERK_IN_X];
+/* gate_mul is folded into the linear that makes its input, when nothing else reads that. */
+static const perk_op *gate_host(const perk_lowering *l, const perk_op *gate) {
+    const perk_tensor *x = gate->inputs[PERK_IN_X];
     const perk_op *host = x->producer;
     bool fits = is_linear(host) && !x->kept && !host->inputs[PERK_IN_RESIDUAL] && x->dtype == PERK_BF16 &&
                 reader_count(l->graph, x, NULL) == 1;
@@ -302,7 +358,7 @@ static const perk_op *silu_host(const perk_lowering *l, const perk_op *silu) {
 static void choose_folds(perk_lowering *l) {
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
-        if (op->type == &perk_op_silu_mul) l->fold_into[i] = silu_host(l, op);
+        if (op->type == &perk_op_gate_mul) l->fold_into[i] = gate_host(l, op);
         if (op->type == &perk_op_rmsnorm && norm_is_foldable(l, op))
             reader_count(l->graph, op->output, &l->fold_into[i]);
     }
@@ -350,23 +406,36 @@ int perk_plan_batch_shared_bytes(const perk_plan *plan) {
 
 /* ---- shared memory ---- */
 
+/* More tokens a step than mma serves: in a pass of wgmma, which sm_90a has. */
+static void plan_wide(perk_plan *plan) {
+    int tokens = plan->config.max_num_batched_tokens;
+    if (tokens <= MAX_ROWS) return;
+    plan->wide_tokens = tokens <= MAX_WIDE_TOKENS / 2 ? MAX_WIDE_TOKENS / 2 : MAX_WIDE_TOKENS;
+    plan->input_slots = INPUT_BYTES / (plan->wide_tokens * PERK_SLICE_ROW_BYTES);
+}
+
+static int input_bytes(const perk_plan *plan) {
+    return plan->input_slots * (plan->wide_tokens * PERK_SLICE_ROW_BYTES + 16);
+}
+
 static perk_status plan_shared_memory(perk_lowering *l) {
     perk_plan *plan = l->plan;
     int reduction = 256;
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
-        if (is_linear(op))
+        if (is_linear(op) && !perk_lower_is_wide(l, op))
             reduction = PERK_MAX(reduction, perk_linear_reduction_bytes(perk_lower_rows(l, op->output->row_kind)));
         if (op->type == &perk_op_attention) reduction = PERK_MAX(reduction, perk_attention_reduction_bytes(op));
     }
-    int batch = perk_plan_batch_shared_bytes(plan), fixed = reduction + batch + PERK_TASK_SLOTS_BYTES;
+    int batch = perk_plan_batch_shared_bytes(plan);
+    int fixed = reduction + batch + PERK_TASK_SLOTS_BYTES + input_bytes(plan);
     int room = plan->device.shared_memory - fixed;
     int slots_wanted = PERK_MIN(RING_SLOTS_WANTED, PERK_MAX(RING_SLOTS_MIN, room * 3 / 4 / SLOT_BYTES));
     l->staging_limit = PERK_MAX(0, (room - slots_wanted * SLOT_BYTES) / 128 * 128);
     int staging = 0, small = l->staging_limit;
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
-        if (!is_linear(op)) continue;
+        if (!is_linear(op) || perk_lower_is_wide(l, op)) continue;
         int all = perk_linear_staged_bytes(perk_lower_rows(l, op->output->row_kind), op->inputs[PERK_IN_X]->cols);
         if (all <= l->staging_limit)
             staging = PERK_MAX(staging, all);
@@ -557,7 +626,9 @@ static void mark_accesses(const perk_plan *plan, bool *accesses) { /* [tensors][
 static bool is_free_for(const perk_plan *plan, const place *p, const perk_plan_tensor *tensor, int stage,
                         const bool *accesses, const ancestry *a) {
     const perk_plan_tensor *holder = &plan->tensors[p->tensor];
-    if (holder->rows != tensor->rows || holder->cols != tensor->cols || holder->dtype != tensor->dtype) return false;
+    if (holder->rows != tensor->rows || holder->cols != tensor->cols || holder->dtype != tensor->dtype ||
+        holder->layout != tensor->layout)
+        return false;
     bool kept =
         holder->external_input || (holder->graph_tensor >= 0 && plan->graph->tensors[holder->graph_tensor]->kept) ||
         holder->dtype != PERK_BF16; /* logits, tokens and partials are read back or large: they keep their place */
@@ -628,11 +699,16 @@ static perk_status sort_by_worker(perk_lowering *l) {
 
 static perk_status check_limits(perk_lowering *l) {
     const perk_config *config = &l->plan->config;
-    if (config->max_num_batched_tokens > MAX_ROWS || config->max_num_logit_rows > MAX_ROWS)
-        return perk_fail(&l->error, PERK_UNSUPPORTED,
-                         "max_num_batched_tokens %d, max_num_logit_rows %d: a GPU step takes at most %d rows; longer "
-                         "prompts enter in chunks",
-                         config->max_num_batched_tokens, config->max_num_logit_rows, (int)MAX_ROWS);
+    bool has_wgmma = !l->plan->device.portable && !strcmp(l->plan->device.arch, "sm_90a");
+    int most = has_wgmma ? MAX_WIDE_TOKENS : MAX_ROWS;
+    if (config->max_num_batched_tokens > most || config->max_num_logit_rows > MAX_ROWS)
+        return perk_fail(
+            &l->error, PERK_UNSUPPORTED,
+            "max_num_batched_tokens %d, max_num_logit_rows %d: a step of %s%s takes at most %d rows%s, and "
+            "logits of at most %d; longer prompts enter in chunks",
+            config->max_num_batched_tokens, config->max_num_logit_rows, l->plan->device.arch,
+            l->plan->device.portable ? ", portable," : "", most, has_wgmma ? "" : " (sm_90a, not portable: 256)",
+            (int)MAX_ROWS);
     if (l->plan->device.worker_count < 1 || l->graph->op_count < 1)
         return perk_fail(&l->error, PERK_INVALID_ARGUMENT, "a plan needs at least one worker and one op");
     return PERK_OK;
@@ -648,8 +724,9 @@ static perk_status plan_attention(perk_lowering *l) {
 static perk_status lower_graph(perk_lowering *l) {
     perk_plan *plan = l->plan;
     ancestry a = {0};
-    if (check_limits(l) != PERK_OK || plan_attention(l) != PERK_OK || plan_shared_memory(l) != PERK_OK)
-        return l->error.status;
+    if (check_limits(l) != PERK_OK) return l->error.status;
+    plan_wide(plan);
+    if (plan_attention(l) != PERK_OK || plan_shared_memory(l) != PERK_OK) return l->error.status;
     choose_folds(l);
     for (int i = 0; i < l->graph->op_count && l->error.status == PERK_OK; i++) {
         perk_error failure = {0};

@@ -39,6 +39,16 @@ int perk_lower_scratch(perk_lowering *lowering, const char *name, perk_space spa
  * is not a linear's fp32 output. */
 int perk_lower_candidates(perk_lowering *lowering, const perk_tensor *logits);
 
+/* True when the linears over tokens of this plan are wide (kernels_src/wide.cuh) and `linear` is one of them. */
+bool perk_lower_is_wide(const perk_lowering *lowering, const perk_op *linear);
+/* The input of wide linears that holds this activation; made on first use, by whoever is to write it. -1 on failure. */
+int perk_lower_wide_input(perk_lowering *lowering, const perk_tensor *tensor);
+bool perk_lower_has_wide_input(const perk_lowering *lowering, const perk_tensor *tensor);
+/* For ops that can write such an input themselves: whether their output is one, because nobody else reads it; and the
+ * plan tensor that they write. */
+bool perk_lower_writes_input(const perk_lowering *lowering, const perk_tensor *output);
+int perk_lower_output(perk_lowering *lowering, const perk_tensor *output);
+
 /* Opens a stage "<output's name><suffix>"; `statement` is the C++ that runs one of its tasks. NULL on failure. */
 perk_stage *perk_lower_begin(perk_lowering *lowering, const perk_op *op, const char *suffix, const char *statement, ...)
     PERK_PRINTF(4, 5);
@@ -58,6 +68,9 @@ void perk_lower_end(perk_lowering *lowering);
  * Workers that get the fewest tiles of the next stage come first: few units run beside that stage, not ahead of it. */
 typedef void (*perk_lower_run)(perk_lowering *lowering, void *user, int worker, int first, int count);
 void perk_lower_runs(perk_lowering *lowering, int units, perk_lower_run add, void *user);
+
+/* Such an `add`, of a stage (`user`) that copies columns from operand 0 to operand 1: units are groups of 8. */
+void perk_lower_copy(perk_lowering *lowering, void *stage, int worker, int first, int count);
 
 /* Lowers an op that copies rows of its input X by an index of the batch: `rows` "tokens" or "logits" says how many,
  * `index` is the program's constant for the place of the index in the batch. */

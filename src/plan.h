@@ -39,6 +39,8 @@ typedef enum perk_layout {
     PERK_LAYOUT_TILES,        /* packed in stream order (kernels_src/abi.h) */
     PERK_LAYOUT_PAIRED_TILES, /* the same, a tile holding 8 rows of the upper half, then the 8 of the lower half that
                                  belong to them (gate and up) */
+    PERK_LAYOUT_WIDE_INPUT,   /* activations in slices, as wide linears take them (kernels_src/abi.h); rows and columns
+                                 name elements as in row-major */
     PERK_LAYOUT_ROPE,         /* [positions][head_dim / 2] cos, sin in fp32, of the op `rope_op` */
 } perk_layout;
 
@@ -87,6 +89,9 @@ typedef struct perk_stream {
     int tensor;          /* plan tensor of the packed weights; -1: the stage streams none */
     int tile_count;      /* row tiles */
     int blocks_per_tile; /* 1 KB blocks of 16 rows x 32 columns */
+    int together;        /* wide linears: a worker's tiles that are streamed side by side, at most; 0: one by one */
+    int shares;          /* wide linears: 2: each tile is streamed twice, unit tile for the first half of the tokens and
+                            unit tile_count + tile for the others; else 0 or 1 */
 } perk_stream;
 
 enum { PERK_STAGE_OPERANDS = 6 };
@@ -97,9 +102,10 @@ typedef enum perk_stage_work {
     PERK_WORK_NONE, /* plans made by hand */
     PERK_WORK_GATHER,
     PERK_WORK_RMSNORM,
-    PERK_WORK_SILU_MUL,
+    PERK_WORK_GATE_MUL,
     PERK_WORK_ARGMAX,
     PERK_WORK_LINEAR,
+    PERK_WORK_ARRANGE, /* wide linears: their input from rows */
     PERK_WORK_PARTIAL, /* attention: partial, merge, append */
     PERK_WORK_MERGE,
     PERK_WORK_APPEND,
@@ -150,12 +156,18 @@ typedef struct perk_plan {
 
     /* shared memory of a block */
     int ring_slots, staging_bytes, reduction_bytes, shared_bytes;
+    /* linears over tokens on wgmma, where a step may have more than 64 tokens: the columns that shared memory has room
+     * for (0: there are none), and the slices of their inputs that are in it at a time */
+    int wide_tokens, input_slots;
     /* attention; all 0 in a graph without any. The KV tensors of the plan have a row for each token of a step, for the
      * checker: which cells of which page a token takes is data, but no two tokens share one. */
     int attention_parts; /* workers that share a KV head */
     int max_attention_items, max_query_tiles, tokens_per_query_tile;
     uint64_t kv_layer_bytes; /* of one layer, all pages */
 } perk_plan;
+
+/* `config` (resolved) for steps of up to `tokens`, with all that other programs over the same memory must agree on. */
+perk_config perk_config_for_steps(const perk_config *config, int32_t tokens);
 
 /* Lowers `graph` (borrowed: it must outlive the plan). `config` must be resolved. */
 perk_status perk_plan_create(perk_plan **out, const perk_graph *graph, const perk_device_desc *device,

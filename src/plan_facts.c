@@ -97,7 +97,11 @@ perk_status perk_plan_facts_gather(const perk_plan *plan, perk_plan_facts *facts
 
 int perk_plan_barrier_bytes(const perk_plan *plan) {
     return plan->shared_bytes - plan->ring_slots * PERK_CHUNK_BYTES - plan->staging_bytes - plan->reduction_bytes -
-           perk_plan_batch_shared_bytes(plan);
+           perk_plan_batch_shared_bytes(plan) - perk_plan_input_bytes(plan);
+}
+
+int perk_plan_input_bytes(const perk_plan *plan) {
+    return plan->input_slots * plan->wide_tokens * PERK_SLICE_ROW_BYTES;
 }
 
 static bool has_operand(const perk_plan *plan, const perk_stage *stage, const perk_tensor *tensor) {
@@ -112,7 +116,7 @@ bool perk_plan_stage_does(const perk_plan *plan, const perk_plan_facts *facts, i
     if (facts->op_has_stage[op->index]) return false;
     bool has_output = has_operand(plan, &plan->stages[stage], op->output);
     for (int i = 0; i < PERK_OP_INPUTS_MAX; i++) {
-        if (op->inputs[i] == owner->output && has_output) return true;  /* it follows, as silu_mul does */
+        if (op->inputs[i] == owner->output && has_output) return true;  /* it follows, as gate_mul does */
         if (owner->inputs[i] == op->output && !has_output) return true; /* it leads, as a norm does */
     }
     return false;

@@ -20,8 +20,9 @@ typedef struct perk_plan_facts {
 perk_status perk_plan_facts_gather(const perk_plan *plan, perk_plan_facts *facts, perk_error *err);
 void perk_plan_facts_free(perk_plan_facts *facts);
 
-/* The part of shared memory that the ring's barriers take. */
+/* The parts of shared memory that barriers, and slices of wide linears' inputs, take. */
 int perk_plan_barrier_bytes(const perk_plan *plan);
+int perk_plan_input_bytes(const perk_plan *plan);
 
 /* True when the stage does work of `op`: its own, or work that was folded into it. */
 bool perk_plan_stage_does(const perk_plan *plan, const perk_plan_facts *facts, int stage, const perk_op *op);

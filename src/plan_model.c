@@ -13,6 +13,8 @@ static const struct {
     double tile;        /* finishing a tile of outputs */
     double norm;        /* an rmsnorm that is folded into a linear */
     double input;       /* bytes: activations, from L2 */
+    double slice; /* wide linears, not measured: 64 columns of four row tiles by 256 tokens, at 60 % of the peak */
+    double slice_input; /* bytes, the same: slices from L2, which all workers share */
     double kv_share;    /* the part of its share of the bandwidth at which a task of attention reads keys and values */
 } machine = {.begin = 0.4,
              .signal = 0.63,
@@ -22,6 +24,8 @@ static const struct {
              .tile = 0.15,
              .norm = 1.3,
              .input = 13e3,
+             .slice = 0.5,
+             .slice_input = 45e3,
              .kv_share = 0.67};
 
 /* The fixed part of a task, by its op and by the end of its stage's name. The first row that fits. */
@@ -38,7 +42,7 @@ static const struct {
     {&perk_op_rmsnorm, "", 2.7},
     {&perk_op_select_rows, "", 1.3},
     {&perk_op_argmax, "", 5.9},
-    {&perk_op_silu_mul, "", 1.5},
+    {&perk_op_gate_mul, "", 1.5},
 };
 
 /* Data sheets, TB/s. Of a data sheet's bandwidth a kernel that only reads gets about 94 %: measured on the H100. */
@@ -132,6 +136,26 @@ static void run_linear(const machine_run *run, worker *w, const perk_stage *stag
     }
 }
 
+/* Groups of tiles, slice by slice: whatever takes longest of products, input and stream. */
+static void run_wide_linear(const machine_run *run, worker *w, const perk_stage *stage, const perk_task *task) {
+    const perk_plan *plan = run->plan;
+    int blocks = stage->stream.blocks_per_tile, together = stage->stream.together;
+    int shares = PERK_MAX(1, stage->stream.shares);
+    int rows = PERK_MIN(run->load.requests * run->load.tokens, plan->wide_tokens / shares);
+    double input = (double)rows * PERK_SLICE_ROW_BYTES / machine.slice_input;
+    for (int first = 0; first < task->count; first += together) {
+        int tiles = PERK_MIN(together, task->count - first), slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
+        double products =
+            machine.slice * plan->wide_tokens / 256 * (shares == 1 && tiles > PERK_WIDE_TILES / 2 ? 2 : 1);
+        for (int block = 0; block < blocks; block += slot_blocks) {
+            int count = PERK_MIN(slot_blocks, blocks - block);
+            double slices = (double)perk_ceil_div((uint64_t)count, PERK_SLICE_BLOCKS);
+            take_chunk(run, w, (double)tiles * count * PERK_WEIGHT_BLOCK_BYTES, slices * PERK_MAX(products, input));
+        }
+        w->now += machine.tile * tiles;
+    }
+}
+
 static void set_time(perk_task_time *time, int which, double us) { time->ns[which] = (uint64_t)(us * 1e3 + 0.5); }
 
 /* Begins the worker's next task if its counters allow that: its end is then w->now. */
@@ -149,7 +173,9 @@ static void try_next(machine_run *run, worker *w) {
     set_time(time, PERK_STAMP_REACHED, w->now);
     set_time(time, PERK_STAMP_READY, ready);
     w->now = ready + fixed_cost(plan, stage);
-    if (stage->stream.tensor >= 0)
+    if (stage->stream.together > 0)
+        run_wide_linear(run, w, stage, task);
+    else if (stage->stream.tensor >= 0)
         run_linear(run, w, stage, task);
     else if (plan->graph->ops[stage->op]->type == &perk_op_attention && ends_with(stage->name, ".partial"))
         w->now += kv_bytes(run, stage) / (run->stream * machine.kv_share);

@@ -23,6 +23,7 @@ static const char *layout_name(perk_layout layout) {
     case PERK_LAYOUT_ROWS: return "rows";
     case PERK_LAYOUT_TILES: return "tiles";
     case PERK_LAYOUT_PAIRED_TILES: return "paired tiles";
+    case PERK_LAYOUT_WIDE_INPUT: return "slices";
     case PERK_LAYOUT_ROPE: return "rope";
     }
     return "unknown";
@@ -57,6 +58,11 @@ static json_t *stages_of_json(const perk_plan *plan, const perk_plan_facts *fact
     return stages;
 }
 
+/* NULL: the op has none. */
+static const char *activation_of(const perk_op *op) {
+    return op->activation == PERK_ACTIVATION_NONE ? NULL : perk_activation_name(op->activation);
+}
+
 static json_t *ops_json(const perk_plan *plan, const perk_plan_facts *facts) {
     json_t *ops = json_array();
     for (int i = 0; i < plan->graph->op_count; i++) {
@@ -65,10 +71,11 @@ static json_t *ops_json(const perk_plan *plan, const perk_plan_facts *facts) {
         int count = op_inputs(op, tensors);
         json_t *inputs = json_array();
         for (int j = 0; j < count; j++) append(&inputs, json_string(tensors[j]->name));
-        append(&ops, json_pack("{s:s, s:s, s:o, s:[s, I], s:s, s:b, s:o}", "name", op->output->name, "kind",
-                               op->type->name, "inputs", inputs, "shape", rows_name(op->output->row_kind),
-                               (json_int_t)op->output->cols, "dtype", perk_dtype_name(op->output->dtype), "folded",
-                               !facts->op_has_stage[i], "stages", stages_of_json(plan, facts, op)));
+        append(&ops, json_pack("{s:s, s:s, s:s*, s:o, s:[s, I], s:s, s:b, s:o}", "name", op->output->name, "kind",
+                               op->type->name, "activation", activation_of(op), "inputs", inputs, "shape",
+                               rows_name(op->output->row_kind), (json_int_t)op->output->cols, "dtype",
+                               perk_dtype_name(op->output->dtype), "folded", !facts->op_has_stage[i], "stages",
+                               stages_of_json(plan, facts, op)));
     }
     return ops;
 }
@@ -151,10 +158,11 @@ static json_t *device_json(const perk_device_desc *device) {
 }
 
 static json_t *shared_memory_json(const perk_plan *plan) {
-    return json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:i}", "ring_slots", plan->ring_slots, "slot_bytes",
-                     (int)PERK_CHUNK_BYTES, "staging_bytes", plan->staging_bytes, "reduction_bytes",
-                     plan->reduction_bytes, "batch_bytes", perk_plan_batch_shared_bytes(plan), "barrier_bytes",
-                     perk_plan_barrier_bytes(plan), "bytes", plan->shared_bytes);
+    return json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i}", "ring_slots", plan->ring_slots, "slot_bytes",
+                     (int)PERK_CHUNK_BYTES, "slices_bytes", perk_plan_input_bytes(plan), "staging_bytes",
+                     plan->staging_bytes, "reduction_bytes", plan->reduction_bytes, "batch_bytes",
+                     perk_plan_batch_shared_bytes(plan), "barrier_bytes", perk_plan_barrier_bytes(plan), "bytes",
+                     plan->shared_bytes);
 }
 
 static json_t *spaces_json(const perk_plan_facts *facts) {
@@ -337,10 +345,12 @@ static void print_head(const perk_plan *plan, const perk_plan_facts *facts, perk
                        c->max_num_batched_tokens, c->max_num_batched_requests, c->max_num_logit_rows);
     perk_buffer_printf(out, "  sequence       at most %d positions; %d KV pages of %d\n", c->max_seq_length,
                        c->max_num_pages, c->page_size);
-    perk_buffer_printf(
-        out, "  shared memory  ring %d x %d + staging %d + reduction %d + batch %d + barriers %d = %d bytes\n",
-        plan->ring_slots, (int)PERK_CHUNK_BYTES, plan->staging_bytes, plan->reduction_bytes,
-        perk_plan_batch_shared_bytes(plan), perk_plan_barrier_bytes(plan), plan->shared_bytes);
+    perk_buffer_printf(out, "  shared memory  ring %d x %d", plan->ring_slots, (int)PERK_CHUNK_BYTES);
+    if (plan->wide_tokens > 0)
+        perk_buffer_printf(out, " + slices %d x %d", plan->input_slots, plan->wide_tokens * PERK_SLICE_ROW_BYTES);
+    perk_buffer_printf(out, " + staging %d + reduction %d + batch %d + barriers %d = %d bytes\n", plan->staging_bytes,
+                       plan->reduction_bytes, perk_plan_batch_shared_bytes(plan), perk_plan_barrier_bytes(plan),
+                       plan->shared_bytes);
     perk_buffer_printf(
         out, "  device memory  weights %s, constants %s, KV cache %s, activations %s\n",
         size_of(facts->space_bytes[PERK_SPACE_WEIGHTS]).text, size_of(facts->space_bytes[PERK_SPACE_CONSTANTS]).text,
@@ -377,11 +387,12 @@ static void print_ops(const perk_plan *plan, const perk_plan_facts *facts, rows 
         const perk_tensor *inputs[PERK_OP_INPUTS_MAX];
         row *r = &list->items[i];
         char text[128];
+        const char *activation = activation_of(op);
         int count = op_inputs(op, inputs);
         row_begin(r, op->output->name);
-        snprintf(text, sizeof text, "%-11s [%s, %lld] %s%s <-", op->type->name, rows_name(op->output->row_kind),
-                 (long long)op->output->cols, perk_dtype_name(op->output->dtype),
-                 facts->op_has_stage[i] ? "" : ", folded");
+        snprintf(text, sizeof text, "%-11s [%s, %lld] %s%s%s%s <-", op->type->name, rows_name(op->output->row_kind),
+                 (long long)op->output->cols, perk_dtype_name(op->output->dtype), activation ? ", " : "",
+                 activation ? activation : "", facts->op_has_stage[i] ? "" : ", folded");
         row_text(r, text);
         for (int j = 0; j < count; j++) {
             row_text(r, j ? ", " : " ");

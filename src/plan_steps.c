@@ -47,16 +47,25 @@ int64_t perk_plan_vocab_size(const perk_plan *plan) {
     return argmax ? argmax->inputs[PERK_IN_X]->cols : 0;
 }
 
+/* Of one task; of a wide linear as many as its chunks or its slices of the input, whichever are more. */
+static uint64_t task_chunks(const perk_plan *plan, const perk_task *task) {
+    const perk_stream *stream = &plan->stages[task->stage].stream;
+    uint64_t chunks = 0, blocks = (uint64_t)PERK_MAX(stream->blocks_per_tile, 0);
+    if (stream->tensor < 0) return 0;
+    if (stream->together == 0) return (uint64_t)task->count * perk_ceil_div(blocks, PERK_CHUNK_BLOCKS);
+    for (int first = 0; first < task->count; first += stream->together) {
+        int tiles = PERK_MIN(stream->together, task->count - first), slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
+        chunks += perk_ceil_div(blocks, (uint64_t)PERK_MIN(slot_blocks, (int)PERK_SLICE_BLOCKS));
+    }
+    return chunks;
+}
+
 uint64_t perk_plan_chunks(const perk_plan *plan) {
     uint64_t most = 0;
     for (int w = 0; w < plan->device.worker_count; w++) {
         uint64_t chunks = 0;
-        for (int i = plan->worker_begin[w]; i < plan->worker_begin[w + 1]; i++) {
-            const perk_stream *stream = &plan->stages[plan->tasks[i].stage].stream;
-            if (stream->tensor >= 0)
-                chunks += (uint64_t)plan->tasks[i].count *
-                          perk_ceil_div((uint64_t)stream->blocks_per_tile, PERK_CHUNK_BLOCKS);
-        }
+        for (int i = plan->worker_begin[w]; i < plan->worker_begin[w + 1]; i++)
+            chunks += task_chunks(plan, &plan->tasks[i]);
         most = PERK_MAX(most, chunks);
     }
     return most;

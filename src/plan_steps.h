@@ -20,7 +20,7 @@ int32_t perk_plan_outbox_records(const perk_plan *plan);
 int perk_plan_picks(const perk_plan *plan);
 int64_t perk_plan_vocab_size(const perk_plan *plan);
 
-/* Chunks of weights that the busiest worker streams in a step. */
+/* Chunks of weights, or slices of inputs, that pass through the busiest worker's shared memory in a step. */
 uint64_t perk_plan_chunks(const perk_plan *plan);
 
 /* Whether the plan can be one of many steps: there are tokens to pick, and a KV cache. */

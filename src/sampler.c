@@ -11,6 +11,8 @@ typedef struct candidate {
 struct perk_sampler {
     int32_t vocab_size;
     candidate *candidates; /* [vocab_size] */
+    float *adjusted;       /* [vocab_size] logits after bias and penalties */
+    int32_t *seen;         /* [vocab_size] 0, or 1 + how often the answer has the token; all 0 between two calls */
 };
 
 perk_status perk_sampler_create(perk_sampler **out, int32_t vocab_size, perk_error *err) {
@@ -20,8 +22,10 @@ perk_status perk_sampler_create(perk_sampler **out, int32_t vocab_size, perk_err
     if (!sampler) return perk_fail_memory(err, "the sampler");
     sampler->vocab_size = vocab_size;
     sampler->candidates = perk_calloc((size_t)vocab_size, sizeof *sampler->candidates);
-    if (!sampler->candidates) {
-        free(sampler);
+    sampler->adjusted = perk_calloc((size_t)vocab_size, sizeof *sampler->adjusted);
+    sampler->seen = perk_calloc((size_t)vocab_size, sizeof *sampler->seen);
+    if (!sampler->candidates || !sampler->adjusted || !sampler->seen) {
+        perk_sampler_free(sampler);
         return perk_fail_memory(err, "the sampler");
     }
     *out = sampler;
@@ -31,23 +35,9 @@ perk_status perk_sampler_create(perk_sampler **out, int32_t vocab_size, perk_err
 void perk_sampler_free(perk_sampler *sampler) {
     if (!sampler) return;
     free(sampler->candidates);
+    free(sampler->adjusted);
+    free(sampler->seen);
     free(sampler);
-}
-
-perk_status perk_sampling_check(const perk_sampling *sampling, perk_error *err) {
-    if (!(sampling->temperature >= 0) || !isfinite(sampling->temperature))
-        return perk_fail(err, PERK_INVALID_ARGUMENT, "temperature %g: must be 0 (greedy) or a positive number",
-                         (double)sampling->temperature);
-    if (sampling->top_k < 0)
-        return perk_fail(err, PERK_INVALID_ARGUMENT, "top_k %d: must be 0 (all) or positive", sampling->top_k);
-    if (!(sampling->top_p >= 0 && sampling->top_p <= 1))
-        return perk_fail(err, PERK_INVALID_ARGUMENT, "top_p %g: must be between 0 and 1", (double)sampling->top_p);
-    if (!(sampling->min_p >= 0 && sampling->min_p <= 1))
-        return perk_fail(err, PERK_INVALID_ARGUMENT, "min_p %g: must be between 0 and 1", (double)sampling->min_p);
-    if (sampling->max_tokens < 0)
-        return perk_fail(err, PERK_INVALID_ARGUMENT, "max_tokens %d: must be 0 (as many as fit) or positive",
-                         sampling->max_tokens);
-    return PERK_OK;
 }
 
 /* A bijection of 64-bit numbers in which every input bit reaches every output bit (the finaliser of splitmix64). */
@@ -155,10 +145,10 @@ static void drop_light(candidate_ranking *ranking, double weight) {
     ranking->count = kept;
 }
 
-/* Leaves what top-p and min-p leave; returns the sum of their weights. */
-static double cut_tail(candidate_ranking *ranking, const perk_sampling *sampling, double sum) {
+/* Leaves what top-p and min-p leave. */
+static void cut_tail(candidate_ranking *ranking, const perk_sampling *sampling, double sum) {
     bool nucleus = sampling->top_p > 0 && sampling->top_p < 1;
-    if (!nucleus && !(sampling->min_p > 0)) return sum;
+    if (!nucleus && !(sampling->min_p > 0)) return;
     /* All that are lighter than the tail's mean weight together weigh less than the tail: they are part of it. */
     double tail = nucleus ? (1 - (double)sampling->top_p) * sum / ranking->count : 0;
     drop_light(ranking, PERK_MAX(tail, (double)sampling->min_p)); /* the largest weight is 1 */
@@ -170,11 +160,21 @@ static double cut_tail(candidate_ranking *ranking, const perk_sampling *sampling
         kept_sum += (double)weight;
     }
     keep_best(ranking, kept);
-    return kept_sum;
 }
 
-/* The candidate in whose share of [0, sum) `target` falls. */
-static int32_t find_share(const candidate *candidates, int32_t count, double target) {
+static int compare_ids(const void *a, const void *b) {
+    int32_t first = ((const candidate *)a)->id, second = ((const candidate *)b)->id;
+    return (first > second) - (first < second);
+}
+
+/* The candidate in whose share of all weights `uniform` falls. */
+static int32_t draw(candidate_ranking *ranking, double uniform) {
+    candidate *candidates = ranking->items;
+    int32_t count = ranking->count;
+    if (ranking->popped) qsort(candidates, (size_t)count, sizeof *candidates, compare_ids); /* else they still are */
+    double sum = 0;
+    for (int32_t i = 0; i < count; i++) sum += (double)candidates[i].weight;
+    double target = uniform * sum;
     int32_t last = candidates[count - 1].id; /* where rounding lets the walk run past the end */
     for (int32_t i = 0; i < count; i++) {
         if (candidates[i].weight > 0) last = candidates[i].id;
@@ -184,21 +184,113 @@ static int32_t find_share(const candidate *candidates, int32_t count, double tar
     return last;
 }
 
-perk_status perk_sampler_pick(perk_sampler *sampler, const float *logits, const perk_sampling *sampling, uint64_t place,
-                              int32_t *token, perk_error *err) {
+/* The largest logit, of equal ones the first; -1 when there is none but NaN and -inf. */
+static int32_t find_best(const float *logits, int32_t vocab_size) {
     int32_t best = -1;
+    float largest = -INFINITY;
+    for (int32_t i = 0; i < vocab_size; i++) {
+        if (!(logits[i] > largest)) continue;
+        best = i;
+        largest = logits[i];
+    }
+    return best;
+}
+
+static int32_t sample(perk_sampler *sampler, const float *logits, float largest, const perk_sampling *sampling,
+                      uint64_t place) {
+    candidate_ranking ranking = collect(sampler, logits, sampling->top_k);
+    double sum = weigh(&ranking, largest, sampling->temperature);
+    cut_tail(&ranking, sampling, sum);
+    return draw(&ranking, perk_uniform(sampling->seed, place));
+}
+
+/* ---- bias and penalties ---- */
+
+/* Applies the penalties to the tokens that were counted, each once, and clears their counts. */
+static void penalize(perk_sampler *sampler, const perk_sampling *sampling, const int32_t *tokens, int32_t count) {
+    float repetition = sampling->repetition_penalty > 0 ? sampling->repetition_penalty : 1;
+    for (int32_t i = 0; i < count; i++) {
+        int32_t token = tokens[i];
+        if (token < 0 || token >= sampler->vocab_size || !sampler->seen[token]) continue;
+        int32_t times = sampler->seen[token] - 1;
+        float logit = sampler->adjusted[token];
+        logit = logit > 0 ? logit / repetition : logit * repetition;
+        logit -= sampling->frequency_penalty * (float)times;
+        if (times) logit -= sampling->presence_penalty;
+        sampler->adjusted[token] = logit;
+        sampler->seen[token] = 0;
+    }
+}
+
+static void count_tokens(perk_sampler *sampler, const perk_history *history) {
+    for (int32_t i = 0; i < history->prompt_length; i++) {
+        int32_t token = history->prompt[i];
+        if (token >= 0 && token < sampler->vocab_size) sampler->seen[token] = 1;
+    }
+    for (int32_t i = 0; i < history->answer_length; i++) {
+        int32_t token = history->answer[i];
+        if (token >= 0 && token < sampler->vocab_size) sampler->seen[token] += sampler->seen[token] ? 1 : 2;
+    }
+}
+
+static const float *adjust(perk_sampler *sampler, const float *logits, const perk_sampling *sampling,
+                           const perk_history *history) {
+    memcpy(sampler->adjusted, logits, (size_t)sampler->vocab_size * sizeof *logits);
+    for (int32_t i = 0; i < sampling->bias_count; i++)
+        sampler->adjusted[sampling->bias[i].token] += sampling->bias[i].bias;
+    bool repetition = sampling->repetition_penalty > 0 && sampling->repetition_penalty != 1;
+    if (!repetition && sampling->presence_penalty == 0 && sampling->frequency_penalty == 0) return sampler->adjusted;
+    count_tokens(sampler, history);
+    penalize(sampler, sampling, history->prompt, history->prompt_length);
+    penalize(sampler, sampling, history->answer, history->answer_length);
+    return sampler->adjusted;
+}
+
+/* ---- log probabilities ---- */
+
+/* The likeliest `count` tokens, in `best` with their logits; returns how many there are. */
+static int32_t find_top(const float *logits, int32_t vocab_size, int32_t count, perk_logprob *best) {
+    int32_t found = 0;
+    for (int32_t i = 0; i < vocab_size && count; i++) {
+        if (!(logits[i] > -INFINITY) || (found == count && !(logits[i] > best[count - 1].logprob))) continue;
+        int32_t at = found < count ? found++ : count - 1;
+        for (; at > 0 && logits[i] > best[at - 1].logprob; at--) best[at] = best[at - 1];
+        best[at] = (perk_logprob){i, logits[i]};
+    }
+    return found;
+}
+
+/* logit - log(sum of exp(logits)), the chosen token first. Places past the vocabulary get token -1 and -inf. */
+static void fill_logprobs(const perk_sampler *sampler, const float *logits, float largest, int32_t chosen, int32_t top,
+                          perk_logprob *logprobs) {
+    double sum = 0;
     for (int32_t i = 0; i < sampler->vocab_size; i++)
-        if (logits[i] > (best < 0 ? -INFINITY : logits[best])) best = i;
+        if (logits[i] > -INFINITY) sum += (double)expf(logits[i] - largest);
+    double normalizer = (double)largest + log(sum);
+    logprobs[0] = (perk_logprob){chosen, logits[chosen]};
+    int32_t found = 1 + find_top(logits, sampler->vocab_size, top, logprobs + 1);
+    for (int32_t i = 0; i < found; i++) logprobs[i].logprob = (float)((double)logprobs[i].logprob - normalizer);
+    for (int32_t i = found; i <= top; i++) logprobs[i] = (perk_logprob){-1, -INFINITY};
+}
+
+perk_status perk_sampler_pick(perk_sampler *sampler, const float *logits, const perk_sampling *sampling,
+                              const perk_history *history, int32_t *token, perk_logprob *logprobs, perk_error *err) {
+    int32_t best = find_best(logits, sampler->vocab_size);
     if (best < 0 || isinf(logits[best]))
         return perk_fail(err, PERK_INTERNAL,
                          "the logits of a token are not finite numbers: the weights are damaged, or a computation "
                          "overflowed; compare with perk run --backend reference");
-    *token = best;
-    if (!(sampling->temperature > 0)) return PERK_OK;
-
-    candidate_ranking ranking = collect(sampler, logits, sampling->top_k);
-    double sum = weigh(&ranking, logits[best], sampling->temperature);
-    sum = cut_tail(&ranking, sampling, sum);
-    *token = find_share(ranking.items, ranking.count, perk_uniform(sampling->seed, place) * sum);
+    const float *adjusted = logits;
+    int32_t likeliest = best;
+    if (perk_sampling_adjusts(sampling)) {
+        adjusted = adjust(sampler, logits, sampling, history);
+        likeliest = find_best(adjusted, sampler->vocab_size);
+        if (likeliest < 0) likeliest = best; /* penalties on logits near the largest of fp32 */
+    }
+    *token = likeliest;
+    if (sampling->temperature > 0 && isfinite(adjusted[likeliest]))
+        *token = sample(sampler, adjusted, adjusted[likeliest], sampling, (uint64_t)history->answer_length);
+    if (logprobs && sampling->logprobs)
+        fill_logprobs(sampler, logits, logits[best], *token, sampling->top_logprobs, logprobs);
     return PERK_OK;
 }

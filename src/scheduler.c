@@ -136,7 +136,20 @@ static perk_status check_prompt(const perk_scheduler *scheduler, const int32_t *
 perk_status perk_scheduler_check(const perk_scheduler *scheduler, const int32_t *prompt, size_t prompt_length,
                                  const perk_sampling *sampling, perk_error *err) {
     perk_status status = check_prompt(scheduler, prompt, prompt_length, err);
-    return status || !sampling ? status : perk_sampling_check(sampling, err);
+    if (status || !sampling) return status;
+    status = perk_sampling_check(sampling, scheduler->vocab_size, err);
+    int32_t room = PERK_STOP_IDS - (sampling->ignore_eos ? 0 : scheduler->eos_count);
+    if (!status && sampling->stop_token_count > room)
+        status = perk_fail(err, PERK_LIMIT, "stop_token_count %d: beside the model's end tokens there is room for %d",
+                           sampling->stop_token_count, room);
+    return status;
+}
+
+static void free_memory(perk_request *request) {
+    perk_sampling_free(&request->sampling);
+    free(request->logprobs);
+    free(request->tokens);
+    free(request);
 }
 
 perk_status perk_scheduler_submit(perk_scheduler *scheduler, const int32_t *prompt, size_t prompt_length,
@@ -150,12 +163,18 @@ perk_status perk_scheduler_submit(perk_scheduler *scheduler, const int32_t *prom
     int32_t length = (int32_t)prompt_length, room = scheduler->config.max_seq_length - length;
     perk_request *request = perk_calloc(1, sizeof *request);
     if (!request) return perk_fail_memory(err, "a request");
-    request->sampling = *sampling;
+    if ((status = perk_sampling_copy(&request->sampling, sampling, err))) {
+        free(request);
+        return status;
+    }
     request->prompt_length = request->length = length;
     request->limit = length + (sampling->max_tokens ? PERK_MIN(sampling->max_tokens, room) : room);
     request->tokens = perk_calloc((size_t)request->limit, sizeof *request->tokens);
-    if (!request->tokens) {
-        free(request);
+    size_t logprob_count = (size_t)perk_sampling_logprob_count(sampling);
+    if (logprob_count)
+        request->logprobs = perk_calloc((size_t)(request->limit - length), logprob_count * sizeof *request->logprobs);
+    if (!request->tokens || (logprob_count && !request->logprobs)) {
+        free_memory(request);
         return perk_fail_memory(err, "a request");
     }
     memcpy(request->tokens, prompt, prompt_length * sizeof *prompt);
@@ -171,6 +190,13 @@ perk_status perk_scheduler_submit(perk_scheduler *scheduler, const int32_t *prom
 const int32_t *perk_request_tokens(const perk_request *request, size_t *count) {
     if (count) *count = (size_t)(request->length - request->prompt_length);
     return request->tokens + request->prompt_length;
+}
+
+const perk_logprob *perk_request_logprobs(const perk_request *request, size_t place, size_t *count) {
+    size_t each = (size_t)perk_sampling_logprob_count(&request->sampling);
+    bool there = each && place < (size_t)(request->length - request->prompt_length);
+    if (count) *count = there ? each : 0;
+    return there ? request->logprobs + place * each : NULL;
 }
 
 perk_finish perk_request_finish(const perk_request *request) { return request->finish; }
@@ -202,8 +228,7 @@ void perk_request_free(perk_request *request) {
     if (!request) return;
     perk_request_cancel(request);
     list_remove(request);
-    free(request->tokens);
-    free(request);
+    free_memory(request);
 }
 
 /* ---- into the schedule ---- */
@@ -230,6 +255,8 @@ static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot
     r->limit = request->limit;
     r->stop_count = request->sampling.ignore_eos ? 0 : scheduler->eos_count;
     memcpy(r->stop_ids, scheduler->eos_ids, sizeof r->stop_ids);
+    for (int32_t i = 0; i < request->sampling.stop_token_count; i++)
+        r->stop_ids[r->stop_count++] = request->sampling.stop_tokens[i];
     memcpy(perk_slot_tokens(&scheduler->schedule, slot), request->tokens,
            (size_t)request->prompt_length * sizeof *request->tokens);
     perk_schedule_arrive(&scheduler->schedule, slot);
@@ -266,7 +293,8 @@ perk_status perk_scheduler_fill(perk_scheduler *scheduler, const perk_batch **ba
     *batch = &schedule->batch;
     *want_logits = false;
     for (int32_t row = 0; row < schedule->batch.num_logit_rows; row++)
-        if (scheduler->placed_in[schedule->logit_slots[row]]->sampling.temperature > 0) *want_logits = true;
+        if (perk_sampling_needs_logits(&scheduler->placed_in[schedule->logit_slots[row]]->sampling))
+            *want_logits = true;
     if (schedule->batch.num_tokens == 0 && schedule->state->unfinished > 0)
         return perk_fail(
             err, PERK_INTERNAL, "the scheduler found no work among %d unfinished requests (%d of %d pages unused)",
@@ -276,10 +304,9 @@ perk_status perk_scheduler_fill(perk_scheduler *scheduler, const perk_batch **ba
 
 /* ---- taking in a result ---- */
 
-static perk_status pick_token(perk_scheduler *scheduler, const perk_request *request, int32_t row,
+static perk_status pick_token(perk_scheduler *scheduler, perk_request *request, int32_t row,
                               const perk_step_result *result, int32_t *token, perk_error *err) {
-    bool greedy = !(request->sampling.temperature > 0);
-    if (greedy && result->argmax) {
+    if (!perk_sampling_needs_logits(&request->sampling) && result->argmax) {
         *token = result->argmax[row];
         if (*token >= 0 && *token < scheduler->vocab_size) return PERK_OK;
         return perk_fail(err, PERK_INTERNAL, "the step gave token %d, outside the model's vocabulary of %d", *token,
@@ -287,15 +314,19 @@ static perk_status pick_token(perk_scheduler *scheduler, const perk_request *req
     }
     if (!result->logits) return perk_fail(err, PERK_INTERNAL, "the step brought no logits to choose a token from");
     const float *logits = result->logits + (size_t)row * (size_t)scheduler->vocab_size;
-    uint64_t place_in_answer = (uint64_t)(request->length - request->prompt_length);
-    return perk_sampler_pick(scheduler->sampler, logits, &request->sampling, place_in_answer, token, err);
+    int32_t answered = request->length - request->prompt_length;
+    int32_t logprob_count = perk_sampling_logprob_count(&request->sampling);
+    perk_history history = {request->tokens, request->tokens + request->prompt_length, request->prompt_length,
+                            answered};
+    perk_logprob *logprobs = logprob_count ? request->logprobs + (size_t)answered * (size_t)logprob_count : NULL;
+    return perk_sampler_pick(scheduler->sampler, logits, &request->sampling, &history, token, logprobs, err);
 }
 
 perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_result *result, perk_error *err) {
     perk_schedule *schedule = &scheduler->schedule;
     int32_t rows = schedule->batch.num_logit_rows;
     for (int32_t row = 0; row < rows; row++) {
-        const perk_request *request = scheduler->placed_in[schedule->logit_slots[row]]; /* NULL: cancelled meanwhile */
+        perk_request *request = scheduler->placed_in[schedule->logit_slots[row]]; /* NULL: cancelled meanwhile */
         perk_status status = PERK_OK;
         if (request) status = pick_token(scheduler, request, row, result, &scheduler->picks[row], err);
         if (status) return status;

@@ -15,8 +15,9 @@ struct perk_request {
     perk_scheduler *scheduler;
     perk_request_list *list; /* of the scheduler's, the one that it stands in */
     perk_request *previous, *next;
-    perk_sampling sampling;
-    int32_t *tokens; /* [limit] the prompt, then the answer */
+    perk_sampling sampling; /* with arrays of its own */
+    perk_logprob *logprobs; /* [answer's limit][perk_sampling_logprob_count]; NULL: not asked for */
+    int32_t *tokens;        /* [limit] the prompt, then the answer */
     int32_t prompt_length, length, limit;
     int32_t slot; /* of the schedule; -1: it is queued, or finished */
     perk_finish finish;

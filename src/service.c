@@ -3,6 +3,7 @@
 #include "perk/service.h"
 
 #include "engine.h"
+#include "sampling.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -29,6 +30,8 @@ struct service_request {
     service_request *previous_news, *next_news;
     bool has_news;
     const int32_t *tokens;
+    const perk_logprob *logprobs; /* [published][logprob_count], NULL: not asked for; they stay where they are, too */
+    size_t logprob_count;
     size_t published, taken;
     perk_finish finish;
     perk_status status; /* of what ended it, if that was a failure */
@@ -136,6 +139,7 @@ static void put_in_inbox(perk_service *service, service_request *request) {
 
 static void free_request(service_request *request) {
     perk_request_free(request->request);
+    perk_sampling_free(&request->sampling);
     free(request->prompt);
     free(request);
 }
@@ -150,6 +154,7 @@ static bool publish(perk_service *service, service_request *request) {
     }
     if (count == request->published && finish == request->finish) return false;
     if (request->request) perk_request_statistics(request->request, &request->stats);
+    if (request->request) request->logprobs = perk_request_logprobs(request->request, 0, &request->logprob_count);
     if (finish && !request->finish) service->unfinished--;
     request->published = count;
     request->finish = finish;
@@ -161,6 +166,7 @@ static void hand_to_engine(perk_service *service, service_request *request) {
     request->submitted = true;
     request->status = perk_engine_submit(service->engine, request->prompt, request->prompt_length, &request->sampling,
                                          &request->request, NULL);
+    perk_sampling_free(&request->sampling);
     free(request->prompt);
     request->prompt = NULL;
     service_request **link = &service->active;
@@ -386,14 +392,14 @@ static service_request *make_request(const int32_t *prompt, size_t prompt_length
     if (!request) return NULL;
     request->prompt = perk_calloc(prompt_length, sizeof *prompt);
     request->prompt_length = prompt_length;
-    if (sampling) request->sampling = *sampling;
     request->stats.prompt_tokens = (int32_t)prompt_length;
-    if (request->prompt) {
-        memcpy(request->prompt, prompt, prompt_length * sizeof *prompt);
-        return request;
+    if (!request->prompt || (sampling && perk_sampling_copy(&request->sampling, sampling, NULL))) {
+        free(request->prompt);
+        free(request);
+        return NULL;
     }
-    free(request);
-    return NULL;
+    memcpy(request->prompt, prompt, prompt_length * sizeof *prompt);
+    return request;
 }
 
 perk_status perk_service_submit(perk_service *service, const int32_t *prompt, size_t prompt_length,
@@ -443,6 +449,20 @@ perk_status perk_service_poll(perk_service *service, uint64_t id, int32_t *token
     pthread_mutex_lock(&service->lock);
     perk_status status = find(service, id, &request, err);
     if (!status) status = take(service, request, tokens, capacity, answer, err);
+    pthread_mutex_unlock(&service->lock);
+    return status;
+}
+
+perk_status perk_service_logprobs(perk_service *service, uint64_t id, size_t place, perk_logprob *logprobs,
+                                  size_t capacity, size_t *count, perk_error *err) {
+    service_request *request;
+    *count = 0;
+    pthread_mutex_lock(&service->lock);
+    perk_status status = find(service, id, &request, err);
+    if (!status && request->logprobs && place < request->published) {
+        *count = PERK_MIN(capacity, request->logprob_count);
+        if (*count) memcpy(logprobs, request->logprobs + place * request->logprob_count, *count * sizeof *logprobs);
+    }
     pthread_mutex_unlock(&service->lock);
     return status;
 }

@@ -14,7 +14,7 @@
 #include <stdio.h>
 #include <xxhash.h>
 
-enum { DEFAULT_ROWS = 8, DEFAULT_PAGE_SIZE = 16, MAX_POSITIONS = 1 << 22 };
+enum { MAX_LOGIT_ROWS = 64, DEFAULT_ROWS = 8, DEFAULT_PAGE_SIZE = 16, MAX_POSITIONS = 1 << 22 };
 
 /* Tokens of one request that enter one step. */
 typedef struct test_part {
@@ -55,7 +55,8 @@ static perk_status check_request(const perk_test_request *r, int32_t index, perk
 }
 
 static perk_status copy_requests(perk_test *test, const perk_test_options *options, perk_error *err) {
-    const perk_test_request whole = {.tokens = options->rows > 0 ? options->rows : DEFAULT_ROWS, .logits = 2};
+    int32_t rows = options->rows > 0 ? options->rows : DEFAULT_ROWS;
+    const perk_test_request whole = {.tokens = rows, .logits = rows <= MAX_LOGIT_ROWS ? 2 : 1};
     const perk_test_request *from = options->requests ? options->requests : &whole;
     int32_t count = options->requests ? options->request_count : 1;
     if (count < 1 || (!options->requests && options->request_count != 0))
@@ -93,7 +94,8 @@ static perk_status make_config(perk_test *test, perk_error *err) {
     int32_t rows = PERK_MAX(o->rows, test->tokens), dead = rows - test->tokens;
     test->config = (perk_config){.max_num_batched_tokens = rows,
                                  .max_num_batched_requests = test->request_count,
-                                 .max_num_logit_rows = PERK_MAX(test->logit_rows + dead, 1),
+                                 .max_num_logit_rows = PERK_MAX(
+                                     PERK_MIN(test->logit_rows + dead, PERK_MAX(test->logit_rows, MAX_LOGIT_ROWS)), 1),
                                  .page_size = o->page_size ? o->page_size : DEFAULT_PAGE_SIZE,
                                  .max_seq_length = PERK_MAX(o->max_positions, longest)};
     return perk_config_resolve(&test->config, 0, err);

@@ -73,6 +73,10 @@ static void build_silu_mul(op_graph *g, const perk_op_case *c) {
     add_output(g, perk_silu_mul(g->graph, "y", perk_input(g->graph, "x", (int64_t)2 * c->out)), &rounded_once);
 }
 
+static void build_gelu_mul(op_graph *g, const perk_op_case *c) {
+    add_output(g, perk_gelu_mul(g->graph, "y", perk_input(g->graph, "x", (int64_t)2 * c->out)), &rounded_once);
+}
+
 static perk_tensor *add_attention(perk_graph *graph, const char *name, perk_tensor *qkv, const perk_op_case *c) {
     float inv_freq[512];
     char q_norm[96], k_norm[96];
@@ -120,8 +124,10 @@ static void build_argmax(op_graph *g, const perk_op_case *c) {
     add_choice(g, perk_select_rows(g->graph, "rows", x), w, &unrounded);
 }
 
-/* A layer's gate and up projections: the norm before them and silu_mul after them are folded in. */
-static perk_tensor *add_mlp(perk_graph *graph, const char *prefix, perk_tensor *x, int64_t in, int64_t out) {
+/* A layer's gate and up projections: the norm before them and the gate after them are folded in. */
+typedef perk_tensor *layer_call(perk_graph *graph, const char *name, perk_tensor *x);
+static perk_tensor *add_mlp(perk_graph *graph, const char *prefix, perk_tensor *x, int64_t in, int64_t out,
+                            layer_call *gated) {
     char name[96];
 #define MLP_NAME(text) (snprintf(name, sizeof name, "%s" text, prefix), name)
     perk_tensor *gain = perk_attach_vector(graph, MLP_NAME("gain"), in);
@@ -130,12 +136,16 @@ static perk_tensor *add_mlp(perk_graph *graph, const char *prefix, perk_tensor *
     perk_tensor *parts[] = {gate, perk_attach_matrix(graph, MLP_NAME("up"), out, in)};
     perk_tensor *stack = perk_stack(graph, MLP_NAME("gate_up"), parts, 2);
     perk_tensor *both = perk_linear(graph, MLP_NAME("both"), normed, stack, NULL);
-    return perk_silu_mul(graph, MLP_NAME("y"), both);
+    return gated(graph, MLP_NAME("y"), both);
 #undef MLP_NAME
 }
 
 static void build_mlp(op_graph *g, const perk_op_case *c) {
-    add_output(g, add_mlp(g->graph, "", perk_input(g->graph, "x", c->in), c->in, c->out), &folded_norm);
+    add_output(g, add_mlp(g->graph, "", perk_input(g->graph, "x", c->in), c->in, c->out, perk_silu_mul), &folded_norm);
+}
+
+static void build_gelu_mlp(op_graph *g, const perk_op_case *c) {
+    add_output(g, add_mlp(g->graph, "", perk_input(g->graph, "x", c->in), c->in, c->out, perk_gelu_mul), &folded_norm);
 }
 
 /* Both ends of a model, with one table for both. */
@@ -163,7 +173,7 @@ static void build_decoder(op_graph *g, const perk_op_case *c) {
         perk_tensor *mixed = add_attention(graph, LAYER_NAME("attention"), qkv, c);
         w = perk_attach_matrix(graph, LAYER_NAME("o"), c->in, heads);
         x = perk_linear_residual(graph, LAYER_NAME("o.out"), mixed, w, NULL, x);
-        perk_tensor *inner = add_mlp(graph, LAYER_NAME("mlp."), x, c->in, 2 * (int64_t)c->in);
+        perk_tensor *inner = add_mlp(graph, LAYER_NAME("mlp."), x, c->in, 2 * (int64_t)c->in, perk_silu_mul);
         w = perk_attach_matrix(graph, LAYER_NAME("down"), c->in, 2 * (int64_t)c->in);
         x = perk_linear_residual(graph, LAYER_NAME("down.out"), inner, w, NULL, x);
 #undef LAYER_NAME
@@ -207,8 +217,11 @@ static void build_moe_sum(op_graph *g, const perk_op_case *c) {
 
 /* ---- the grid ---- */
 
-#define OPS(X)                                                                                                         \
-    X(embed) X(rmsnorm) X(linear) X(silu_mul) X(attention) X(select_rows) X(argmax) X(mlp) X(vocabulary) X(decoder)
+/* clang-format off */
+#define OPS(X) \
+    X(embed) X(rmsnorm) X(linear) X(silu_mul) X(gelu_mul) X(attention) X(select_rows) X(argmax) \
+    X(mlp) X(gelu_mlp) X(vocabulary) X(decoder)
+/* clang-format on */
 #define REFERENCE_OPS(X) X(moe_route) X(moe_linear) X(moe_sum)
 
 #define OP_NAME(name) #name,
@@ -250,6 +263,8 @@ static const perk_op_case grid[] = {
     {.op = "silu_mul", .rows = 3, .out = 101},
     {.op = "silu_mul", .rows = 64, .out = 1000},
 
+    {.op = "gelu_mul", .rows = 8, .live = 7, .out = 1001, .quick = true},
+
     {.op = "attention", .rows = 8, .heads = 4, .kv_heads = 2, .head_dim = 64, .context = 100, .requests = 3,
      .norms = true, .quick = true},
     {.op = "attention", .rows = 1, .heads = 16, .kv_heads = 8, .head_dim = 128, .context = 999, .norms = true},
@@ -273,6 +288,8 @@ static const perk_op_case grid[] = {
     {.op = "mlp", .rows = 3, .in = 72, .out = 100},
     {.op = "mlp", .rows = 16, .in = 4096, .out = 12288},
     {.op = "mlp", .rows = 64, .in = 512, .out = 520},
+
+    {.op = "gelu_mlp", .rows = 8, .live = 5, .in = 256, .out = 1000, .quick = true},
 
     {.op = "vocabulary", .rows = 8, .live = 7, .in = 1024, .out = 5000, .requests = 2, .quick = true},
     {.op = "vocabulary", .rows = 1, .in = 1024, .out = 151936},
@@ -346,7 +363,7 @@ static perk_status split_rows(const perk_op_case *c, perk_test_request *requests
     for (int32_t i = 0; i < count; i++) {
         requests[i].tokens = live / count + (i < live % count);
         requests[i].history = (int32_t)((int64_t)c->context * (i + 1) / count);
-        requests[i].logits = i % 2 ? 1 : 2;
+        requests[i].logits = i % 2 || live > 64 ? 1 : 2; /* a step on a GPU has at most 64 rows of logits */
     }
     return PERK_OK;
 }

@@ -20,7 +20,7 @@ typedef struct perk_op_case {
     bool quick; /* part of the self-test */
 } perk_op_case;
 
-/* What test-op calls the ops: each of ops.def alone, and some that are folded into each other; ends with NULL. */
+/* What test-op calls the ops: each layer call alone, and some that are folded into each other; ends with NULL. */
 extern const char *const perk_op_case_names[];
 
 /* The grid: every op over rows, odd widths and the widths of models. */

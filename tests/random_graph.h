@@ -127,7 +127,8 @@ static inline perk_tensor *random_graph_layer(random_graph *g, int layer, perk_t
     perk_tensor *bias = random_graph_chance(g, 20) ? random_graph_weight(g, layer, "gate_up.bias", rows, 2, 0) : NULL;
     perk_tensor *wide = perk_linear(g->graph, random_graph_name(g, layer, "gate_up"), normed, weight, bias);
     random_graph_keep(g, wide, 20); /* then the product is a stage of its own */
-    perk_tensor *product = perk_silu_mul(g->graph, random_graph_name(g, layer, "product"), wide);
+    perk_tensor *product =
+        (layer % 2 ? perk_gelu_mul : perk_silu_mul)(g->graph, random_graph_name(g, layer, "product"), wide);
     weight = perk_attach_matrix(g->graph, random_graph_name(g, layer, "down.weight"), hidden, ffn);
     bias = random_graph_chance(g, 30) ? perk_attach_vector(g->graph, random_graph_name(g, layer, "down.bias"), hidden)
                                       : NULL;

@@ -1,11 +1,20 @@
-/* What must hold of a schedule between any two calls, recounted from nothing. */
+/* For the tests of schedules: random numbers, and what must hold between any two calls, recounted from nothing. */
 #ifndef PERK_TESTS_SCHEDULE_CHECKS_H
 #define PERK_TESTS_SCHEDULE_CHECKS_H
 
 #include "kernels_src/schedule.h"
+#include "sampler.h"
 #include "test.h"
 
 #include <stdlib.h>
+
+typedef struct random_draws {
+    uint64_t seed, place;
+} random_draws;
+
+static inline int roll(random_draws *dice, int low, int high) {
+    return low + (int)(perk_uniform(dice->seed, dice->place++) * (high - low + 1));
+}
 
 /* Every page has as many owners as there are requests that hold it; the rest stand in the row of unused ones, or are
  * borrowed. */

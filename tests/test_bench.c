@@ -204,6 +204,87 @@ static void test_startup(void) {
     json_decref(list);
 }
 
+/* ---- serve: on the reference executor, whose answers are the same in any batch ---- */
+
+#define SERVE "serve --json --model " TINY " --backend reference --page-size 16 "
+
+static void check_served(const json_t *one) {
+    static const char *const times[] = {"first_token_ms", "next_token_ms", "queue_ms"};
+    CHECK(says(one, "what", "serve") && says(one, "device", "CPU"));
+    for (size_t i = 0; i < PERK_COUNT(times); i++) {
+        char p50[64], p99[64];
+        snprintf(p50, sizeof p50, "%s_p50", times[i]);
+        snprintf(p99, sizeof p99, "%s_p99", times[i]);
+        CHECK(number(one, p50) > 0 && number(one, p50) <= number(one, p99), "%s", times[i]);
+    }
+    CHECK(number(one, "queue_ms_p50") < number(one, "first_token_ms_p99"));
+    CHECK(fabs(number(one, "tokens_per_s") * number(one, "seconds") / number(one, "tokens") - 1) < 1e-6);
+    CHECK(number(one, "batch_fill") > 0 && number(one, "batch_fill") <= 1 && number(one, "cpu_percent") > 0);
+    CHECK(number(one, "pages_in_use_at_end") == 0 && number(one, "near_ties") == 0);
+    CHECK(number(one, "rss_begin_bytes") > 1e5 && number(one, "rss_end_bytes") > 1e5);
+}
+
+static void test_serve(void) {
+    json_t *list = run_json(SERVE "--rate 60 --duration 0.5 --prompts 4-40 --answers 1-20 --checks 100 --seed 3");
+    const json_t *one = json_array_get(list, 0);
+    check_served(one);
+    CHECK(number(one, "requests") > 10 && number(one, "requests") < 60 && number(one, "refused") == 0);
+    CHECK(number(one, "compared_answers") == number(one, "requests") && number(one, "cancelled") == 0);
+    CHECK(number(one, "compared_tokens") == number(one, "tokens"));
+    CHECK(json_is_true(json_object_get(one, "soak")) == 0 && number(one, "rate") == 60);
+    json_decref(list);
+}
+
+/* Cancelled in the line, while it answers, and never. */
+static void test_trace(void) {
+    static const char trace[] = "{\"arrival_s\": 0.1, \"prompt_tokens\": 10, \"answer_tokens\": 100}\n\n"
+                                "{\"arrival_s\": 0.1, \"prompt_tokens\": 20, \"answer_tokens\": 9, "
+                                "\"cancel_after\": 0}\n"
+                                "{\"prompt_tokens\": 3, \"arrival_s\": 0.2, \"answer_tokens\": 250, "
+                                "\"cancel_after\": 5}\n"
+                                "{\"arrival_s\": 9, \"prompt_tokens\": 10, \"answer_tokens\": 100}";
+    temp_write_text(&temp, "trace", trace);
+    json_t *list = run_json(SERVE "--trace trace --duration 5");
+    const json_t *one = json_array_get(list, 0);
+    check_served(one);
+    CHECK(number(one, "requests") == 3 && number(one, "cancelled") == 2 && says(one, "trace", "trace"));
+    CHECK(number(one, "tokens") >= 105 && number(one, "tokens") < 350 && number(one, "max_seq_length") == 253);
+    json_decref(list);
+    static const char *const wrong[][2] = {
+        {"{", "line 1: not JSON"},
+        {"[]", "line 1: not a JSON object"},
+        {"{\"prompt_tokens\": 1, \"answer_tokens\": 1}", "\"arrival_s\""},
+        {"{\"arrival_s\": 1, \"prompt_tokens\": 0, \"answer_tokens\": 1}", "\"prompt_tokens\""},
+        {"{\"arrival_s\": 1, \"prompt_tokens\": 1, \"answer_tokens\": 1.5}", "\"answer_tokens\""},
+        {"{\"arrival_s\": 1, \"prompt_tokens\": 1, \"answer_tokens\": 4, \"cancel_after\": 4}", "\"cancel_after\""},
+        {"{\"arrival_s\": 1, \"prompt_tokens\": 1, \"answer_tokens\": 1, \"size\": 1}", "field \"size\""},
+        {"{\"arrival_s\": 1, \"prompt_tokens\": 1, \"answer_tokens\": 1}\n"
+         "{\"arrival_s\": 0, \"prompt_tokens\": 1, \"answer_tokens\": 1}",
+         "line 2: \"arrival_s\""},
+    };
+    for (size_t i = 0; i < PERK_COUNT(wrong); i++) {
+        temp_write_text(&temp, "trace", wrong[i][0]);
+        expect_failure(FAKE_CUDA, 1, wrong[i][1], SERVE "--trace trace");
+    }
+}
+
+/* Few pages, many arrivals: requests are refused, cancelled and set back, and find each other's pages. */
+static void test_soak(void) {
+    json_t *list = run_json(SERVE "--soak --rate 1000 --duration 0.5 --prompts 10-60 --answers 5-60 --checks 40");
+    const json_t *one = json_array_get(list, 0);
+    check_served(one);
+    CHECK(number(one, "max_pages") == 16 && number(one, "max_unfinished") == 32, "%g pages", number(one, "max_pages"));
+    CHECK(number(one, "most_unfinished") >= 8 && number(one, "compared_tokens") > 0);
+    static const char *const happened[] = {"refused", "cancelled", "set_backs", "found_tokens", "evictions"};
+    for (size_t i = 0; i < PERK_COUNT(happened); i++) CHECK(number(one, happened[i]) > 0, "%s", happened[i]);
+    json_decref(list);
+    /* Behind the fake driver every token is the first one, so all answers are alike, too. */
+    char *text = run_text("serve --soak --rate 50 --duration 0.3 --answers 2-9 --model " TINY);
+    CHECK(strstr(text, "Fake GPU") && strstr(text, "no token lost or repeated") && strstr(text, "0 parted"), "%s",
+          text);
+    free(text);
+}
+
 /* ---- sync, and all of them without a GPU ---- */
 
 static void test_sync(void) {
@@ -225,6 +306,7 @@ static void test_failures(void) {
                                            "prefill --model " TINY " --prompt-tokens 20", "load --model " TINY,
                                            "startup --model " TINY, "sync"};
     for (size_t i = 0; i < PERK_COUNT(commands); i++) expect_failure("/nonexistent", 1, "libcuda", commands[i]);
+    expect_failure(FAKE_CUDA, 2, "--model is missing", "serve");
     for (size_t i = 0; i < 4; i++) {
         char word[32];
         snprintf(word, sizeof word, "%.*s", (int)strcspn(commands[i], " "), commands[i]);
@@ -235,6 +317,11 @@ static void test_failures(void) {
     expect_failure(FAKE_CUDA, 2, "--batch must be", "decode --model " TINY " --batch 1,,2");
     expect_failure(FAKE_CUDA, 2, "--context must be", "decode --model " TINY " --context 0");
     expect_failure(FAKE_CUDA, 2, "no warm starts", "startup --no-cache --model " TINY);
+    expect_failure(FAKE_CUDA, 2, "--prompts must be", SERVE "--prompts 9-3");
+    expect_failure(FAKE_CUDA, 2, "--answers must be", SERVE "--answers 0-3");
+    expect_failure(FAKE_CUDA, 2, "--batch must be", SERVE "--batch 1,2");
+    expect_failure(FAKE_CUDA, 2, "no request arrives", SERVE "--rate 1 --duration 0.001");
+    expect_failure(FAKE_CUDA, 1, "512 positions", SERVE "--prompts 600");
     expect_failure(FAKE_CUDA, 1, "max_seq_length", "prefill --prompt-tokens 1000000 --model " TINY);
     expect_failure(FAKE_CUDA, 1, "/nonexistent", "startup --model /nonexistent");
 }
@@ -340,6 +427,9 @@ int main(void) {
     test_prefill();
     test_check();
     test_startup();
+    test_serve();
+    test_trace();
+    test_soak();
     test_sync();
     test_failures();
     open_fake();

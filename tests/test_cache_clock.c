@@ -178,7 +178,7 @@ static void test_waits_do_not_follow_the_clock(void) {
         warnings = 0;
         CHECK(get(cache, &key) == 0);
         double waited = perk_now() - start;
-        CHECK(waited >= 0.3 && waited < 3 && warnings == 1, "%g s: %s", waited, last_log);
+        CHECK(waited >= 0.3 && waited < 60 && warnings == 1, "%g s: %s", waited, last_log);
         pthread_join(thread, NULL);
         close(lock);
         offset = 0;

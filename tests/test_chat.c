@@ -40,6 +40,31 @@ static void test_fixture(void) {
     json_decref(cases);
 }
 
+/* As the template of Mistral-7B-Instruct-v0.3 has it. */
+static void test_mistral(void) {
+    static const perk_chat_message messages[] = {
+        {"system", "Be terse."}, {"user", " Hi "}, {"assistant", " Hello.\n"}, {"user", "Why?"}};
+    static const struct {
+        size_t from, count;
+        const char *text;
+    } cases[] = {
+        {0, 0, ""},
+        {1, 1, "<s>[INST]  Hi [/INST]"},
+        {0, 2, "<s>[INST] Be terse.\n\n Hi [/INST]"},
+        {0, 3, "<s>[INST]  Hi [/INST] Hello.</s>"},
+        {0, 4, "<s>[INST]  Hi [/INST] Hello.</s>[INST] Be terse.\n\nWhy?[/INST]"},
+    };
+    char *text = NULL;
+    for (size_t i = 0; i < PERK_COUNT(cases); i++) {
+        CHECK_OK(perk_chat_format_as(PERK_CHAT_MISTRAL, messages + cases[i].from, cases[i].count, 1, &text, &err));
+        CHECK(strcmp(text, cases[i].text) == 0, "case %zu: %s", i, text);
+        free(text);
+    }
+    CHECK_FAILS(perk_chat_format_as(PERK_CHAT_MISTRAL, messages + 2, 2, 1, &text, &err), PERK_UNSUPPORTED, "in turns");
+    const perk_chat_message tool[] = {{"user", "a"}, {"tool", "b"}};
+    CHECK_FAILS(perk_chat_format_as(PERK_CHAT_MISTRAL, tool, 2, 1, &text, &err), PERK_UNSUPPORTED, "tool");
+}
+
 static void test_shared_cases(void) {
     json_t *cases = json_load_file(PERK_SOURCE_DIR "/../shared/data/tokenizers/chat_cases.json", 0, NULL), *item;
     const char *name;
@@ -49,12 +74,14 @@ static void test_shared_cases(void) {
     json_decref(cases);
 }
 
-/* A tokenizer of the 256 bytes and the given added tokens. */
-static perk_tokenizer *tokenizer_with(const char *first, const char *second) {
-    json_t *root = json_load_file(PERK_SOURCE_DIR "/tests/fixtures/tokenizer_small.json", 0, NULL);
+/* A small tokenizer, byte-level or SentencePiece's kind, and the given added tokens. */
+static perk_tokenizer *tokenizer_with(bool marks, const char *first, const char *second) {
+    json_t *root = json_load_file(marks ? PERK_SOURCE_DIR "/tests/fixtures/tokenizer_sentencepiece.json"
+                                        : PERK_SOURCE_DIR "/tests/fixtures/tokenizer_small.json",
+                                  0, NULL);
     CHECK(root != NULL, "the fixture is missing");
     json_object_set_new(root, "added_tokens",
-                        json_pack("[{s:i,s:s},{s:i,s:s}]", "id", 400, "content", first, "id", 401, "content", second));
+                        json_pack("[{s:i,s:s},{s:i,s:s}]", "id", 600, "content", first, "id", 601, "content", second));
     char *text = json_dumps(root, 0);
     perk_tokenizer *tokenizer = NULL;
     CHECK_OK(perk_tokenizer_load_buffer(&tokenizer, text, strlen(text), &err));
@@ -67,15 +94,18 @@ static void test_detect(void) {
     const struct {
         const char *first, *second;
         perk_chat_family family;
+        bool marks;
     } cases[] = {
-        {"<|im_start|>", "<|im_end|>", PERK_CHAT_QWEN3},
-        {"<|start_header_id|>", "<|eot_id|>", PERK_CHAT_LLAMA3},
-        {"<｜User｜>", "<｜Assistant｜>", PERK_CHAT_DEEPSEEK},
-        {"<|im_start|>", "<|eot_id|>", PERK_CHAT_NONE},
+        {"<|im_start|>", "<|im_end|>", PERK_CHAT_QWEN3, false},
+        {"<|start_header_id|>", "<|eot_id|>", PERK_CHAT_LLAMA3, false},
+        {"<｜User｜>", "<｜Assistant｜>", PERK_CHAT_DEEPSEEK, false},
+        {"<|im_start|>", "<|eot_id|>", PERK_CHAT_NONE, false},
+        {"[INST]", "[/INST]", PERK_CHAT_MISTRAL, true},
+        {"[INST]", "[/INST]", PERK_CHAT_NONE, false},
     };
     const perk_chat_message hello = {"user", "Hello!"};
     for (size_t i = 0; i < PERK_COUNT(cases); i++) {
-        perk_tokenizer *tokenizer = tokenizer_with(cases[i].first, cases[i].second);
+        perk_tokenizer *tokenizer = tokenizer_with(cases[i].marks, cases[i].first, cases[i].second);
         char *text = NULL;
         CHECK(perk_chat_detect(tokenizer) == cases[i].family, "case %zu", i);
         if (cases[i].family == PERK_CHAT_NONE) {
@@ -107,6 +137,7 @@ static void test_refusals(void) {
 
 int main(void) {
     test_fixture();
+    test_mistral();
     test_shared_cases();
     test_detect();
     test_refusals();

@@ -190,6 +190,102 @@ static void test_run_text(void) {
     json_decref(again);
 }
 
+/* The lines of an answer, as a list of JSON values. */
+static json_t *lines_of(const outcome *result) {
+    json_t *list = json_array();
+    json_error_t json_err;
+    for (const char *line = result->out, *end; *line; line = end + 1) {
+        end = strchr(line, '\n');
+        CHECK(end, "a line without an end: %s", line);
+        json_t *value = json_loadb(line, (size_t)(end - line), 0, &json_err);
+        CHECK(value, "%s: %s", json_err.text, line);
+        json_array_append_new(list, value);
+    }
+    return list;
+}
+
+/* The answers come in the order of the requests, and each is what its request gets alone. */
+static void test_prompts(void) {
+    static const char alone[] = "run --model " FOLDER " --tokens 1,2,3 --max-tokens 5 --ignore-eos --json";
+    static const char sampled[] = "run --model " FOLDER " --tokens 9,8 --max-tokens 40 --ignore-eos --temperature 1.5 "
+                                  "--top-k 20 --seed 3 --repetition-penalty 1.2 --frequency-penalty 0.5 --json";
+    static const char requests[] =
+        "{\"tokens\": [9, 8], \"max_tokens\": 40, \"temperature\": 1.5, \"top_k\": 20, \"seed\": 3, \"id\": \"long\","
+        " \"repetition_penalty\": 1.2, \"frequency_penalty\": 0.5}\n"
+        "\n  \r\n"
+        "{\"tokens\": [1, 2, 3], \"max_tokens\": 5}\n"
+        "{\"tokens\": [4], \"max_tokens\": 9, \"logit_bias\": {\"77\": 100}, \"stop_tokens\": [77]}\n"
+        "{\"tokens\": [4], \"max_tokens\": 2, \"logprobs\": true, \"top_logprobs\": 3, \"presence_penalty\": 1}";
+    const json_t *item;
+    outcome result = run_perk(requests, "run --model %s --prompts - --ignore-eos --max-tokens 1", FOLDER);
+    CHECK_CODE(result, 0);
+    json_t *answers = lines_of(&result), *first = run_json(NULL, sampled), *second = run_json(NULL, alone);
+    CHECK(json_array_size(answers) == 4, "%s", result.out);
+    item = json_array_get(answers, 0);
+    CHECK(json_equal(json_object_get(item, "tokens"), json_object_get(first, "tokens")), "%s", result.out);
+    CHECK(strcmp(json_string_value(json_object_get(item, "id")), "long") == 0);
+    CHECK(json_number_value(json_object_get(json_object_get(item, "times"), "prefill_ms")) > 0);
+    item = json_array_get(answers, 1);
+    CHECK(json_equal(json_object_get(item, "tokens"), json_object_get(second, "tokens")), "%s", result.out);
+    CHECK(json_integer_value(json_object_get(item, "prompt_tokens")) == 3 && !json_object_get(item, "logprobs"));
+    item = json_array_get(answers, 2); /* ends at a token of its own although end tokens are ignored */
+    CHECK(strcmp(json_string_value(json_object_get(item, "finish")), "stop") == 0);
+    CHECK(json_array_size(json_object_get(item, "tokens")) == 1);
+    const json_t *logprobs = json_object_get(json_array_get(answers, 3), "logprobs");
+    const json_t *place = json_array_get(logprobs, 1), *top = json_object_get(place, "top");
+    CHECK(json_array_size(logprobs) == 2 && json_array_size(top) == 3, "%s", result.out);
+    CHECK(json_number_value(json_object_get(json_array_get(top, 0), "logprob")) >=
+          json_number_value(json_object_get(json_array_get(top, 2), "logprob")));
+    json_decref(answers);
+    json_decref(first);
+    json_decref(second);
+    outcome_free(&result);
+}
+
+/* A wrong line gets an answer that says so, in its place; the others are answered. */
+static void test_wrong_prompts(void) {
+    static const struct {
+        const char *line, *error;
+    } cases[] = {
+        {"{\"tokens\": [1], \"max_tokens\": 1}", NULL},
+        {"nonsense", "not JSON"},
+        {"[1]", "not a JSON object"},
+        {"{}", "needs a \"prompt\""},
+        {"{\"tokens\": []}", "needs a \"prompt\""},
+        {"{\"tokens\": [1], \"tokens\": [2]}", "not JSON: duplicate"},
+        {"{\"tokens\": [1], \"prompt\": \"a\"}", "beside another prompt"},
+        {"{\"prompt\": \"a\"}", "tokenizer"},
+        {"{\"tokens\": [128]}", "vocabulary"},
+        {"{\"tokens\": [1], \"max_token\": 3}", "\"max_token\""},
+        {"{\"tokens\": [1], \"max_tokens\": 1.5}", "\"max_tokens\" is not a whole number"},
+        {"{\"tokens\": [1], \"seed\": -1}", "\"seed\""},
+        {"{\"tokens\": [1], \"top_p\": 2}", "top_p 2"},
+        {"{\"tokens\": [1], \"temperature\": 1e300}", "temperature"},
+        {"{\"tokens\": [1], \"logprobs\": 1}", "\"logprobs\" is not true or false"},
+        {"{\"tokens\": [1], \"logit_bias\": {\"x\": 1}}", "logit_bias"},
+        {"{\"tokens\": [1], \"logit_bias\": {\"500\": 1}}", "bias 0 is id 500"},
+        {"{\"tokens\": [1], \"stop_tokens\": 3}", "stop_tokens"},
+        {"{\"tokens\": [2], \"max_tokens\": 1}", NULL},
+    };
+    perk_buffer file = {0};
+    for (size_t i = 0; i < PERK_COUNT(cases); i++) perk_buffer_printf(&file, "%s\n", cases[i].line);
+    outcome result = run_perk(file.data, "run --model %s --prompts -", FOLDER);
+    CHECK_CODE(result, 1);
+    CHECK(strstr(result.errors, "17 of 19 requests failed"), "%s", result.errors);
+    json_t *answers = lines_of(&result);
+    CHECK(json_array_size(answers) == PERK_COUNT(cases), "%s", result.out);
+    for (size_t i = 0; i < PERK_COUNT(cases); i++) {
+        const char *error = json_string_value(json_object_get(json_array_get(answers, i), "error"));
+        CHECK(cases[i].error ? error && strstr(error, cases[i].error) : !error, "%s: %s", cases[i].line, error);
+    }
+    json_decref(answers);
+    outcome_free(&result);
+    perk_buffer_free(&file);
+    expect_failure(1, "nowhere.jsonl", "run --model " FOLDER " --prompts nowhere.jsonl");
+    expect_failure(2, "goes with none", "run --model " FOLDER " --prompts x --tokens 1");
+    expect_output("\n", "", "run --model " FOLDER " --prompts -");
+}
+
 static void test_tokenize(void) {
     temp_folder folder = temp_make();
     char *data;
@@ -438,6 +534,8 @@ int main(void) {
     test_usage();
     test_run();
     test_run_text();
+    test_prompts();
+    test_wrong_prompts();
     test_tokenize();
     test_logits();
     test_dump();

@@ -77,6 +77,36 @@ static void test_ops(void) {
     fprintf(stderr, "%d cases of ops\n", ran);
 }
 
+/* More than 64 rows: linears on wgmma, with one to eight row tiles together, cut ones, odd numbers of blocks, rows that
+ * the step does not have. */
+static void test_wide(void) {
+    static const perk_op_case cases[] = {
+        {.op = "linear", .rows = 128, .in = 200, .out = 90, .bias = true, .residual = true},
+        {.op = "linear", .rows = 100, .in = 544, .out = 489, .residual = true},
+        {.op = "linear", .rows = 256, .live = 70, .in = 64, .out = 40},
+        {.op = "mlp", .rows = 256, .live = 200, .in = 136, .out = 150},
+        {.op = "mlp", .rows = 65, .in = 320, .out = 250},
+        {.op = "vocabulary", .rows = 80, .in = 96, .out = 300},
+        {.op = "decoder",
+         .rows = 128,
+         .live = 90,
+         .in = 72,
+         .out = 100,
+         .heads = 3,
+         .kv_heads = 1,
+         .head_dim = 32,
+         .context = 40,
+         .requests = 3},
+    };
+    for (size_t i = 0; i < PERK_COUNT(cases); i++) {
+        perk_op_verdict v;
+        char shape[128];
+        CHECK(run_op(&cases[i], 0, &v), "%s %s: %s[%zu, %zu] is %g, wanted %g; %s", cases[i].op,
+              perk_op_case_shape(&cases[i], shape, sizeof shape), v.tensor, v.by.row, v.by.col, v.by.got, v.by.wanted,
+              v.problem);
+    }
+}
+
 /* ---- the shipped model ---- */
 
 enum { TOKENS = 20, VOCABULARY = 2048 };
@@ -86,6 +116,7 @@ static void compute_logits(perk_backend backend, int rows, float *logits) {
         .backend = backend,
         .precision = 1,
         .no_cache = 1,
+        .program_tokens = {rows},
         .config = {.max_num_batched_tokens = rows, .max_num_logit_rows = rows, .max_seq_length = 64, .page_size = 16}};
     perk_engine *engine;
     int32_t ids[TOKENS];
@@ -116,37 +147,65 @@ static void test_model(void) {
 static const struct {
     const char *what;
     fake_edit edits[FAKE_EDITS];
-    bool passes; /* stays right: what the others are held against */
+    bool passes;  /* stays right: what the others are held against */
+    bool is_wide; /* in programs for more than 64 tokens a step */
 } faults[] = {
-    {"nothing wrong", {{"linear.cuh", "// the products need the slot no more", "//"}}, true},
+    {"nothing wrong", {{"linear.cuh", "// the products need the slot no more", "//"}}, true, false},
     {"a ring slot is given back before it was read",
      {{"linear.cuh", "if (in_chunk == 0) wait_full(w, chunk);",
        "if (in_chunk == 0) wait_full(w, chunk);\nif (in_chunk + kGroupBlocks == kShare) release_chunk(w, chunk, 0);"},
       {"linear.cuh", "release_chunk(w, chunk, b[kGroupBlocks - 1].w);", ";"}},
+     false,
      false},
-    {"a chunk is not waited for", {{"linear.cuh", "if (in_chunk == 0) wait_full(w, chunk);", ""}}, false},
+    {"a chunk is not waited for", {{"linear.cuh", "if (in_chunk == 0) wait_full(w, chunk);", ""}}, false, false},
     {"outputs are signalled before all warps have stored them",
-     {{"worker.cuh", "    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);\n    if (w.thread == 0 && !given_up)",
-       "    if (w.thread == 0 && !given_up)"}},
+     {{"worker.cuh", "    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);\n    if (w.thread == 0 && !given_up",
+       "    if (w.thread == 0 && !given_up"}},
+     false,
      false},
     {"inputs are not waited for",
      {{"worker.cuh", "if (w.lane < PERK_RECORD_WAITS && per_step != 0) wait_counter(w, counter, target);", ""}},
+     false,
      false},
     {"half of the warp goes another way",
      {{"rows.cuh", "int offset = 16; offset", "int offset = w_half(); offset"},
       {"rows.cuh", "// Sum over the 32 lanes",
        "__device__ inline int w_half() { return threadIdx.x % 2 ? 16 : 8; }\n//"}},
+     false,
      false},
     {"a store outside of shared memory",
      {{"linear.cuh", "store_shared16(base + (piece", "store_shared16(base + (1u << 20) + (piece"}},
+     false,
      false},
+    {"nothing wrong, wide", {{"wide.cuh", "// Adds the products of one slice.", "//"}}, true, true},
+    {"a slice is not waited for",
+     {{"wide.cuh", "wait_slot<false>(w, w.input_full(number)", "if (0) wait_slot<false>(w, 0"}},
+     false,
+     true},
+    {"a slice is given back before its products are done",
+     {{"wide.cuh", "wgmma_wait<0>();", "mbarrier_arrive_after(w.input_empty(number), w.lane, 0);wgmma_wait<0>();"},
+      {"wide.cuh", "wgmma_keep(sums[1]);\n        mbarrier_arrive_after(w.input_empty(number), w.lane, 0);", ""}},
+     false,
+     true},
+    {"sums are read before they are there", {{"wide.cuh", "wgmma_wait<0>();", ""}}, false, true},
+    {"slices are brought before they are written",
+     {{"worker.cuh", "if (w.lane < PERK_RECORD_WAITS && __ldg(&record->wait_per_step[w.lane]) != 0)", "if (0)"}},
+     false,
+     true},
+    {"columns are not dealt as the weights are",
+     {{"rows.cuh", "(sixteen ^ row % 8) * 16 + lane * 4", "(sixteen ^ row % 8) * 16 + (lane ^ 1) * 4"}},
+     false,
+     true},
 };
 
 /* In a process of its own, since the emulator ends it where it finds something. */
-static bool shows(const char *what, const fake_edit *edits) {
-    static const perk_op_case cases[] = {
+static bool shows(const char *what, const fake_edit *edits, bool is_wide) {
+    static const perk_op_case narrow[] = {
         {.op = "mlp", .rows = 8, .in = 512, .out = 1000},
         {.op = "decoder", .rows = 3, .in = 72, .out = 500, .heads = 3, .kv_heads = 1, .head_dim = 32, .context = 20}};
+    static const perk_op_case wide[] = {{.op = "mlp", .rows = 70, .in = 512, .out = 100}};
+    const perk_op_case *cases = is_wide ? wide : narrow;
+    size_t count = is_wide ? PERK_COUNT(wide) : PERK_COUNT(narrow);
     int result = -1;
     fflush(NULL);
     pid_t child = fork();
@@ -158,17 +217,18 @@ static bool shows(const char *what, const fake_edit *edits) {
         memcpy(compiler->edits, edits, sizeof compiler->edits);
         driver->launches = 0;
         for (size_t run = 0; run < 14; run++)
-            if (!run_op(&cases[run % PERK_COUNT(cases)], 0, &v)) _exit(1);
+            if (!run_op(&cases[run % count], 0, &v)) _exit(1);
         _exit(0);
     }
     CHECK(child > 0 && waitpid(child, &result, 0) == child);
+    CHECK(!WIFEXITED(result) || WEXITSTATUS(result) != FAKE_EDIT_MISSES, "%s: the device code has changed", what);
     return result != 0;
 }
 
 static void test_faults(void) {
     int wrong = 0;
     for (size_t i = 0; i < PERK_COUNT(faults); i++) {
-        bool shown = shows(faults[i].what, faults[i].edits);
+        bool shown = shows(faults[i].what, faults[i].edits, faults[i].is_wide);
         wrong += shown == faults[i].passes;
         fprintf(stderr, "%s: %s\n", faults[i].what, shown ? "shows" : "does not show");
     }
@@ -186,6 +246,7 @@ int main(void) {
     test_faults();
 
     test_ops();
+    test_wide();
     test_model();
     return 0;
 }

@@ -104,6 +104,7 @@ static perk_engine_options engine_options(perk_backend backend) {
                                  .cache_folder = cache_folder,
                                  .no_cache = !cache_folder,
                                  .log = engine_log,
+                                 .program_tokens = {1, 8},
                                  .config = {.max_num_batched_tokens = 8,
                                             .max_num_batched_requests = 2,
                                             .page_size = 16,
@@ -418,7 +419,7 @@ static void test_every_call_of_the_compiler(void) {
     begin_run((fake_fault){0});
     CHECK_OK(run());
     long calls = compiler->calls;
-    CHECK(calls > 12 && compiler->compiles == 2 /* the step, and packing */, "%ld calls", calls);
+    CHECK(calls > 12 && compiler->compiles == 3 /* two sizes of a step, and packing */, "%ld calls", calls);
     begin_run((fake_fault){0});
     CHECK_OK(run());
     CHECK(compiler->calls == 0, "a warm start called NVRTC");
@@ -442,7 +443,7 @@ static void keep_start_log(void *user, perk_log_level level, const char *message
 static void test_refused_cubins(void) {
     static const CUresult results[] = {CUDA_ERROR_INVALID_IMAGE, CUDA_ERROR_NO_BINARY_FOR_GPU};
     engine_log = (perk_log){keep_start_log, NULL};
-    for (long call = 1; call <= 2; call++) /* the step's program, then packing's */
+    for (long call = 1; call <= 3; call++) /* those of steps, then packing's */
         for (size_t i = 0; i < PERK_COUNT(results); i++) {
             begin_run((fake_fault){.call = call, .function = "cuModuleLoadData", .result = results[i]});
             start_log[0] = '\0';
@@ -457,7 +458,7 @@ static void test_refused_cubins(void) {
     cache_folder = NULL; /* refused although just made: once is enough */
     begin_run((fake_fault){.call = 1, .function = "cuModuleLoadData", .result = results[0]});
     CHECK_FAILS(run(), PERK_DRIVER, "loading the program: the driver says FAKE_ERROR_200");
-    CHECK(compiler->compiles == 1);
+    CHECK(compiler->compiles == 2);
     cache_folder = scratch;
     setenv("PERK_LIBNVRTC", "/nonexistent/libnvrtc.so", 1); /* nothing to make it anew with */
     begin_run((fake_fault){.call = 1, .function = "cuModuleLoadData", .result = results[1]});
@@ -466,9 +467,9 @@ static void test_refused_cubins(void) {
     engine_log = (perk_log){0};
 }
 
-/* Engines of 64 processes, all cold: each of the two programs is compiled once. */
+/* Engines of 64 processes, all cold: each of the three programs is compiled once. */
 static void test_cold_starts_together(void) {
-    enum { PROCESSES = 64, PROGRAMS = 2 };
+    enum { PROCESSES = 64, PROGRAMS = 3 };
     path_text folder_path = fresh_folder("together"), tally = path_in(scratch, "tally");
     pid_t children[PROCESSES];
     int gate[2];
@@ -528,7 +529,7 @@ static void test_starts_on_damaged_entries(void) {
     for (struct dirent *item; (item = readdir(listing)) && count < 8;)
         if (item->d_name[0] != '.') snprintf(names[count++], sizeof names[0], "%.60s", item->d_name);
     closedir(listing);
-    CHECK(count == 4, "%d entries", count);
+    CHECK(count == 6, "%d entries", count);
     engine_log = (perk_log){keep_start_log, NULL};
     for (int i = 0; i < count; i++) {
         path_text path = path_in(folder_path.text, names[i]);

@@ -1,23 +1,10 @@
 /* The graph API refuses what makes no sense. */
-#include "graph.h"
+#include "graph_checks.h"
 #include "ops/op.h"
-#include "test.h"
 
 static perk_error err;
 
 /* ---- layer calls ---- */
-
-static perk_graph *new_graph(void) {
-    perk_graph *g;
-    CHECK_OK(perk_graph_create(&g, "test", &err));
-    return g;
-}
-
-/* The graph failed with `text`; frees it. */
-static void check_refused(perk_graph *g, const char *text) {
-    CHECK_FAILS(perk_graph_check(g, &err), PERK_INVALID_ARGUMENT, text);
-    perk_graph_free(g);
-}
 
 static void test_good_graph(void) {
     perk_graph *g = new_graph();
@@ -74,7 +61,10 @@ static void test_refusals(void) {
     check_refused(g, "residual r");
     g = new_graph();
     perk_silu_mul(g, "s", perk_input(g, "x", 7));
-    check_refused(g, "even");
+    check_refused(g, "silu_mul s: needs an activation of even");
+    g = new_graph();
+    perk_gelu_mul(g, "s", perk_input(g, "x", 7));
+    check_refused(g, "gelu_mul s: needs an activation of even");
     g = new_graph();
     perk_argmax(g, "a", perk_input(g, "x", 8));
     check_refused(g, "fp32");

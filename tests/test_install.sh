@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs a build into a folder of its own and uses it from there as an embedding program would: examples/hello.c with
-# pkg-config (shared and static) and with find_package (both targets), the headers from C++, the installed CLI.
+# pkg-config (shared and static) and with find_package (both targets), the other examples, the headers from C++, the
+# installed CLI.
 # usage: tests/test_install.sh BUILD_FOLDER CC LIBDIR
 set -eu
 build=$1 cc=$2 libdir=$3
@@ -42,6 +43,14 @@ expect_story "$work/hello_pc_static"
 "$cc" -std=c11 -Wall -Wextra -Werror "$root/examples/test_op.c" -o "$work/test_op" $(pkg-config --cflags --libs perk) \
     "-Wl,-rpath,$prefix/$libdir"
 PERK_CACHE_DIR=$work/cache "$work/test_op" | grep 'worst error' || { echo "failed: test_op" >&2; exit 1; }
+# Every token of four prompts comes through the descriptor.
+# shellcheck disable=SC2046
+"$cc" -std=c11 -Wall -Wextra -Werror "$root/examples/service.c" -o "$work/service" $(pkg-config --cflags --libs perk) \
+    -pthread "-Wl,-rpath,$prefix/$libdir"
+PERK_CACHE_DIR=$work/cache "$work/service" "$model" >"$work/out" 2>"$work/err" &&
+    [ "$(grep -c 'ended, 40 tokens' "$work/out")" = 4 ] ||
+    { echo "failed: service" >&2; cat "$work/out" "$work/err" >&2; exit 1; }
+echo "ok: service"
 
 # find_package
 build_consumer() {

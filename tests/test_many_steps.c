@@ -1,7 +1,7 @@
 /* Many steps of one launch (src/gpu_many.h), on the emulator: the tokens are those of single steps, no page is lost,
  * requests come and go while the launch runs, launches end when they should, and a hang is reported.
  * EMULATOR_SEED=N runs everything in another order; PERK_TEST_GPU=1 runs it on the GPU, PERK_TEST_PORTABLE=1 with
- * portable device code. */
+ * portable device code. The argument is the root of the repository, where that is not where it was built. */
 #include "device.h"
 #include "fake_cuda/fake_cuda.h"
 #include "gpu_many.h"
@@ -18,13 +18,11 @@
 #include <pthread.h>
 #include <unistd.h>
 
-#define TINY PERK_SOURCE_DIR "/examples/tiny"
-
 enum { WORKERS = 2, REQUESTS = 6, POSITIONS = 64 };
 
 static perk_error err;
 static perk_model *model;
-static path_text cache, folder;
+static path_text cache, folder, tiny;
 /* Pages for two of the largest requests: three of them run into a shortage. */
 static perk_config config = {.max_num_batched_tokens = 8,
                              .max_num_batched_requests = 3,
@@ -50,14 +48,14 @@ static void open_fake(void) {
 static void make_model(void) {
     static char text[4096];
     folder = path_in(scratch, "model");
-    FILE *file = fopen(TINY "/config.json", "rb");
+    FILE *file = fopen(path_in(tiny.text, "config.json").text, "rb");
     CHECK(file && fread(text, 1, sizeof text - 1, file) > 0 && fclose(file) == 0);
     char *layers = strstr(text, "\"num_hidden_layers\": 6");
     CHECK(layers && mkdir(folder.text, 0700) == 0);
     layers[strlen("\"num_hidden_layers\": ")] = '2';
     file = fopen(path_in(folder.text, "config.json").text, "wb");
     CHECK(file && fputs(text, file) >= 0 && fclose(file) == 0);
-    CHECK(symlink(TINY "/model.safetensors", path_in(folder.text, "model.safetensors").text) == 0);
+    CHECK(symlink(path_in(tiny.text, "model.safetensors").text, path_in(folder.text, "model.safetensors").text) == 0);
     CHECK_OK(perk_model_open(&model, folder.text, false, 0, &err));
     CHECK_OK(perk_config_resolve(&config, model->max_positions, &err));
 }
@@ -389,7 +387,7 @@ static void test_engine(void) {
     }
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     if (strstr(EMULATOR_CXX, "NOTFOUND") && !getenv("PERK_TEST_GPU")) {
         fprintf(stderr, "skipped: no C++ compiler was found\n");
         return TEST_SKIP;
@@ -398,6 +396,10 @@ int main(void) {
     make_scratch();
     if (!getenv("PERK_TEST_GPU")) open_fake();
     cache = path_in(scratch, "cache");
+    char *root = realpath(argc > 1 ? argv[1] : PERK_SOURCE_DIR, NULL); /* links lead there */
+    CHECK(root, "%s", argc > 1 ? argv[1] : PERK_SOURCE_DIR);
+    tiny = path_in(root, "examples/tiny");
+    free(root);
     make_model();
     draw_requests(requests, REQUESTS, 5);
     test_check();

@@ -1,29 +1,17 @@
 /* The layer calls of mixtures of experts: what they refuse, and the reference executor against plain formulas. Whole
  * models of such layers are in test_reference. */
 #include "device.h"
-#include "graph.h"
+#include "graph_checks.h"
 #include "model.h"
 #include "perk/test.h"
 #include "plan.h"
 #include "random_weights.h"
 #include "reference_state.h"
 #include "stored_weight.h"
-#include "test.h"
 
 #include <math.h>
 
 static perk_error err;
-
-static perk_graph *new_graph(void) {
-    perk_graph *g;
-    CHECK_OK(perk_graph_create(&g, "test", &err));
-    return g;
-}
-
-static void check_refused(perk_graph *g, const char *text) {
-    CHECK_FAILS(perk_graph_check(g, &err), PERK_INVALID_ARGUMENT, text);
-    perk_graph_free(g);
-}
 
 /* ---- shapes ---- */
 

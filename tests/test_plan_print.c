@@ -116,8 +116,9 @@ static void test_json(const perk_plan *plan) {
     CHECK(number(json, "config", "max_num_batched_tokens") == 4);
     const json_t *shared = json_object_get(json, "shared_memory");
     CHECK(number(shared, NULL, "ring_slots") * number(shared, NULL, "slot_bytes") +
-              number(shared, NULL, "staging_bytes") + number(shared, NULL, "reduction_bytes") +
-              number(shared, NULL, "batch_bytes") + number(shared, NULL, "barrier_bytes") ==
+              number(shared, NULL, "slices_bytes") + number(shared, NULL, "staging_bytes") +
+              number(shared, NULL, "reduction_bytes") + number(shared, NULL, "batch_bytes") +
+              number(shared, NULL, "barrier_bytes") ==
           plan->shared_bytes);
     CHECK(number(json, "spaces", "weights") >= (json_int_t)packed_bytes(plan));
     CHECK(number(json, "spaces", "kv") == (json_int_t)plan->kv_layer_bytes * 6);

@@ -1,5 +1,6 @@
 /* The reference executor against transformers (tests/fixtures/<family>, made by make_models.py): logits in fp32, greedy
  * tokens, and the same bits however the tokens are cut into steps, pages, batches and threads. */
+#include "activation.h"
 #include "executor.h"
 #include "float.h"
 #include "model.h"
@@ -499,8 +500,22 @@ static int test_family(const char *family) {
     return tested;
 }
 
+/* Against the formulas in double, over all that is not rounded away. */
+static void test_activations(void) {
+    for (int i = -4000; i <= 4000; i++) {
+        double x = i / 256.0, inner = sqrt(2 / acos(-1)) * (x + 0.044715 * x * x * x);
+        double silu = x / (1 + exp(-x)), gelu = x / (1 + exp(-2 * inner));
+        CHECK(fabs(gelu - x / 2 * (1 + tanh(inner))) < 1e-14, "the two forms of gelu at %g", x);
+        CHECK(perk_activate(PERK_ACTIVATION_NONE, (float)x) == (float)x);
+        CHECK(fabs(perk_activate(PERK_ACTIVATION_SILU, (float)x) - silu) <= 2e-5 * fabs(silu), "silu(%g)", x);
+        CHECK(fabs(perk_activate(PERK_ACTIVATION_GELU_TANH, (float)x) - gelu) <= 2e-5 * fabs(gelu) + 1e-37,
+              "gelu_tanh(%g)", x);
+    }
+}
+
 int main(void) {
     test_dots();
+    test_activations();
     test_layers_alone();
     test_random_weights();
     CHECK(test_family("qwen3") == 12);

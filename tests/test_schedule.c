@@ -2,22 +2,11 @@
  * through the pages: every cell of a page holds the hash of all that came before it and of its own token, so that a
  * wrong, stale or doubly owned page shows as a wrong token. Then the pool, the cut of attention, and NVRTC. */
 #include "jit/compile.h"
-#include "sampler.h"
 #include "schedule_checks.h"
 
 enum { VOCAB = 50, JOBS = 24, MAX_POSITIONS = 160 };
 
 static perk_error err;
-
-/* ---- random numbers ---- */
-
-typedef struct random_draws {
-    uint64_t seed, place;
-} random_draws;
-
-static int roll(random_draws *dice, int low, int high) {
-    return low + (int)(perk_uniform(dice->seed, dice->place++) * (high - low + 1));
-}
 
 /* ---- the fake model ---- */
 

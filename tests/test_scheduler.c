@@ -8,16 +8,6 @@ enum { VOCAB = 40, EOS = 7 };
 
 static perk_error err;
 
-/* ---- random numbers ---- */
-
-typedef struct random_draws {
-    uint64_t seed, place;
-} random_draws;
-
-static int roll(random_draws *dice, int low, int high) {
-    return low + (int)(perk_uniform(dice->seed, dice->place++) * (high - low + 1));
-}
-
 /* ---- the fake model ---- */
 
 static uint64_t extend(uint64_t hash, int32_t token) {
@@ -77,9 +67,10 @@ static void fake_step(fake_executor *fake, const perk_batch *batch, bool want_lo
     *result = (perk_step_result){.argmax = fake->argmax, .logits = want_logits ? fake->logits : NULL};
 }
 
-/* What a request must answer, computed alone. */
+/* What a request must answer, computed alone. `logprobs` [answer][perk_sampling_logprob_count] */
 static int32_t expected_answer(const perk_config *config, const int32_t *prompt, int32_t length,
-                               const perk_sampling *sampling, int32_t *answer, perk_finish *finish) {
+                               const perk_sampling *sampling, int32_t *answer, perk_logprob *logprobs,
+                               perk_finish *finish) {
     float logits[VOCAB];
     perk_sampler *sampler;
     int32_t count = 0, room = config->max_seq_length - length;
@@ -90,9 +81,12 @@ static int32_t expected_answer(const perk_config *config, const int32_t *prompt,
     *finish = PERK_FINISH_LENGTH;
     while (count < room) {
         hash_logits(hash, logits);
-        CHECK_OK(perk_sampler_pick(sampler, logits, sampling, (uint64_t)count, &answer[count], &err));
-        hash = extend(hash, answer[count]);
-        if (answer[count++] != EOS || sampling->ignore_eos) continue;
+        perk_history history = {prompt, answer, length, count};
+        CHECK_OK(perk_sampler_pick(sampler, logits, sampling, &history, &answer[count],
+                                   logprobs + count * perk_sampling_logprob_count(sampling), &err));
+        hash = extend(hash, answer[count++]);
+        bool eos = answer[count - 1] == EOS && !sampling->ignore_eos;
+        if (!eos && !perk_sampling_stops(sampling, answer[count - 1])) continue;
         *finish = PERK_FINISH_STOP;
         break;
     }
@@ -119,22 +113,45 @@ static void submit(perk_scheduler *scheduler, const perk_config *config, random_
         job->sampling.top_k = roll(dice, 0, 10);
         job->sampling.seed = (uint64_t)roll(dice, 0, 5);
     }
+    static const perk_logit_bias bias[] = {{3, 2.5f}, {VOCAB - 1, -50}};
+    static const int32_t stop_tokens[] = {2, VOCAB - 2};
+    job->sampling.bias = bias;
+    job->sampling.bias_count = roll(dice, 0, 4) ? 0 : 2;
+    job->sampling.stop_tokens = stop_tokens;
+    job->sampling.stop_token_count = roll(dice, 0, 3) ? 0 : 2;
+    job->sampling.repetition_penalty = roll(dice, 0, 4) ? 0 : 1.3f;
+    job->sampling.frequency_penalty = roll(dice, 0, 4) ? 0 : 0.4f;
+    job->sampling.logprobs = roll(dice, 0, 2) == 0;
+    job->sampling.top_logprobs = job->sampling.logprobs ? roll(dice, 0, 3) : 0;
     CHECK_OK(
         perk_scheduler_submit(scheduler, job->prompt, (size_t)job->prompt_length, &job->sampling, &job->request, &err));
 }
 
+static void check_logprobs(const test_job *job, size_t count, const perk_logprob *expected) {
+    size_t each = (size_t)perk_sampling_logprob_count(&job->sampling), got = 0;
+    for (size_t i = 0; i < count; i++) {
+        const perk_logprob *logprobs = perk_request_logprobs(job->request, i, &got);
+        CHECK(got == each && (each ? memcmp(logprobs, expected + i * each, each * sizeof *logprobs) == 0 : !logprobs),
+              "place %zu", i);
+    }
+    CHECK(!perk_request_logprobs(job->request, count, &got) && got == 0, "a place without a token");
+}
+
 static void check_answer(const perk_config *config, test_job *job) {
+    static perk_logprob logprobs[512 * 4];
     int32_t answer[512];
     perk_finish finish;
     size_t count;
     const int32_t *tokens = perk_request_tokens(job->request, &count);
-    int32_t expected = expected_answer(config, job->prompt, job->prompt_length, &job->sampling, answer, &finish);
+    int32_t expected =
+        expected_answer(config, job->prompt, job->prompt_length, &job->sampling, answer, logprobs, &finish);
     if (job->cancelled)
         CHECK(perk_request_finish(job->request) == PERK_FINISH_CANCELLED && (int32_t)count <= expected);
     else
         CHECK(perk_request_finish(job->request) == finish && (int32_t)count == expected, "%d tokens, finish %d",
               (int)count, (int)perk_request_finish(job->request));
     CHECK(memcmp(tokens, answer, count * sizeof *tokens) == 0, "wrong tokens");
+    check_logprobs(job, count, logprobs);
     job->checked = true;
 }
 

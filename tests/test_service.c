@@ -23,6 +23,7 @@ typedef struct test_kind {
     int32_t prompt[60], answer[ANSWER];
     size_t length;
     perk_sampling sampling;
+    float logprobs[ANSWER]; /* of the answer's tokens, where asked for */
 } test_kind;
 
 static test_kind kinds[KINDS];
@@ -36,6 +37,8 @@ static perk_engine *open_engine(void) {
     return engine;
 }
 
+static const perk_logit_bias BIAS[] = {{3, 2}};
+
 static void make_kinds(void) {
     perk_error err = {0};
     perk_engine *engine = open_engine();
@@ -48,11 +51,17 @@ static void make_kinds(void) {
         for (size_t i = 0; i < kind->length; i++) kind->prompt[i] = (int32_t)((i * i + 3 * (size_t)(k % 2)) % VOCAB);
         kind->sampling = (perk_sampling){.max_tokens = ANSWER - k, .ignore_eos = 1, .seed = (uint64_t)k};
         if (k % 3) kind->sampling.temperature = 0.9f;
+        if (k % 2) kind->sampling.repetition_penalty = 1.3f;
+        kind->sampling.logprobs = k % 2;
+        kind->sampling.bias = BIAS;
+        kind->sampling.bias_count = k % 2;
         CHECK_OK(perk_engine_submit(engine, kind->prompt, kind->length, &kind->sampling, &request, &err));
         while (running) CHECK_OK(perk_engine_step(engine, &running, &err));
         const int32_t *tokens = perk_request_tokens(request, &count);
         CHECK((int)count == ANSWER - k);
         memcpy(kind->answer, tokens, count * sizeof *tokens);
+        for (size_t i = 0; i < count && k % 2; i++)
+            kind->logprobs[i] = perk_request_logprobs(request, i, NULL)->logprob;
     }
     perk_engine_free(engine);
 }
@@ -60,8 +69,14 @@ static void make_kinds(void) {
 static uint64_t submit(perk_service *service, int kind) {
     perk_error err = {0};
     uint64_t id;
-    CHECK_OK(perk_service_submit(service, kinds[kind].prompt, kinds[kind].length, &kinds[kind].sampling, &id, &err));
+    perk_sampling sampling = kinds[kind].sampling;
+    perk_logit_bias *bias = malloc(sizeof BIAS); /* the caller's lists are needed during the call only */
+    CHECK(bias);
+    memcpy(bias, BIAS, sizeof BIAS);
+    sampling.bias = bias;
+    CHECK_OK(perk_service_submit(service, kinds[kind].prompt, kinds[kind].length, &sampling, &id, &err));
     CHECK(id != 0);
+    free(bias);
     return id;
 }
 
@@ -79,6 +94,14 @@ static size_t read_answer(perk_service *service, uint64_t id, int kind, size_t r
     CHECK(memcmp(tokens, kinds[kind].answer, got * sizeof *tokens) == 0, "a wrong token of kind %d", kind);
     if (answer.finish) CHECK(answer.stats.answer_tokens == (int32_t)got, "%d", answer.stats.answer_tokens);
     if (answer.finish) CHECK(answer.stats.prompt_tokens == (int32_t)kinds[kind].length);
+    for (size_t i = 0; i <= got; i++) {
+        perk_logprob logprob[3];
+        size_t count;
+        CHECK_OK(perk_service_logprobs(service, id, i, logprob, PERK_COUNT(logprob), &count, &err));
+        if (i == got) break; /* more may have come */
+        CHECK(count == (size_t)(kind % 2), "%zu log probabilities", count);
+        if (count) CHECK(logprob->token == tokens[i] && logprob->logprob == kinds[kind].logprobs[i], "place %zu", i);
+    }
     *finish = answer.finish;
     return got;
 }

@@ -3,6 +3,7 @@
 #include "fake_cuda/fake_cuda.h"
 #include "src/float.h"
 #include "src/gpu_state.h"
+#include "src/ops/op.h"
 #include "src/test_mode.h"
 #include "src/test_ops.h"
 #include "test_cache.h"
@@ -184,9 +185,10 @@ static void test_rows_alone(void) {
     perk_graph *g = perk_test_graph(test);
     perk_tensor *x = perk_input(g, "x", WIDTH), *gain = perk_attach_vector(g, "gain", WIDTH);
     perk_tensor *norm = perk_rmsnorm(g, "norm", x, gain, 1e-5f), *silu = perk_silu_mul(g, "silu", x);
+    perk_tensor *gelu = perk_gelu_mul(g, "gelu", x);
     CHECK_OK(perk_test_run(test, &err));
     float *xs = read_all(test, x, WIDTH), *gains = read_all(test, gain, WIDTH);
-    float normed[ROWS * WIDTH], gated[ROWS * WIDTH / 2];
+    float normed[ROWS * WIDTH], by_silu[ROWS * WIDTH / 2], by_gelu[ROWS * WIDTH / 2];
     for (int r = 0; r < ROWS; r++) {
         double square = 0;
         for (int i = 0; i < WIDTH; i++) square += (double)xs[r * WIDTH + i] * (double)xs[r * WIDTH + i];
@@ -194,11 +196,14 @@ static void test_rows_alone(void) {
             normed[r * WIDTH + i] = (float)((double)xs[r * WIDTH + i] / sqrt(square / WIDTH + 1e-5) * (double)gains[i]);
         for (int i = 0; i < WIDTH / 2; i++) {
             double gate = (double)xs[r * WIDTH + i], up = (double)xs[r * WIDTH + WIDTH / 2 + i];
-            gated[r * WIDTH / 2 + i] = (float)(gate / (1 + exp(-gate)) * up);
+            double inner = sqrt(2 / acos(-1)) * (gate + 0.044715 * gate * gate * gate);
+            by_silu[r * WIDTH / 2 + i] = (float)(gate / (1 + exp(-gate)) * up);
+            by_gelu[r * WIDTH / 2 + i] = (float)(gate / 2 * (1 + tanh(inner)) * up);
         }
     }
     check_exact(test, norm, normed, ROWS * WIDTH);
-    check_exact(test, silu, gated, ROWS * WIDTH / 2);
+    check_exact(test, silu, by_silu, ROWS * WIDTH / 2);
+    check_exact(test, gelu, by_gelu, ROWS * WIDTH / 2);
     free(xs);
     free(gains);
     perk_test_free(test);
@@ -403,26 +408,48 @@ static void run_quick(const perk_op_case *cases, size_t count, const perk_test_o
     }
 }
 
+/* Whether the graph of a case has an op of this type. */
+static bool builds(const perk_op_case *c, const perk_op_type *type) {
+    perk_test_options o = on_reference(0);
+    o.backend = PERK_BACKEND_AUTO;
+    perk_test *test;
+    perk_tensor *output;
+    size_t count = 1;
+    CHECK_OK(perk_op_case_open(&test, c, &o, &output, &count, &err));
+    const perk_graph *graph = perk_test_graph(test);
+    bool found = false;
+    for (int i = 0; i < graph->op_count; i++) found = found || graph->ops[i]->type == type;
+    perk_test_free(test);
+    return found;
+}
+
+static bool covers(const perk_op_case *cases, size_t count, const perk_op_type *type) {
+    bool covered = false;
+    for (size_t i = 0; i < count && !covered; i++) covered = cases[i].quick && builds(&cases[i], type);
+    return covered;
+}
+
 static void test_grid(void) {
-    static const char *const registered[] = {
-#define PERK_OP(name) #name,
+    static const perk_op_type *const registered[] = {
+#define PERK_OP(name) &perk_op_##name,
 #include "src/ops/ops.def"
 #undef PERK_OP
     };
-    size_t count;
-    const perk_op_case *grid = perk_op_grid(&count);
+    size_t count, reference_count;
+    const perk_op_case *grid = perk_op_grid(&count), *reference_grid = perk_op_reference_grid(&reference_count);
     CHECK(count * 2 <= 90, "%zu cases, each a native and a portable program", count);
-    for (size_t i = 0; i < PERK_COUNT(registered); i++) {
-        const perk_op_case *c = perk_op_case_of(registered[i]);
-        CHECK(c && c->quick, "%s has no quick case in the grid", registered[i]);
+    for (int i = 0; perk_op_case_names[i]; i++) {
+        const perk_op_case *c = perk_op_case_of(perk_op_case_names[i]);
+        CHECK(c && c->quick, "%s has no quick case in the grid", perk_op_case_names[i]);
     }
-    for (int i = 0; perk_op_case_names[i]; i++) CHECK(perk_op_case_of(perk_op_case_names[i]));
+    for (size_t i = 0; i < PERK_COUNT(registered); i++)
+        CHECK(covers(grid, count, registered[i]) || covers(reference_grid, reference_count, registered[i]),
+              "no quick case of the grid builds %s", registered[i]->name);
     CHECK(perk_op_case_of("nonsense") == NULL);
     perk_test_options o = on_reference(0);
     run_quick(grid, count, &o);
-    grid = perk_op_reference_grid(&count);
     o.backend = PERK_BACKEND_AUTO; /* these know that there is but one */
-    run_quick(grid, count, &o);
+    run_quick(reference_grid, reference_count, &o);
     o.backend = PERK_BACKEND_REFERENCE;
     perk_op_verdict verdict;
     perk_op_case bad = *perk_op_case_of("linear");
@@ -455,12 +482,17 @@ static void test_without_gpu(void) {
     perk_silu_mul(perk_test_graph(test), "y", perk_input(perk_test_graph(test), "x", 40));
     CHECK_FAILS(perk_test_run(test, &err), PERK_UNSUPPORTED, "8.0");
     perk_test_free(test);
-    o = (perk_test_options){.rows = 65};
+    o = (perk_test_options){.rows = 257};
+    test = create(&o);
+    perk_silu_mul(perk_test_graph(test), "y", perk_input(perk_test_graph(test), "x", 40));
+    CHECK_FAILS(perk_test_run(test, &err), PERK_UNSUPPORTED, "at most 256 rows");
+    perk_test_free(test);
+    o = (perk_test_options){.rows = 65, .arch = "sm_100a"};
     test = create(&o);
     perk_silu_mul(perk_test_graph(test), "y", perk_input(perk_test_graph(test), "x", 40));
     CHECK_FAILS(perk_test_run(test, &err), PERK_UNSUPPORTED, "at most 64 rows");
     perk_test_free(test);
-    o.backend = PERK_BACKEND_GPU;
+    o = (perk_test_options){.rows = 65, .backend = PERK_BACKEND_GPU};
     test = create(&o);
     perk_silu_mul(perk_test_graph(test), "y", perk_input(perk_test_graph(test), "x", 40));
     CHECK_FAILS(perk_test_run(test, &err), PERK_NO_DRIVER, "/nonexistent/libcuda.so");
@@ -539,10 +571,10 @@ static void test_poison(void) {
 
     const perk_gpu *gpu = (const perk_gpu *)perk_test_executor(test);
     int seen = 0;
-    for (int i = 0; i < gpu->plan->tensor_count; i++) {
-        const perk_plan_tensor *t = &gpu->plan->tensors[i];
+    for (int i = 0; i < gpu->largest->plan->tensor_count; i++) {
+        const perk_plan_tensor *t = &gpu->largest->plan->tensors[i];
         if (t->space != PERK_SPACE_ACTIVATIONS || t->dtype != PERK_BF16 || t->cols != WIDTH) continue;
-        const uint16_t *rows = (const uint16_t *)(uintptr_t)(gpu->spaces[t->space].address + t->offset);
+        const uint16_t *rows = (const uint16_t *)(uintptr_t)perk_gpu_address(gpu, gpu->largest, t);
         CHECK(t->row_stride == STRIDE && t->rows == 8);
         seen++;
         for (int r = 0; r < 8; r++)

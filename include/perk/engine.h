@@ -26,6 +26,8 @@ typedef enum perk_backend {
     PERK_BACKEND_REFERENCE = 2, /* plain C on the CPU */
 } perk_backend;
 
+enum { PERK_MAX_PROGRAMS = 8 };
+
 typedef struct perk_engine_options {
     perk_backend backend;
     int32_t device;           /* ordinal of the CUDA device */
@@ -44,33 +46,83 @@ typedef struct perk_engine_options {
     int32_t steps_a_launch;    /* on a GPU, up to so many steps happen in one launch, without the host, as long as all
                                   requests are greedy: perk_engine_step returns after them, or earlier when nothing is
                                   unfinished. Cancelling waits as long. 0 or 1: one */
+    /* Programs of the GPU, by the tokens of a step that each is for, in any order; zeros are skipped. Of those that a
+     * step fits, the smallest runs it. The program for max_num_batched_tokens is always there; when that is 0, it is
+     * the largest number here. { max_num_batched_tokens } is one program alone. All 0: 1 and 8 as well, where they are
+     * no more than half of max_num_batched_tokens: a step of one request then pays for nothing that others need, and
+     * 8 tokens are what one product of the tensor cores takes. Of these defaults, those that cannot be had (no
+     * compiler, and not in the cache) are left out. */
+    int32_t program_tokens[PERK_MAX_PROGRAMS];
 } perk_engine_options;
+
+/* One of the programs that an engine holds. */
+typedef struct perk_program_report {
+    int32_t tokens;    /* of the largest step that it runs */
+    int32_t cache_hit; /* the cubin came from the cache */
+    double plan_ms, check_ms, emit_ms, compile_ms, module_ms;
+    int32_t registers, spill_bytes, shared_bytes, cubin_bytes;
+    uint64_t memory_bytes; /* on the device, of its own: activations, task lists, batch, counters */
+} perk_program_report;
 
 /* How the start went, in milliseconds; phases that did not happen are 0. */
 typedef struct perk_start_report {
     perk_backend backend;
     char device[128], arch[16];
-    int32_t cache_hit; /* the cubin came from the cache */
+    int32_t cache_hit; /* the cubins of all programs came from the cache */
     double open_ms;    /* config, graph, tokenizer, checkpoint headers */
     double driver_ms;  /* opening the driver and finding the device */
     double context_ms; /* making the context; runs beside plan, check, emit and compile */
+    /* Plan, check, emit and compile run side by side for all programs: the longest counts. Modules are loaded one after
+     * the other. */
     double plan_ms, check_ms, emit_ms, compile_ms, module_ms;
     double weights_ms;
     uint64_t weights_bytes;
     double total_ms;
-    int32_t registers, spill_bytes, shared_bytes, cubin_bytes;
+    int32_t registers, spill_bytes, shared_bytes, cubin_bytes; /* of the program for the largest steps */
+    int32_t program_count;                                     /* 0 on the reference executor */
+    perk_program_report programs[PERK_MAX_PROGRAMS];           /* by rising tokens */
 } perk_start_report;
 
-/* Zero-initialised is right everywhere: greedy, until the model's end tokens or max_seq_length. */
+typedef struct perk_logit_bias {
+    int32_t token;
+    float bias; /* -100 to 100, added to the token's logit; biases of a token named twice add up */
+} perk_logit_bias;
+
+enum { PERK_MAX_STOP_TOKENS = 16, PERK_MAX_LOGIT_BIAS = 4096, PERK_MAX_TOP_LOGPROBS = 20 };
+
+/* Zero-initialised is right everywhere: greedy, until the model's end tokens or max_seq_length.
+ *
+ * A token's logit l goes through, in this order:
+ *   l += bias
+ *   l = l > 0 ? l / repetition_penalty : l * repetition_penalty   if the token is in the prompt or the answer
+ *   l -= frequency_penalty * (times that it is in the answer)
+ *   l -= presence_penalty                                         if it is in the answer
+ * then temperature, top_k, top_p, min_p (src/sampler.h has the exact distribution); greedy takes the largest l. The
+ * repetition penalty is that of CTRL (arXiv 1909.05858) as transformers' RepetitionPenaltyLogitsProcessor and vLLM have
+ * it; bias, frequency and presence are those of OpenAI's API reference, and vLLM's SamplingParams counts them alike. */
 typedef struct perk_sampling {
-    float temperature;  /* 0: greedy */
-    int32_t top_k;      /* 0: all */
-    float top_p;        /* 0 or 1: all */
-    float min_p;        /* 0: none */
-    uint64_t seed;      /* same seed, same tokens */
-    int32_t max_tokens; /* 0: as many as fit */
-    int32_t ignore_eos; /* 1: the model's end tokens do not end the request */
+    float temperature;           /* 0: greedy */
+    int32_t top_k;               /* 0: all */
+    float top_p;                 /* 0 or 1: all */
+    float min_p;                 /* 0: none */
+    uint64_t seed;               /* same seed, same tokens */
+    int32_t max_tokens;          /* 0: as many as fit */
+    int32_t ignore_eos;          /* 1: the model's end tokens do not end the request */
+    float repetition_penalty;    /* above 0, at most 100; 0 or 1: none */
+    float presence_penalty;      /* -2 to 2; 0: none */
+    float frequency_penalty;     /* -2 to 2; 0: none */
+    const perk_logit_bias *bias; /* [bias_count], copied by the call that takes the sampling */
+    int32_t bias_count;          /* at most PERK_MAX_LOGIT_BIAS */
+    const int32_t *stop_tokens;  /* [stop_token_count], copied: they end the request as the model's end tokens do, */
+    int32_t stop_token_count;    /* also with ignore_eos; at most PERK_MAX_STOP_TOKENS */
+    int32_t logprobs;            /* 1: log probabilities of the tokens, see perk_request_logprobs, */
+    int32_t top_logprobs;        /* and of so many of the likeliest at each place; at most PERK_MAX_TOP_LOGPROBS */
 } perk_sampling;
+
+typedef struct perk_logprob {
+    int32_t token;
+    float logprob; /* natural logarithm, of the model's own distribution: before bias, penalties and temperature */
+} perk_logprob;
 
 typedef enum perk_finish {
     PERK_FINISH_NONE = 0,   /* still running */
@@ -107,6 +159,10 @@ PERK_API perk_status perk_engine_step(perk_engine *engine, int32_t *running, per
 /* The tokens made so far (the end token included); valid until the request is freed, and more follow in place. */
 PERK_API const int32_t *perk_request_tokens(const perk_request *request, size_t *count);
 PERK_API perk_finish perk_request_finish(const perk_request *request);
+/* The log probabilities at place `place` of the answer: first the token that was chosen, then the likeliest
+ * top_logprobs, the best first, ties by the lower id. `*count` (may be NULL) is how many; NULL and 0 when the request
+ * did not ask for them or the place has no token yet. Valid until the request is freed. */
+PERK_API const perk_logprob *perk_request_logprobs(const perk_request *request, size_t place, size_t *count);
 /* Ends the request if it runs and gives back its pages; its tokens stay readable. */
 PERK_API void perk_request_cancel(perk_request *request);
 /* Cancels the request if it runs, and frees it. */
@@ -133,6 +189,7 @@ typedef struct perk_engine_stats {
     uint64_t set_backs;    /* requests that lost their pages to older ones */
     uint64_t evictions;    /* pages kept to be found again whose room was needed */
     double batch_fill;     /* step_tokens / (steps * max_num_batched_tokens); 0 before the first step */
+    uint64_t program_steps[PERK_MAX_PROGRAMS]; /* that each of the report's programs ran; those of logits, too */
     /* now */
     int32_t waiting, running; /* unfinished requests without and with pages */
     int32_t pages, pages_in_use;
@@ -164,8 +221,8 @@ PERK_API perk_status perk_engine_generate_text(perk_engine *engine, const char *
                                                perk_on_token on_token, void *user, perk_generation *generation,
                                                perk_error *err);
 /* Teacher-forced logits: `out` [count][vocab] fp32, row i after reading ids[0..i]. Runs alone, in chunks of the smaller
- * of max_num_batched_tokens and max_num_logit_rows; requests under way may be set back for it (their caches are
- * computed again) but lose nothing. */
+ * of max_num_batched_tokens and max_num_logit_rows, all through the program for the largest steps; requests under way
+ * may be set back for it (their caches are computed again) but lose nothing. */
 PERK_API perk_status perk_engine_logits(perk_engine *engine, const int32_t *ids, size_t count, float *out,
                                         perk_error *err);
 

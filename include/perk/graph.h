@@ -65,6 +65,9 @@ PERK_API perk_tensor *perk_linear_residual(perk_graph *graph, const char *name, 
 /* out[i] = silu(x[i]) * x[width/2 + i], silu(v) = v / (1 + exp(-v));  x [tokens, 2 n] -> [tokens, n].
  * Shazeer 2020, SwiGLU. */
 PERK_API perk_tensor *perk_silu_mul(perk_graph *graph, const char *name, perk_tensor *x);
+/* The same with gelu(v) = v / 2 * (1 + tanh(sqrt(2 / pi) * (v + 0.044715 v^3))) in place of silu: GEGLU there, with
+ * the approximation of gelu by tanh (Hendrycks and Gimpel 2016). */
+PERK_API perk_tensor *perk_gelu_mul(perk_graph *graph, const char *name, perk_tensor *x);
 
 typedef struct perk_attention_params {
     int32_t num_heads, num_kv_heads; /* num_heads is a multiple of num_kv_heads */

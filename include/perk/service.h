@@ -65,6 +65,10 @@ PERK_API perk_status perk_service_poll(perk_service *service, uint64_t request, 
  * count 0 and finish NONE: the time is over. */
 PERK_API perk_status perk_service_wait(perk_service *service, uint64_t request, int32_t *tokens, size_t capacity,
                                        int32_t timeout_ms, perk_answer *answer, perk_error *err);
+/* Copies up to `capacity` of the log probabilities at a place of the answer, as perk_request_logprobs orders them;
+ * *count is 0 when the request did not ask for them or the place has no token yet. PERK_NOT_FOUND: no such request. */
+PERK_API perk_status perk_service_logprobs(perk_service *service, uint64_t request, size_t place,
+                                           perk_logprob *logprobs, size_t capacity, size_t *count, perk_error *err);
 /* Ends a request before the next step; nothing happens to one that has ended. */
 PERK_API perk_status perk_service_cancel(perk_service *service, uint64_t request, perk_error *err);
 /* Cancels the request if it is unfinished, and forgets it: its number means nothing any more. */

@@ -1,8 +1,12 @@
 /* perk: text to token ids and back, as a Hugging Face tokenizer.json describes it, and chat formats.
  *
- * What is read: byte-level BPE with its normalizer (NFC, NFD, NFKC, NFKD, Sequence), pre-tokenizers (Split, Digits,
- * Punctuation, ByteLevel, Sequence), added and special tokens, post-processor (TemplateProcessing, ByteLevel,
- * Sequence) and decoder (ByteLevel, Fuse, Sequence). Anything else is refused by name with PERK_UNSUPPORTED.
+ * What is read: BPE of two kinds, with added and special tokens and a post-processor (TemplateProcessing, ByteLevel,
+ * Sequence):
+ *  - byte-level (Llama 3, Qwen, DeepSeek): pre-tokenizer and decoder ByteLevel;
+ *  - SentencePiece's (Llama 2, Mistral, TinyLlama, Gemma): characters, U+2581 for a space, byte_fallback, unk_token,
+ *    fuse_unk; decoder Replace or Metaspace, ByteFallback, Fuse, Strip (at the beginning), in this order.
+ * Both with the normalizers NFC, NFD, NFKC, NFKD, Prepend, Replace (of a String), Sequence and the pre-tokenizers
+ * Split, Digits, Punctuation, Metaspace, Sequence. Anything else is refused by name with PERK_UNSUPPORTED.
  *
  * Text is UTF-8 of any content, NUL bytes included. Ill-formed input is encoded as if every maximal ill-formed
  * sequence were U+FFFD, the way Python's errors="replace" reads it.
@@ -57,12 +61,15 @@ PERK_API perk_status perk_tokenizer_encode(const perk_tokenizer *tokenizer, cons
                                            perk_error *err);
 
 /* `*text` is well-formed UTF-8, NUL-terminated (not counted in `*size`), released with free(). Bytes that are not
- * UTF-8 come out as U+FFFD, one for every maximal ill-formed sequence. Ids that name no token give nothing. */
+ * UTF-8 come out as U+FFFD: one for every maximal ill-formed sequence of a byte-level tokenizer; with byte fallback, a
+ * run of byte tokens is text if it is UTF-8 as a whole, and else one U+FFFD for every token of it. Ids that name no
+ * token give nothing. */
 PERK_API perk_status perk_tokenizer_decode(const perk_tokenizer *tokenizer, const int32_t *ids, size_t count,
                                            int skip_special, char **text, size_t *size, perk_error *err);
 
 /* Decoding one id at a time. Every piece is complete, well-formed UTF-8: bytes of an unfinished character wait for the
- * next id. All pieces, the one from finish included, add up to what perk_tokenizer_decode gives for all ids. */
+ * next id, and with byte fallback a run of byte tokens waits for the token after it. All pieces, the one from finish
+ * included, add up to what perk_tokenizer_decode gives for all ids. */
 typedef struct perk_text_stream perk_text_stream;
 
 /* `tokenizer` is borrowed until the stream is freed. */
@@ -71,7 +78,7 @@ PERK_API perk_status perk_text_stream_new(perk_text_stream **out, const perk_tok
 /* `*text` (NUL-terminated; `*size` may be 0) belongs to the stream and is valid until its next call. */
 PERK_API perk_status perk_text_stream_push(perk_text_stream *stream, int32_t id, const char **text, size_t *size,
                                            perk_error *err);
-/* Ends the text: what still waits becomes one U+FFFD. The stream is then ready for another text. */
+/* Ends the text: of what still waits, what is no UTF-8 becomes U+FFFD. The stream is then ready for another text. */
 PERK_API perk_status perk_text_stream_finish(perk_text_stream *stream, const char **text, size_t *size,
                                              perk_error *err);
 PERK_API void perk_text_stream_free(perk_text_stream *stream);
@@ -82,6 +89,7 @@ typedef enum perk_chat_family {
     PERK_CHAT_QWEN3 = 1,    /* <|im_start|>role ... <|im_end|>; roles system, user, assistant, tool */
     PERK_CHAT_LLAMA3 = 2,   /* <|start_header_id|>role<|end_header_id|> ... <|eot_id|>; any role */
     PERK_CHAT_DEEPSEEK = 3, /* User and Assistant in full-width bars; roles system, user, assistant, tool */
+    PERK_CHAT_MISTRAL = 4,  /* [INST] ... [/INST] of Mistral 7B v0.3; system first, then user and assistant in turns */
 } perk_chat_family;
 
 typedef struct perk_chat_message {

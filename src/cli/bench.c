@@ -12,7 +12,7 @@ typedef struct measurement {
 static const measurement measurements[] = {
     {"decode", perk_bench_measure_decode, true},   {"prefill", perk_bench_measure_prefill, true},
     {"startup", perk_bench_measure_startup, true}, {"load", perk_bench_measure_load, true},
-    {"sync", perk_bench_measure_sync, false},
+    {"sync", perk_bench_measure_sync, false},      {"serve", perk_bench_measure_serve, true},
 };
 
 static const measurement *find_measurement(const char *name) {
@@ -23,12 +23,12 @@ static const measurement *find_measurement(const char *name) {
 
 static void add_options(perk_cli_options *options, perk_bench_command *c) {
     const perk_cli_option items[] = {
-        PERK_CLI_OPTION_TEXT("batch", &c->batches, "N,...", "decode: requests in a step; 1"),
+        PERK_CLI_OPTION_TEXT("batch", &c->batches, "N,...", "decode, serve: requests in a step; 1, in serve 8"),
         PERK_CLI_OPTION_TEXT("context", &c->contexts, "N,...", "decode: tokens that every request has before; 512"),
         PERK_CLI_OPTION_INT("steps", &c->bench.steps, "N", "decode: steps to time; 64", 1, 100000),
         PERK_CLI_OPTION_INT("prompt-tokens", &c->prompt_tokens, "N", "prefill: tokens of the prompt; 2048", 1, 1 << 20),
         PERK_CLI_OPTION_INT("max-batched-tokens", &c->bench.tokens, "N",
-                            "tokens that the program is built for; the batch, in prefill 64", 1, MAX_ROWS),
+                            "tokens that the program is built for; the batch, in prefill 64, in serve 16", 1, MAX_ROWS),
         PERK_CLI_OPTION_INT("runs", &c->runs, "N",
                             "startup: starts of each kind, prefill: prompts; 5; sync: launches; 64", 1, 10000),
         PERK_CLI_OPTION_INT("check-tokens", &c->check_tokens, "N",
@@ -39,6 +39,7 @@ static void add_options(perk_cli_options *options, perk_bench_command *c) {
         PERK_CLI_OPTION_FLAG("json", &c->json, "a JSON object a result, one a line"),
     };
     perk_bench_add_model_options(options, &c->bench);
+    perk_serve_add_options(options, &c->serve);
     perk_cli_add(options, items, (int)PERK_COUNT(items));
 }
 
@@ -50,7 +51,9 @@ static int measure(perk_bench_command *c, int argc, char **argv) {
     int code = perk_cli_parse(self, &options, argc, argv, 1, &arguments);
     if (code != PERK_EXIT_GO_ON) return code;
     const measurement *found = arguments.count == 1 ? find_measurement(arguments.items[0]) : NULL;
-    if (!found) return perk_cli_usage(self, "say what to measure: perk bench decode, prefill, startup, load or sync");
+    if (!found)
+        return perk_cli_usage(self, "say what to measure: perk bench decode, prefill, startup, load, sync or "
+                                    "serve");
     if (found->needs_model && !c->bench.model) return perk_cli_usage(self, "--model is missing");
     return perk_cli_finish(found->run(c));
 }

@@ -3,6 +3,7 @@
 #define PERK_SRC_CLI_BENCH_H
 
 #include "bench_model.h"
+#include "bench_serve.h"
 
 /* The command line; what it does not say is 0. */
 typedef struct perk_bench_command {
@@ -12,6 +13,7 @@ typedef struct perk_bench_command {
     int32_t prompt_tokens;
     int32_t check_tokens;
     int32_t runs; /* starts, prompts or launches */
+    perk_serve_options serve;
     int page_cache, one_start, no_check, json;
     char **words; /* the words as they were, without "perk bench" */
     int word_count;
@@ -24,6 +26,7 @@ int perk_bench_measure_prefill(const perk_bench_command *command);
 int perk_bench_measure_startup(const perk_bench_command *command);
 int perk_bench_measure_load(const perk_bench_command *command);
 int perk_bench_measure_sync(const perk_bench_command *command);
+int perk_bench_measure_serve(const perk_bench_command *command);
 
 /* ---- results (bench_result.c) ---- */
 

@@ -8,7 +8,7 @@ void perk_bench_add_model_options(perk_cli_options *list, perk_bench_options *o)
         PERK_CLI_OPTION_FLAG("random-weights", &o->random_weights, "draw the weights; the config alone is needed"),
         PERK_CLI_OPTION_INT("page-size", &o->page_size, "N", "positions in a KV page", 16, 4096),
         PERK_CLI_OPTION_FLAG("portable", &o->portable, "sm_80 instructions only"),
-        PERK_CLI_OPTION_SEED("seed", &o->seed, "of the random weights"),
+        PERK_CLI_OPTION_SEED("seed", &o->seed, "of the random weights, and of arrivals"),
         PERK_CLI_OPTION_INT("threads", &o->threads, "N", "of loading and of the reference", 0, 1024),
         PERK_CLI_OPTION_TEXT("cache-dir", &o->cache_folder, "DIR", "the cubin cache"),
         PERK_CLI_OPTION_FLAG("unlimited-waits", &o->unlimited_waits,

@@ -104,7 +104,7 @@ perk_progress perk_cli_progress(void);
 /* ---- the engine's options (common.c) ---- */
 
 typedef struct perk_cli_engine {
-    const char *model;
+    const char *model, *programs;
     int backend, precision; /* as in perk_engine_options */
     int random_weights, portable, unchecked, no_cache, verbose, json;
     perk_engine_options options;
@@ -115,6 +115,10 @@ void perk_cli_add_engine(perk_cli_options *options, perk_cli_engine *engine);
  * PERK_EXIT_GO_ON, else the exit code after a message. */
 int perk_cli_open(const perk_cli_command *command, perk_cli_engine *engine, perk_engine **out);
 json_t *perk_cli_report_json(const perk_start_report *report);
+/* Sizes of steps, as "1,8". */
+perk_status perk_cli_programs_parse(const char *text, int32_t tokens[PERK_MAX_PROGRAMS], perk_error *err);
+/* The steps that each program of the report has run. */
+json_t *perk_cli_program_steps_json(const perk_engine *engine);
 
 /* ---- ids and lines (common.c) ---- */
 
@@ -129,8 +133,19 @@ perk_status perk_cli_ids_parse(perk_cli_ids *ids, const char *text, perk_error *
 perk_status perk_cli_ids_from_json(perk_cli_ids *ids, const json_t *list, perk_error *err);
 /* Reads a stream to its end. */
 perk_status perk_cli_read_all(FILE *file, perk_buffer *text, perk_error *err);
+/* The same of a file, or of stdin where `path` is "-". */
+perk_status perk_cli_read_file(const char *path, perk_buffer *text, perk_error *err);
 /* Makes the file, or replaces what is in it. */
 perk_status perk_cli_write_file(const char *path, const void *data, size_t size, perk_error *err);
+
+/* ---- requests and answers (common.c, prompts.c) ---- */
+
+const char *perk_cli_finish_name(perk_finish finish); /* "stop", ... */
+/* A list of {"role", "content"} in the model's chat format, ending where the answer begins; free() releases `*text`. */
+perk_status perk_cli_chat_text(const perk_tokenizer *tokenizer, const json_t *list, char **text, perk_error *err);
+/* Answers a request a line of the file, which is text as perk run --help describes it, with a line each on stdout.
+ * Returns the exit code. */
+int perk_cli_run_prompts(perk_engine *engine, const perk_buffer *file, const perk_sampling *defaults);
 
 /* ---- the commands, one file each ---- */
 

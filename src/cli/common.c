@@ -98,6 +98,8 @@ void perk_cli_add_engine(perk_cli_options *options, perk_cli_engine *engine) {
         PERK_CLI_OPTION_INT("max-seq-length", &config->max_seq_length, "N", "prompt and answer together", 1, INT32_MAX),
         PERK_CLI_OPTION_INT("max-batched-tokens", &config->max_num_batched_tokens, "N",
                             "tokens a step; prompts enter so", 1, INT32_MAX),
+        PERK_CLI_OPTION_TEXT("programs", &engine->programs, "N,N...",
+                             "programs for steps of so many tokens; default: 1, 8 and all"),
         PERK_CLI_OPTION_INT("max-batched-requests", &config->max_num_batched_requests, "N", "requests a step", 1,
                             INT32_MAX),
         PERK_CLI_OPTION_INT("page-size", &config->page_size, "N", "positions in a KV page, a power of two", 1,
@@ -124,6 +126,24 @@ void perk_cli_add_engine(perk_cli_options *options, perk_cli_engine *engine) {
 
 static const char *backend_name(perk_backend backend) { return backend == PERK_BACKEND_GPU ? "gpu" : "reference"; }
 
+static json_t *program_json(const perk_program_report *program) {
+    return json_pack("{s:i, s:b, s:f, s:f, s:f, s:f, s:f, s:i, s:i, s:i, s:i, s:I}", "tokens", (int)program->tokens,
+                     "cache_hit", program->cache_hit != 0, "plan_ms", program->plan_ms, "check_ms", program->check_ms,
+                     "emit_ms", program->emit_ms, "compile_ms", program->compile_ms, "module_ms", program->module_ms,
+                     "registers", (int)program->registers, "spill_bytes", (int)program->spill_bytes, "shared_bytes",
+                     (int)program->shared_bytes, "cubin_bytes", (int)program->cubin_bytes, "memory_bytes",
+                     (json_int_t)program->memory_bytes);
+}
+
+json_t *perk_cli_program_steps_json(const perk_engine *engine) {
+    perk_engine_stats stats;
+    json_t *steps = json_array();
+    perk_engine_statistics(engine, &stats);
+    for (int i = 0; i < perk_engine_report(engine)->program_count; i++)
+        json_array_append_new(steps, json_integer((json_int_t)stats.program_steps[i]));
+    return steps;
+}
+
 json_t *perk_cli_report_json(const perk_start_report *report) {
     json_t *json = json_pack("{s:s, s:s, s:s, s:b, s:I, s:i, s:i, s:i, s:i}", "backend", backend_name(report->backend),
                              "device", report->device, "arch", report->arch, "cache_hit", report->cache_hit != 0,
@@ -133,15 +153,22 @@ json_t *perk_cli_report_json(const perk_start_report *report) {
 #define ADD_PHASE(phase) json_object_set_new(json, #phase, json_real(report->phase));
     START_PHASES(ADD_PHASE)
 #undef ADD_PHASE
+    json_t *programs = json_array();
+    for (int i = 0; i < report->program_count; i++) json_array_append_new(programs, program_json(&report->programs[i]));
+    json_object_set_new(json, "programs", programs);
     return json;
 }
 
 static void print_report(const perk_start_report *report) {
     perk_cli_error("backend %s, device %s %s", backend_name(report->backend), report->device, report->arch);
-    if (report->backend == PERK_BACKEND_GPU)
-        perk_cli_error("program %s: %d registers, %d bytes spilled, %d bytes of shared memory, cubin %d bytes",
-                       report->cache_hit ? "from the cache" : "compiled", report->registers, report->spill_bytes,
-                       report->shared_bytes, report->cubin_bytes);
+    for (int i = 0; i < report->program_count; i++) {
+        const perk_program_report *p = &report->programs[i];
+        perk_cli_error("program for %d tokens a step, %s: %d registers, %d bytes spilled, %d bytes of shared memory, "
+                       "cubin %d bytes, %.1f MB on the device; plan %.1f ms, check %.1f, emit %.1f, compile %.1f",
+                       p->tokens, p->cache_hit ? "from the cache" : "compiled", p->registers, p->spill_bytes,
+                       p->shared_bytes, p->cubin_bytes, (double)p->memory_bytes * 1e-6, p->plan_ms, p->check_ms,
+                       p->emit_ms, p->compile_ms);
+    }
 #define PRINT_PHASE(phase)                                                                                             \
     if (report->phase > 0) perk_cli_error("  %-12s%9.1f ms", #phase, report->phase);
     START_PHASES(PRINT_PHASE)
@@ -149,6 +176,20 @@ static void print_report(const perk_start_report *report) {
     if (report->weights_ms > 0)
         perk_cli_error("  weights: %.3f GB, %.2f GB/s", (double)report->weights_bytes * 1e-9,
                        (double)report->weights_bytes * 1e-6 / report->weights_ms);
+}
+
+perk_status perk_cli_programs_parse(const char *text, int32_t tokens[PERK_MAX_PROGRAMS], perk_error *err) {
+    perk_cli_ids sizes = {0};
+    perk_status status = perk_cli_ids_parse(&sizes, text, err);
+    if (!status && (sizes.count == 0 || sizes.count > PERK_MAX_PROGRAMS))
+        status = perk_fail(err, PERK_INVALID_ARGUMENT, "%zu programs: an engine holds 1 to %d", sizes.count,
+                           PERK_MAX_PROGRAMS);
+    for (size_t i = 0; i < sizes.count && !status; i++) {
+        tokens[i] = sizes.items[i];
+        if (tokens[i] < 1) status = perk_fail(err, PERK_INVALID_ARGUMENT, "a program for 0 tokens a step");
+    }
+    perk_cli_ids_free(&sizes);
+    return status;
 }
 
 int perk_cli_open(const perk_cli_command *command, perk_cli_engine *engine, perk_engine **out) {
@@ -164,6 +205,8 @@ int perk_cli_open(const perk_cli_command *command, perk_cli_engine *engine, perk
     options->log = perk_cli_log(engine->verbose);
     options->progress = perk_cli_progress();
     perk_error err = {0};
+    if (engine->programs && perk_cli_programs_parse(engine->programs, options->program_tokens, &err))
+        return perk_cli_usage(command, "--programs: %s", err.message);
     if (perk_engine_open(out, engine->model, options, &err)) return perk_cli_fail(&err);
     wipe_bar();
     if (engine->verbose) print_report(perk_engine_report(*out));
@@ -225,10 +268,45 @@ perk_status perk_cli_read_all(FILE *file, perk_buffer *text, perk_error *err) {
     return text->failed ? perk_fail_memory(err, "the input") : PERK_OK;
 }
 
+perk_status perk_cli_read_file(const char *path, perk_buffer *text, perk_error *err) {
+    if (strcmp(path, "-") == 0) return perk_cli_read_all(stdin, text, err);
+    char *data = NULL;
+    size_t size = 0;
+    perk_status status = perk_read_file(path, (size_t)1 << 30, &data, &size, err);
+    if (!status) *text = (perk_buffer){.data = data, .size = size, .capacity = size + 1};
+    return status;
+}
+
 perk_status perk_cli_write_file(const char *path, const void *data, size_t size, perk_error *err) {
     FILE *file = fopen(path, "wbe");
     if (!file) return perk_fail(err, PERK_IO, "%s: cannot create: %s", path, strerror(errno));
     bool written = fwrite(data, 1, size, file) == size;
     if (fclose(file) != 0 || !written) return perk_fail(err, PERK_IO, "%s: cannot write: %s", path, strerror(errno));
     return PERK_OK;
+}
+
+/* ---- requests and answers ---- */
+
+const char *perk_cli_finish_name(perk_finish finish) {
+    static const char *const names[] = {"none", "stop", "length", "cancelled"};
+    return names[finish];
+}
+
+perk_status perk_cli_chat_text(const perk_tokenizer *tokenizer, const json_t *list, char **text, perk_error *err) {
+    *text = NULL;
+    size_t count = json_array_size(list);
+    if (count == 0) return perk_fail(err, PERK_BAD_FORMAT, "expected a list of {\"role\": ..., \"content\": ...}");
+    perk_chat_message *messages = perk_calloc(count, sizeof *messages);
+    if (!messages) return perk_fail_memory(err, "chat messages");
+    perk_status status = PERK_OK;
+    for (size_t i = 0; i < count && !status; i++) {
+        const json_t *message = json_array_get(list, i);
+        messages[i].role = json_string_value(json_object_get(message, "role"));
+        messages[i].content = json_string_value(json_object_get(message, "content"));
+        if (!messages[i].role || !messages[i].content)
+            status = perk_fail(err, PERK_BAD_FORMAT, "message %zu needs the strings \"role\" and \"content\"", i);
+    }
+    if (!status) status = perk_chat_format(tokenizer, messages, count, 1, text, err);
+    free(messages);
+    return status;
 }

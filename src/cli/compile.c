@@ -2,11 +2,13 @@
 #include "planning.h"
 
 #include "src/driver.h"
+#include "src/plan_shared.h"
 #include "src/program.h"
 
 typedef struct compile_command {
     perk_cli_planning planning;
-    const char *out, *cache_folder;
+    const char *out, *cache_folder, *programs;
+    int32_t program_tokens[PERK_MAX_PROGRAMS]; /* 0: none */
     int no_cache, cache_only, verbose;
 
     perk_program program;
@@ -17,6 +19,8 @@ static void add_options(perk_cli_options *options, compile_command *command) {
     const perk_cli_option items[] = {
         PERK_CLI_OPTION_TEXT("out", &command->out, "FILE.cubin", "where the cubin goes, besides the cache"),
         PERK_CLI_OPTION_TEXT("cache-dir", &command->cache_folder, "DIR", "the cache to fill"),
+        PERK_CLI_OPTION_TEXT("programs", &command->programs, "N,N...",
+                             "into the cache, those for smaller steps as well: a start's are 1,8"),
         PERK_CLI_OPTION_FLAG("no-cache", &command->no_cache, "compile anew, keep nothing"),
         PERK_CLI_OPTION_FLAG("cache-only", &command->cache_only, "compile nothing: fail where the cache lacks it"),
         PERK_CLI_OPTION_FLAG("verbose", &command->verbose, "the compiler's log on stderr"),
@@ -34,6 +38,23 @@ static int driver_version(void) {
     return version;
 }
 
+/* The program of the same model for steps of `tokens`, for the cache alone. */
+static perk_status build_smaller(const compile_command *command, int32_t tokens, const perk_program_options *options,
+                                 perk_error *err) {
+    const perk_plan *plan = command->planning.plan;
+    perk_config config = perk_config_for_steps(&plan->config, tokens);
+    perk_plan *smaller;
+    perk_program program = {0};
+    perk_status status = perk_plan_create(&smaller, plan->graph, &plan->device, &config, err);
+    if (status) return status;
+    status = perk_plan_check(smaller, err);
+    if (!status) status = perk_plan_check_shared(smaller, plan, err);
+    if (!status) status = perk_program_build(smaller, options, &program, err);
+    perk_program_free(&program);
+    perk_plan_free(smaller);
+    return status;
+}
+
 static perk_status build(compile_command *command, perk_error *err) {
     const perk_plan *plan = command->planning.plan;
     perk_log log = perk_cli_log(command->verbose);
@@ -46,6 +67,8 @@ static perk_status build(compile_command *command, perk_error *err) {
     if (status) return status;
     if (!command->no_cache) options.driver_version = driver_version();
     status = perk_program_build(plan, &options, &command->program, err);
+    for (int i = 0; i < PERK_MAX_PROGRAMS && !status; i++)
+        if (command->program_tokens[i]) status = build_smaller(command, command->program_tokens[i], &options, err);
     perk_cache_free(options.cache);
     return status;
 }
@@ -97,6 +120,8 @@ int perk_cli_compile(const perk_cli_command *self, int argc, char **argv) {
     if (!command.planning.path) return perk_cli_usage(self, "--model is missing");
     if (command.no_cache && command.cache_only) return perk_cli_usage(self, "--cache-only goes without --no-cache");
     perk_error err = {0};
+    if (command.programs && perk_cli_programs_parse(command.programs, command.program_tokens, &err))
+        return perk_cli_usage(self, "--programs: %s", err.message);
     perk_status status = perk_cli_make_plan(&command.planning, &err);
     if (!status) status = build(&command, &err);
     if (!status && command.out)

@@ -153,6 +153,7 @@ int perk_cli_logits(const perk_cli_command *self, int argc, char **argv) {
     if (read_lists(logits.ids, &lists, &count, &err)) return perk_cli_fail(&err);
     if (!config->max_num_batched_tokens) config->max_num_batched_tokens = tokens_a_step(&logits, lists, count);
     config->max_num_logit_rows = config->max_num_batched_tokens; /* every row is wanted */
+    if (!logits.engine.programs) logits.engine.options.program_tokens[0] = config->max_num_batched_tokens;
     if (!config->max_num_batched_requests) config->max_num_batched_requests = 1;
     perk_engine *engine;
     code = perk_cli_open(self, &logits.engine, &engine);

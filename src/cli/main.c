@@ -4,17 +4,25 @@
 static const perk_cli_command commands[] = {
     {"run", "generate text from a prompt, in a chat, or from token ids",
      "--model DIR --prompt TEXT [options]\n--model DIR --chat [--prompt TEXT] [--system TEXT] [options]\n"
-     "--model DIR --tokens 1,2,3 [options]",
+     "--model DIR --tokens 1,2,3 [options]\n--model DIR --prompts FILE.jsonl [options]",
      "Text streams to stdout as it is made. --chat without --prompt reads one turn a line from stdin\n"
      "until its end. With --json stdout gets one JSON object and nothing else:\n"
      "  text, tokens (ids made, the end token included), prompt_tokens (their number), finish\n"
      "  (\"stop\", \"length\" or \"cancelled\"), times (milliseconds) and start (how the start went).\n"
      "--dump-activations writes DIR/index.json and, for every op of one step on the reference backend,\n"
-     "its output as float32 .npy; step 0 has the whole prompt, up to 256 tokens.",
+     "its output as float32 .npy; step 0 has the whole prompt, up to 256 tokens.\n"
+     "With --prompts every line of FILE is an object with \"prompt\" (text), \"messages\" (a list of {\"role\",\n"
+     "\"content\"}) or \"tokens\" (ids), and what differs from the options: max_tokens, temperature, top_k,\n"
+     "top_p, min_p, seed, ignore_eos, repetition_penalty, presence_penalty, frequency_penalty, logit_bias\n"
+     "({\"id\": bias}), stop_tokens (ids), logprobs (true), top_logprobs, id (anything: the answer has it, too).\n"
+     "The answers come a line each, in the same order: as with --json without start, found_tokens (of the\n"
+     "prompt, in pages that others had filled) and, where asked for, logprobs; or error, and then the exit\n"
+     "code is 1. Steps are shared: see --max-batched-requests.",
      "  perk run --model examples/tiny --prompt \"Once upon a time\"\n"
      "  perk run --model Qwen3-8B --chat --system \"You are terse.\"\n"
      "  perk run --model bench/configs/qwen3-8b --random-weights --tokens 1,2,3 --json\n"
-     "  perk run --model Qwen3-8B --prompt Hello --temperature 0.7 --top-p 0.9 --seed 1 --max-tokens 64",
+     "  perk run --model Qwen3-8B --prompt Hello --temperature 0.7 --top-p 0.9 --seed 1 --max-tokens 64\n"
+     "  perk run --model Qwen3-8B --prompts requests.jsonl --max-tokens 64 > answers.jsonl",
      perk_cli_run},
     {"tokenize", "text to token ids, and back",
      "--model DIR [TEXT]\n--model DIR --decode [IDS]\n--model DIR --jsonl [--decode | --chat] < FILE",
@@ -59,8 +67,9 @@ static const perk_cli_command commands[] = {
      "read come from PERK_CACHE_READONLY. verify fails (exit code 1) when an entry is bad.",
      "  perk cache list\n  perk cache verify --remove\n  perk cache prune --max-bytes 256M", perk_cli_cache},
     {"test-op", "run an op alone, and compare it with the reference executor", "OP [options]\n--all [options]",
-     "OP is embed, rmsnorm, linear, silu_mul, attention, select_rows, argmax, or several folded into\n"
-     "each other: mlp (norm, gate and up, silu), vocabulary (embed to argmax), decoder (two layers).\n"
+     "OP is embed, rmsnorm, linear, silu_mul, gelu_mul, attention, select_rows, argmax, or several folded\n"
+     "into each other: mlp (norm, gate and up, silu), gelu_mlp, vocabulary (embed to argmax), decoder (two\n"
+     "layers).\n"
      "Numbers that are not given are those of the self-test. Weights and inputs are drawn, and what the\n"
      "op should write is poisoned before. worst is in units of bf16 rounding (include/perk/test.h). A\n"
      "mismatch is exit code 1. Without a GPU the plan is checked, compiled where there is an NVRTC, and its\n"
@@ -85,22 +94,29 @@ static const perk_cli_command commands[] = {
      "  perk profile --model examples/tiny --json trace.json --html profile.html\n"
      "  perk profile --model bench/configs/qwen3-8b --random-weights --html profile.html",
      perk_cli_profile},
-    {"bench", "measure steps, prompts, starts, loading and syncs beside what the device can do",
+    {"bench", "measure steps, prompts, starts, loading, syncs and a service under load",
      "decode --model DIR|config.json [--batch 1,8,32] [--context 512,16384] [options]\n"
      "prefill --model DIR|config.json [--prompt-tokens N] [--max-batched-tokens N] [options]\n"
      "startup --model DIR|config.json [--runs N] [options]\nload --model DIR [--page-cache] [options]\n"
-     "sync [--runs N] [options]",
+     "sync [--runs N] [options]\nserve --model DIR|config.json [--rate R] [--duration S] [--trace FILE] [--soak] "
+     "[options]",
      "decode: milliseconds a step, beside reading its weights and KV at the bandwidth of the same run.\n"
      "prefill: a prompt from its first step to its last, and the linear layers' TFLOP/s over that time.\n"
      "startup: processes from their start to the first launch, with an empty cache and with a full one.\n"
      "load: the weights of a folder on their way to the device, next to disk and bus. sync: what one\n"
      "counter sync over all workers takes. Times are medians, with the 10th and 90th percentile. The\n"
      "program that is timed is compared with the reference executor in the same run; sync checks that\n"
-     "its counters end where they must.",
+     "its counters end where they must.\n\n"
+     "serve: requests arrive at random (--rate a second, for --duration seconds), or as --trace says, a\n"
+     "line {\"arrival_s\": 0.25, \"prompt_tokens\": 40, \"answer_tokens\": 100} each, with \"cancel_after\": N\n"
+     "where it is to be cancelled after N tokens. Times are as the requests' owner sees them, from the\n"
+     "time of arrival on. It fails when a token is lost or repeated, a page is still held at the end, or\n"
+     "one of the --checks answers is not the one that the request gets alone.",
      "  perk bench decode --model bench/configs/qwen3-8b --random-weights --batch 1,8,32 --json\n"
      "  perk bench prefill --model bench/configs/qwen3-8b --random-weights --max-batched-tokens 64\n"
      "  perk bench startup --model examples/tiny\n"
-     "  perk bench sync",
+     "  perk bench sync\n"
+     "  perk bench serve --model examples/tiny --backend reference --rate 40 --duration 2",
      perk_cli_bench},
 };
 

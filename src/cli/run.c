@@ -7,7 +7,7 @@
 typedef struct run_options {
     perk_cli_engine engine;
     perk_sampling sampling;
-    const char *prompt, *system, *tokens;
+    const char *prompt, *system, *tokens, *prompts;
     int chat, ignore_eos;
     perk_cli_dump dump;
 } run_options;
@@ -27,12 +27,19 @@ static int parse(const perk_cli_command *command, run_options *run, int argc, ch
         PERK_CLI_OPTION_FLAG("chat", &run->chat, "in the model's chat format"),
         PERK_CLI_OPTION_TEXT("system", &run->system, "TEXT", "system message of the chat"),
         PERK_CLI_OPTION_TEXT("tokens", &run->tokens, "1,2,3", "a prompt of raw token ids"),
+        PERK_CLI_OPTION_TEXT("prompts", &run->prompts, "FILE", "a request a line in JSON; -: stdin"),
         PERK_CLI_OPTION_INT("max-tokens", &run->sampling.max_tokens, "N", "of the answer; 0: as many as fit", 0,
                             INT32_MAX),
         PERK_CLI_OPTION_FLOAT("temperature", &run->sampling.temperature, "T", "0: greedy (the default)", 0, 1e6),
         PERK_CLI_OPTION_INT("top-k", &run->sampling.top_k, "K", "the K likeliest tokens; 0: all", 0, INT32_MAX),
         PERK_CLI_OPTION_FLOAT("top-p", &run->sampling.top_p, "P", "the likeliest with this share; 0 or 1: all", 0, 1),
         PERK_CLI_OPTION_FLOAT("min-p", &run->sampling.min_p, "P", "at least this fraction of the likeliest", 0, 1),
+        PERK_CLI_OPTION_FLOAT("repetition-penalty", &run->sampling.repetition_penalty, "R",
+                              "of tokens seen before; 0 or 1: none", 0, 100),
+        PERK_CLI_OPTION_FLOAT("presence-penalty", &run->sampling.presence_penalty, "A", "of tokens of the answer", -2,
+                              2),
+        PERK_CLI_OPTION_FLOAT("frequency-penalty", &run->sampling.frequency_penalty, "A",
+                              "of tokens of the answer, each time", -2, 2),
         PERK_CLI_OPTION_SEED("seed", &run->sampling.seed, "of sampling: same seed, same tokens"),
         PERK_CLI_OPTION_FLAG("ignore-eos", &run->ignore_eos, "go on after the model's end tokens"),
     };
@@ -45,8 +52,10 @@ static int parse(const perk_cli_command *command, run_options *run, int argc, ch
     run->sampling.ignore_eos = run->ignore_eos;
     if (run->tokens && (run->prompt || run->chat))
         return perk_cli_usage(command, "--tokens goes with neither --prompt nor --chat");
-    if (!run->tokens && !run->prompt && !run->chat)
-        return perk_cli_usage(command, "nothing to run: give --prompt, --chat or --tokens");
+    if (run->prompts && (run->tokens || run->prompt || run->chat))
+        return perk_cli_usage(command, "--prompts goes with none of --prompt, --chat and --tokens");
+    if (!run->tokens && !run->prompt && !run->chat && !run->prompts)
+        return perk_cli_usage(command, "nothing to run: give --prompt, --chat, --tokens or --prompts");
     if (run->system && !run->chat) return perk_cli_usage(command, "--system needs --chat");
     if (run->engine.json && run->chat && !run->prompt)
         return perk_cli_usage(command, "--json with --chat needs --prompt");
@@ -93,7 +102,6 @@ static void print_ids(const run_answer *answer) {
 }
 
 static int print_json(const perk_engine *engine, const run_answer *answer) {
-    static const char *const finishes[] = {"none", "stop", "length", "cancelled"};
     const perk_generation *generation = &answer->generation;
     double decode_s = generation->decode_ms * 1e-3;
     double rate = generation->tokens > 1 && decode_s > 0 ? (generation->tokens - 1) / decode_s : 0;
@@ -101,10 +109,11 @@ static int print_json(const perk_engine *engine, const run_answer *answer) {
     for (size_t i = 0; i < answer->ids.count; i++) json_array_append_new(ids, json_integer(answer->ids.items[i]));
     json_t *times = json_pack("{s:f, s:f, s:f}", "prefill_ms", generation->prefill_ms, "decode_ms",
                               generation->decode_ms, "decode_tokens_per_second", rate);
-    json_t *result = json_pack("{s:s%, s:o, s:i, s:s, s:o, s:o}", "text", answer->text.data ? answer->text.data : "",
-                               answer->text.size, "tokens", ids, "prompt_tokens", (int)generation->prompt_tokens,
-                               "finish", finishes[generation->finish], "times", times, "start",
-                               perk_cli_report_json(perk_engine_report(engine)));
+    json_t *result = json_pack(
+        "{s:s%, s:o, s:i, s:s, s:o, s:o, s:o}", "text", answer->text.data ? answer->text.data : "", answer->text.size,
+        "tokens", ids, "prompt_tokens", (int)generation->prompt_tokens, "finish",
+        perk_cli_finish_name(generation->finish), "times", times, "start",
+        perk_cli_report_json(perk_engine_report(engine)), "program_steps", perk_cli_program_steps_json(engine));
     return perk_cli_print_json(result) ? PERK_EXIT_OK : PERK_EXIT_FAILURE;
 }
 
@@ -226,10 +235,23 @@ static int run_chat(perk_engine *engine, const run_options *run) {
     return status ? perk_cli_fail(&err) : PERK_EXIT_OK;
 }
 
+static int run_prompts(const perk_cli_command *self, run_options *run) {
+    perk_error err = {0};
+    perk_buffer file = {0};
+    perk_engine *engine = NULL;
+    int code = perk_cli_read_file(run->prompts, &file, &err) ? perk_cli_fail(&err) : PERK_EXIT_GO_ON;
+    if (code == PERK_EXIT_GO_ON) code = perk_cli_open(self, &run->engine, &engine);
+    if (code == PERK_EXIT_GO_ON) code = perk_cli_run_prompts(engine, &file, &run->sampling);
+    perk_engine_free(engine);
+    perk_buffer_free(&file);
+    return code;
+}
+
 int perk_cli_run(const perk_cli_command *self, int argc, char **argv) {
     run_options run = {0};
     int code = parse(self, &run, argc, argv);
     if (code != PERK_EXIT_GO_ON) return code;
+    if (run.prompts) return run_prompts(self, &run);
     perk_config *config = &run.engine.options.config;
     if (!config->max_num_batched_requests) config->max_num_batched_requests = 1;
     /* A prompt of usual length enters in one step where its activations are wanted. */

@@ -107,28 +107,15 @@ static perk_status decode_line(const perk_tokenizer *tokenizer, const tokenize_o
 }
 
 static perk_status chat_line(const perk_tokenizer *tokenizer, const json_t *line, json_t **out, perk_error *err) {
-    size_t count = json_array_size(line);
-    if (count == 0) return perk_fail(err, PERK_BAD_FORMAT, "expected a list of {\"role\": ..., \"content\": ...}");
-    perk_chat_message *messages = perk_calloc(count, sizeof *messages);
-    if (!messages) return perk_fail_memory(err, "chat messages");
     perk_cli_ids ids = {0};
     char *text = NULL;
-    perk_status status = PERK_OK;
-    for (size_t i = 0; i < count && !status; i++) {
-        const json_t *message = json_array_get(line, i);
-        messages[i].role = json_string_value(json_object_get(message, "role"));
-        messages[i].content = json_string_value(json_object_get(message, "content"));
-        if (!messages[i].role || !messages[i].content)
-            status = perk_fail(err, PERK_BAD_FORMAT, "message %zu needs the strings \"role\" and \"content\"", i);
-    }
-    if (!status) status = perk_chat_format(tokenizer, messages, count, 1, &text, err);
+    perk_status status = perk_cli_chat_text(tokenizer, line, &text, err);
     if (!status) status = encode(tokenizer, text, strlen(text), 0, &ids, err);
     if (!status) {
         *out = ids_object(&ids);
         json_object_set_new(*out, "text", json_string(text));
     }
     free(text);
-    free(messages);
     perk_cli_ids_free(&ids);
     return status;
 }

@@ -370,7 +370,8 @@ static int merge_row_warps(const perk_lowering *l, const attention_lowering *a) 
 
 static void lower_merge(perk_lowering *l, const perk_op *op, attention_lowering *a) {
     char call[160];
-    snprintf(call, sizeof call, "template merge<%d, %d>(worker, task)", a->slices, merge_row_warps(l, a));
+    snprintf(call, sizeof call, "template merge<%d, %d, %s>(worker, task)", a->slices, merge_row_warps(l, a),
+             perk_lower_writes_input(l, op->output) ? "true" : "false");
     if (!begin_stage(l, op, a, "", call)) return;
     a->stage->work = PERK_WORK_MERGE;
     a->stage->operands[0] = a->partials;
@@ -405,7 +406,7 @@ static perk_status attention_lower(perk_lowering *l, const perk_op *op, perk_err
     a.qkv = perk_lower_tensor(l, op->inputs[PERK_IN_X], PERK_LAYOUT_ROWS);
     a.partials = lower_partials(l, &a);
     a.kv = lower_named(l, op, ".kv", PERK_SPACE_KV, tokens, a.p->num_kv_heads, PERK_BF16);
-    a.out = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
+    a.out = perk_lower_output(l, op->output);
     a.rope = lower_rope(l, op);
     if (l->error.status == PERK_OK) lower_partial(l, op, &a);
     if (l->error.status == PERK_OK) lower_merge(l, op, &a);

@@ -111,9 +111,10 @@ enum { IN, OUT, RESIDUAL, NORM_WEIGHT, BIAS, CANDIDATES }; /* operands of the st
 
 /* What the stage does besides the product: work of neighbouring ops that is folded into it. */
 typedef struct linear_form {
-    const perk_op *norm, *silu;
+    const perk_op *norm, *gate;
     const perk_tensor *x, *out;
     const char *epilogue;
+    perk_activation activation;
     int tile_width; /* outputs of a tile */
 } linear_form;
 
@@ -125,10 +126,11 @@ static linear_form linear_form_of(const perk_lowering *l, const perk_op *op) {
         form.x = form.norm->inputs[PERK_IN_X];
     }
     for (int i = op->index + 1; i < l->graph->op_count; i++)
-        if (l->graph->ops[i]->type == &perk_op_silu_mul && l->fold_into[i] == op) form.silu = l->graph->ops[i];
-    if (form.silu) {
-        form.out = form.silu->output;
-        form.epilogue = "silu";
+        if (l->graph->ops[i]->type == &perk_op_gate_mul && l->fold_into[i] == op) form.gate = l->graph->ops[i];
+    if (form.gate) {
+        form.out = form.gate->output;
+        form.activation = form.gate->activation;
+        form.epilogue = "gated";
         form.tile_width = PERK_TILE_ROWS / 2;
     } else if (op->output->dtype == PERK_F32) {
         form.epilogue = "logits";
@@ -138,22 +140,42 @@ static linear_form linear_form_of(const perk_lowering *l, const perk_op *op) {
     return form;
 }
 
-/* The columns that the tiles first, first + stride, ... of `width` outputs make; the last tile may be cut. */
-static void each_tile_region(perk_lowering *l, int tensor, int width, const perk_task *task,
-                             void (*add)(perk_lowering *, perk_region)) {
-    int last = task->first + (task->count - 1) * task->stride, cols = l->plan->tensors[tensor].cols;
-    bool is_cut = (last + 1) * width > cols;
-    int whole = task->count - is_cut;
-    if (whole > 0) add(l, perk_lower_columns(l, tensor, task->first * width, width, task->stride * width, whole));
-    if (is_cut) add(l, perk_lower_columns(l, tensor, last * width, cols - last * width, width, 1));
+/* What one task works on: row tiles, for some rows of x. */
+typedef struct tile_run {
+    int first, stride, count;
+    int row_begin, row_end;
+} tile_run;
+
+static perk_region rows_of(perk_region region, const tile_run *run) {
+    region.row_begin = run->row_begin;
+    region.row_end = run->row_end;
+    return region;
 }
 
-static void add_tiles(perk_lowering *l, const perk_stage *stage, int worker, int first, int stride, int tile_width) {
-    int count = (stage->stream.tile_count - first + stride - 1) / stride;
-    perk_lower_task(l, worker, first, stride, count);
+/* The columns that the tiles first, first + stride, ... of `width` outputs make; the last tile may be cut. */
+static void each_tile_region(perk_lowering *l, int tensor, int width, const tile_run *run,
+                             void (*add)(perk_lowering *, perk_region)) {
+    int last = run->first + (run->count - 1) * run->stride, cols = l->plan->tensors[tensor].cols;
+    bool is_cut = (last + 1) * width > cols;
+    int whole = run->count - is_cut;
+    perk_region regions[] = {perk_lower_columns(l, tensor, run->first * width, width, run->stride * width, whole),
+                             perk_lower_columns(l, tensor, last * width, cols - last * width, width, 1)};
+    for (int i = whole > 0 ? 0 : 1; i < 1 + is_cut; i++) add(l, rows_of(regions[i], run));
+}
+
+/* `share` of the stage's shares of the rows; most stages have one. */
+static void add_tiles(perk_lowering *l, const perk_stage *stage, int worker, int first, int stride, int share,
+                      int tile_width) {
+    int tiles = stage->stream.tile_count, rows = l->plan->tensors[stage->operands[IN]].rows;
+    int share_rows = stage->stream.shares == 2 ? l->plan->wide_tokens / 2 : rows;
+    tile_run task = {.first = first,
+                     .stride = stride,
+                     .count = (tiles - first + stride - 1) / stride,
+                     .row_begin = share * share_rows,
+                     .row_end = PERK_MIN((share + 1) * share_rows, rows)};
+    perk_lower_task(l, worker, share * tiles + first, stride, task.count);
     if (l->error.status != PERK_OK) return;
-    perk_task task = l->plan->tasks[l->plan->task_count - 1];
-    perk_lower_read(l, perk_lower_whole(l, stage->operands[IN]));
+    perk_lower_read(l, rows_of(perk_lower_whole(l, stage->operands[IN]), &task));
     perk_lower_read(l, perk_lower_whole(l, stage->stream.tensor));
     if (stage->operands[NORM_WEIGHT] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[NORM_WEIGHT]));
     if (stage->operands[BIAS] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[BIAS]));
@@ -164,36 +186,105 @@ static void add_tiles(perk_lowering *l, const perk_stage *stage, int worker, int
 }
 
 static void choose_operands(perk_lowering *l, const perk_op *op, const linear_form *form, perk_stage *stage) {
-    stage->operands[IN] = perk_lower_tensor(l, form->x, PERK_LAYOUT_ROWS);
-    stage->operands[OUT] = perk_lower_tensor(l, form->out, PERK_LAYOUT_ROWS);
+    bool is_wide = perk_lower_is_wide(l, op);
+    stage->operands[IN] = is_wide ? perk_lower_wide_input(l, form->x) : perk_lower_tensor(l, form->x, PERK_LAYOUT_ROWS);
+    stage->operands[OUT] =
+        is_wide ? perk_lower_output(l, form->out) : perk_lower_tensor(l, form->out, PERK_LAYOUT_ROWS);
     stage->operands[RESIDUAL] = perk_lower_tensor(l, op->inputs[PERK_IN_RESIDUAL], PERK_LAYOUT_ROWS);
     stage->operands[BIAS] = perk_lower_tensor(l, op->inputs[PERK_IN_BIAS], PERK_LAYOUT_ROWS);
     if (form->norm)
         stage->operands[NORM_WEIGHT] = perk_lower_tensor(l, form->norm->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
     if (form->out->dtype == PERK_F32) stage->operands[CANDIDATES] = perk_lower_candidates(l, form->out);
     stage->stream.tensor =
-        perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT], form->silu ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
+        perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT], form->gate ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
     if (stage->stream.tensor < 0) return;
     stage->stream.tile_count = l->plan->tensors[stage->stream.tensor].rows / PERK_TILE_ROWS;
     stage->stream.blocks_per_tile = l->plan->tensors[stage->stream.tensor].cols / PERK_BLOCK_COLS;
 }
 
+static perk_stage *begin_narrow(perk_lowering *l, const perk_op *op, const linear_form *form) {
+    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
+    bool of_tokens = op->output->row_kind == PERK_ROWS_TOKENS;
+    return perk_lower_begin(
+        l, op, "",
+        "chunk = Linear<Rows::%s, %d, %d, %d, %s, Epilogue::%s, Activation::%s, %s>::run(worker, task, chunk, %.9ef);",
+        of_tokens ? "tokens" : "logits", perk_lower_rows(l, op->output->row_kind), (int)weight->cols, (int)weight->rows,
+        form->norm ? "true" : "false", form->epilogue, perk_activation_name(form->activation),
+        op->inputs[PERK_IN_BIAS] ? "true" : "false", form->norm ? (double)form->norm->eps : 0.0);
+}
+
+/* A stage that brings rows into the form that wide linears take, where whoever wrote them could not. */
+static void arrange_input(perk_lowering *l, const perk_op *op, const perk_tensor *x) {
+    if (perk_lower_has_wide_input(l, x)) return;
+    perk_stage *stage =
+        perk_lower_begin(l, op, ".arrange", "arrange_input<%d>(worker, task);", (int)PERK_ROW_STRIDE(x->cols));
+    if (!stage) return;
+    stage->work = PERK_WORK_ARRANGE;
+    stage->operands[0] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);
+    stage->operands[1] = perk_lower_wide_input(l, x);
+    if (l->error.status == PERK_OK)
+        perk_lower_runs(l, (int)perk_ceil_div((uint64_t)x->cols, 8), perk_lower_copy, stage);
+    perk_lower_end(l);
+}
+
+/* How a wide linear is dealt: in whole tiles, or in halves of the tokens to half of the workers each. */
+typedef struct wide_deal {
+    int shares, together;
+    int64_t bytes; /* of weights and of x, that a worker gets for 64 columns */
+} wide_deal;
+
+static wide_deal deal_of(const perk_plan *plan, int tiles, int shares) {
+    int each = (int)perk_ceil_div((uint64_t)tiles, (uint64_t)(plan->device.worker_count / shares));
+    wide_deal deal = {.shares = shares, .together = PERK_WIDE_TILES};
+    if (shares == 1 && each <= PERK_WIDE_TILES / 2) deal.together = PERK_WIDE_TILES / 2;
+    int64_t passes = (each + deal.together - 1) / deal.together;
+    deal.bytes = (int64_t)each * PERK_SLICE_BLOCKS * PERK_WEIGHT_BLOCK_BYTES +
+                 passes * plan->wide_tokens / shares * PERK_SLICE_ROW_BYTES;
+    return deal;
+}
+
+/* The one that brings less from L2, which is what wide linears wait for. Where halves would leave nothing to the second
+ * one, there are none. */
+static wide_deal choose_deal(const perk_lowering *l, const perk_op *op, const linear_form *form) {
+    const perk_plan *plan = l->plan;
+    int64_t outputs = op->inputs[PERK_IN_WEIGHT]->rows / (form->gate ? 2 : 1);
+    int tiles = (int)perk_ceil_div((uint64_t)outputs, (uint64_t)form->tile_width);
+    wide_deal whole = deal_of(plan, tiles, 1);
+    if (plan->device.worker_count < 2 || plan->config.max_num_batched_tokens <= plan->wide_tokens / 2) return whole;
+    wide_deal halves = deal_of(plan, tiles, 2);
+    return halves.bytes < whole.bytes ? halves : whole;
+}
+
+static perk_stage *begin_wide(perk_lowering *l, const perk_op *op, const linear_form *form) {
+    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
+    wide_deal deal = choose_deal(l, op, form);
+    arrange_input(l, op, form->x);
+    if (l->error.status != PERK_OK) return NULL;
+    perk_stage *stage = perk_lower_begin(
+        l, op, "",
+        "chunk = WideLinear<%d, %d, %d, %d, Epilogue::%s, Activation::%s, %s, %s>::run(worker, task, chunk);",
+        (int)weight->cols, (int)weight->rows, deal.together, deal.shares, form->epilogue,
+        perk_activation_name(form->activation), op->inputs[PERK_IN_BIAS] ? "true" : "false",
+        perk_lower_writes_input(l, form->out) ? "true" : "false");
+    if (!stage) return NULL;
+    stage->stream.together = deal.together;
+    stage->stream.shares = deal.shares;
+    return stage;
+}
+
 static perk_status linear_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
     (void)err;
-    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
     linear_form form = linear_form_of(l, op);
-    bool of_tokens = op->output->row_kind == PERK_ROWS_TOKENS;
-    perk_stage *stage = perk_lower_begin(
-        l, op, "", "chunk = Linear<Rows::%s, %d, %d, %d, %s, Epilogue::%s, %s>::run(worker, task, chunk, %.9ef);",
-        of_tokens ? "tokens" : "logits", perk_lower_rows(l, op->output->row_kind), (int)weight->cols, (int)weight->rows,
-        form.norm ? "true" : "false", form.epilogue, op->inputs[PERK_IN_BIAS] ? "true" : "false",
-        form.norm ? (double)form.norm->eps : 0.0);
+    perk_stage *stage = perk_lower_is_wide(l, op) ? begin_wide(l, op, &form) : begin_narrow(l, op, &form);
     if (!stage) return l->error.status;
     stage->work = PERK_WORK_LINEAR;
     choose_operands(l, op, &form, stage);
     if (l->error.status != PERK_OK) return l->error.status;
-    int workers = l->plan->device.worker_count, tasks = PERK_MIN(workers, stage->stream.tile_count);
-    for (int i = 0; i < tasks; i++) add_tiles(l, stage, (l->rotation + i) % workers, i, workers, form.tile_width);
+    int workers = l->plan->device.worker_count, shares = PERK_MAX(1, stage->stream.shares);
+    int stride = workers / shares, tasks = PERK_MIN(stride, stage->stream.tile_count);
+    for (int share = 0; share < shares; share++)
+        for (int i = 0; i < tasks; i++)
+            add_tiles(l, stage, (l->rotation + share * tasks + i) % workers, i, stride, share, form.tile_width);
     perk_lower_end(l);
     return l->error.status;
 }

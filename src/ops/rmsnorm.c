@@ -55,14 +55,15 @@ static perk_status rmsnorm_lower(perk_lowering *l, const perk_op *op, perk_error
     (void)err;
     if (perk_lower_is_folded(l, op)) return PERK_OK;
     const perk_tensor *x = op->inputs[PERK_IN_X];
-    perk_stage *stage = perk_lower_begin(l, op, "", "rmsnorm<Rows::%s, %d, %d>(worker, task, %.9ef);",
+    perk_stage *stage = perk_lower_begin(l, op, "", "rmsnorm<Rows::%s, %d, %d, %s>(worker, task, %.9ef);",
                                          x->row_kind == PERK_ROWS_TOKENS ? "tokens" : "logits", (int)x->cols,
-                                         (int)PERK_ROW_STRIDE(x->cols), (double)op->eps);
+                                         (int)PERK_ROW_STRIDE(x->cols),
+                                         perk_lower_writes_input(l, op->output) ? "true" : "false", (double)op->eps);
     if (!stage) return l->error.status;
     stage->work = PERK_WORK_RMSNORM;
     stage->operands[0] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);
     stage->operands[1] = perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
-    stage->operands[2] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
+    stage->operands[2] = perk_lower_output(l, op->output);
     if (l->error.status == PERK_OK) perk_lower_runs(l, perk_lower_rows(l, x->row_kind), add_rows, stage);
     perk_lower_end(l);
     return l->error.status;

@@ -7,9 +7,10 @@ static perk_status check_stage(const perk_simulator *sim, const perk_stage *stag
     static const perk_op_type *const types[][2] = {
         [PERK_WORK_GATHER] = {&perk_op_embed, &perk_op_select_rows},
         [PERK_WORK_RMSNORM] = {&perk_op_rmsnorm},
-        [PERK_WORK_SILU_MUL] = {&perk_op_silu_mul},
+        [PERK_WORK_GATE_MUL] = {&perk_op_gate_mul},
         [PERK_WORK_ARGMAX] = {&perk_op_argmax},
         [PERK_WORK_LINEAR] = {&perk_op_linear},
+        [PERK_WORK_ARRANGE] = {&perk_op_linear},
         [PERK_WORK_APPEND] = {&perk_op_attention},
         [PERK_WORK_PARTIAL] = {&perk_op_attention},
         [PERK_WORK_MERGE] = {&perk_op_attention},

@@ -10,9 +10,10 @@ typedef struct linear_run {
     perk_sim_task *t;
     const perk_sim_matrix *weight;
     const perk_op *norm; /* folded into the input, or NULL */
-    bool is_silu;        /* tiles hold 8 rows of the upper half of the weight, then 8 of the lower */
-    int rows;
-    int64_t width;            /* of the output */
+    const perk_op *gate; /* folded into the output: tiles hold 8 rows of the upper half of the weight, then 8 of the
+                            lower; or NULL */
+    int first_row, rows; /* of the task, and where they end */
+    int64_t width;       /* of the output */
     float *x, *scales, *sums; /* [rows][weight->cols], [rows], [rows][PERK_TILE_ROWS] */
     const uint16_t *bias;     /* NULL: none */
 } linear_run;
@@ -23,7 +24,7 @@ static bool stage_input(linear_run *run) {
     size_t cols = run->weight->cols;
     const uint16_t *gain = run->norm ? perk_sim_read(t, NORM_WEIGHT, PERK_BF16, 0, 0, (int64_t)cols) : NULL;
     if (run->norm && !gain) return false;
-    for (int row = 0; row < run->rows; row++) {
+    for (int row = run->first_row; row < run->rows; row++) {
         float *x = run->x + (size_t)row * cols;
         const uint16_t *in = perk_sim_read(t, IN, PERK_BF16, row, 0, (int64_t)cols);
         if (!in) return false;
@@ -39,22 +40,24 @@ static bool stage_input(linear_run *run) {
 
 /* `count` rows of the weight from `first` on, into the sums from `place` on. */
 static void multiply(const linear_run *run, int64_t first, int64_t count, int place) {
-    perk_math_dots(run->sums + place, PERK_TILE_ROWS, run->weight->values + (size_t)first * run->weight->cols,
-                   (size_t)count, run->x, (size_t)run->rows, run->weight->cols);
+    size_t before = (size_t)run->first_row, cols = run->weight->cols;
+    perk_math_dots(run->sums + before * PERK_TILE_ROWS + place, PERK_TILE_ROWS,
+                   run->weight->values + (size_t)first * cols, (size_t)count, run->x + before * cols,
+                   (size_t)run->rows - before, cols);
 }
 
 static float bias_at(const linear_run *run, int64_t output) {
     return run->bias ? perk_bf16_to_f32(run->bias[output]) : 0;
 }
 
-static void finish_silu(const linear_run *run, int row, int64_t first, int64_t count) {
+static void finish_gated(const linear_run *run, int row, int64_t first, int64_t count) {
     const float *sums = run->sums + (size_t)row * PERK_TILE_ROWS;
     float scale = run->scales[row];
     uint16_t *out = perk_sim_write(run->t, OUT, PERK_BF16, row, first, count);
     for (int64_t c = 0; out && c < count; c++) {
         float gate = sums[c] * scale + bias_at(run, first + c);
         float up = sums[PERK_TILE_ROWS / 2 + c] * scale + bias_at(run, run->width + first + c);
-        out[c] = perk_f32_to_bf16(perk_sim_silu(perk_round_bf16(gate)) * perk_round_bf16(up));
+        out[c] = perk_f32_to_bf16(perk_activate(run->gate->activation, perk_round_bf16(gate)) * perk_round_bf16(up));
     }
 }
 
@@ -94,15 +97,15 @@ static void finish_logits(const linear_run *run, int row, int64_t tile, int64_t 
 }
 
 static void run_tile(const linear_run *run, int tile) {
-    int tile_width = run->is_silu ? PERK_TILE_ROWS / 2 : PERK_TILE_ROWS;
+    int tile_width = run->gate ? PERK_TILE_ROWS / 2 : PERK_TILE_ROWS;
     int64_t first = (int64_t)tile * tile_width, count = PERK_MIN((int64_t)tile_width, run->width - first);
     perk_sim_stream(run->t, tile);
     if (count <= 0) return;
     multiply(run, first, count, 0);
-    if (run->is_silu) multiply(run, run->width + first, count, PERK_TILE_ROWS / 2);
-    for (int row = 0; row < run->rows && !run->t->status; row++) {
-        if (run->is_silu)
-            finish_silu(run, row, first, count);
+    if (run->gate) multiply(run, run->width + first, count, PERK_TILE_ROWS / 2);
+    for (int row = run->first_row; row < run->rows && !run->t->status; row++) {
+        if (run->gate)
+            finish_gated(run, row, first, count);
         else if (run->t->op->output->dtype == PERK_F32)
             finish_logits(run, row, tile, first, count);
         else
@@ -110,14 +113,36 @@ static void run_tile(const linear_run *run, int tile) {
     }
 }
 
+static const perk_op *folded_gate(const perk_sim_task *t) {
+    const perk_graph *graph = t->sim->graph;
+    int stream = t->stage->stream.tensor;
+    if (stream < 0 || t->sim->plan->tensors[stream].layout != PERK_LAYOUT_PAIRED_TILES) return NULL;
+    for (int i = t->op->index + 1; i < graph->op_count; i++)
+        if (graph->ops[i]->type == &perk_op_gate_mul && graph->ops[i]->inputs[PERK_IN_X] == t->op->output)
+            return graph->ops[i];
+    return NULL;
+}
+
+/* The rows of the task, and its first tile: units of a stage that is cut in shares are tiles of one share, then those
+ * of the next. */
+static int choose_share(linear_run *run) {
+    const perk_sim_task *t = run->t;
+    const perk_stream *stream = &t->stage->stream;
+    run->rows = perk_sim_rows(t, t->op->output->row_kind);
+    if (stream->shares < 2) return t->task->first;
+    int share = t->task->first / stream->tile_count, rows = t->sim->plan->wide_tokens / stream->shares;
+    run->first_row = PERK_MIN(share * rows, run->rows);
+    run->rows = PERK_MIN(run->first_row + rows, run->rows);
+    return t->task->first % stream->tile_count;
+}
+
 void perk_sim_linear(perk_sim_task *t) {
     const perk_tensor *weight = t->op->inputs[PERK_IN_WEIGHT];
     linear_run run = {.t = t, .weight = &t->sim->matrices[weight->index], .width = weight->rows};
-    int stream = t->stage->stream.tensor;
-    run.is_silu = stream >= 0 && t->sim->plan->tensors[stream].layout == PERK_LAYOUT_PAIRED_TILES;
-    if (run.is_silu) run.width /= 2;
+    run.gate = folded_gate(t);
+    if (run.gate) run.width /= 2;
     if (t->stage->operands[NORM_WEIGHT] >= 0) run.norm = t->op->inputs[PERK_IN_X]->producer;
-    run.rows = perk_sim_rows(t, t->op->output->row_kind);
+    int first_tile = choose_share(&run);
     size_t rows = (size_t)run.rows;
     run.x = perk_sim_scratch(t, rows * (run.weight->cols + 1 + PERK_TILE_ROWS));
     if (!run.x) return;
@@ -128,5 +153,5 @@ void perk_sim_linear(perk_sim_task *t) {
         if (!run.bias) return;
     }
     if (!stage_input(&run)) return;
-    for (int i = 0; i < t->task->count && !t->status; i++) run_tile(&run, perk_sim_unit(t, i));
+    for (int i = 0; i < t->task->count && !t->status; i++) run_tile(&run, first_tile + i * t->task->stride);
 }

@@ -11,8 +11,6 @@
 #include "ops/op.h"
 #include "simulator/simulator.h"
 
-#include <math.h>
-
 enum { PERK_SIM_GRANULE = 8 };
 #define PERK_SIM_LOWEST (-0x1.fffffep127f) /* where a search for the largest logit begins */
 
@@ -155,14 +153,13 @@ static inline int perk_sim_page_of(const perk_sim_task *t, int request, int posi
 
 void perk_sim_gather(perk_sim_task *t);
 void perk_sim_rmsnorm(perk_sim_task *t);
-void perk_sim_silu_mul(perk_sim_task *t);
+void perk_sim_gate_mul(perk_sim_task *t);
 void perk_sim_argmax(perk_sim_task *t);
 void perk_sim_linear(perk_sim_task *t);
+void perk_sim_arrange(perk_sim_task *t);
 void perk_sim_append(perk_sim_task *t);
 void perk_sim_partial(perk_sim_task *t);
 void perk_sim_merge(perk_sim_task *t);
-
-static inline float perk_sim_silu(float value) { return value / (1 + expf(-value)); }
 
 /* ---- plans: src/simulator/bind.c, weights.c ---- */
 

@@ -1,4 +1,4 @@
-/* As kernels_src/rows.cuh: gather_rows, rmsnorm, silu_mul, argmax. */
+/* As kernels_src/rows.cuh: gather_rows, arrange_input, rmsnorm, gate_mul, argmax. */
 #include "reference_math.h"
 #include "simulator/machine.h"
 
@@ -12,6 +12,19 @@ void perk_sim_gather(perk_sim_task *t) {
         for (int i = 0; i < t->task->count; i++) {
             int64_t col = (int64_t)perk_sim_unit(t, i) * 8;
             const void *in = perk_sim_read(t, 0, PERK_BF16, from[row], col, 8);
+            void *out = in ? perk_sim_write(t, 1, PERK_BF16, row, col, 8) : NULL;
+            if (!out) return;
+            memcpy(out, in, 16);
+        }
+}
+
+/* Elements have their names, whatever their places are. */
+void perk_sim_arrange(perk_sim_task *t) {
+    int rows = perk_sim_rows(t, PERK_ROWS_TOKENS);
+    for (int row = 0; row < rows; row++)
+        for (int i = 0; i < t->task->count; i++) {
+            int64_t col = (int64_t)perk_sim_unit(t, i) * 8;
+            const void *in = perk_sim_read(t, 0, PERK_BF16, row, col, 8);
             void *out = in ? perk_sim_write(t, 1, PERK_BF16, row, col, 8) : NULL;
             if (!out) return;
             memcpy(out, in, 16);
@@ -36,7 +49,7 @@ void perk_sim_rmsnorm(perk_sim_task *t) {
     }
 }
 
-void perk_sim_silu_mul(perk_sim_task *t) {
+void perk_sim_gate_mul(perk_sim_task *t) {
     int64_t width = t->op->output->cols, begin = (int64_t)t->task->first * 8;
     int64_t count = PERK_MIN((int64_t)t->task->count * 8, width - begin);
     int rows = count > 0 ? perk_sim_rows(t, t->op->output->row_kind) : 0;
@@ -46,7 +59,8 @@ void perk_sim_silu_mul(perk_sim_task *t) {
         uint16_t *out = up ? perk_sim_write(t, 1, PERK_BF16, row, begin, count) : NULL;
         if (!out) return;
         for (int64_t c = 0; c < count; c++)
-            out[c] = perk_f32_to_bf16(perk_sim_silu(perk_bf16_to_f32(gate[c])) * perk_bf16_to_f32(up[c]));
+            out[c] =
+                perk_f32_to_bf16(perk_activate(t->op->activation, perk_bf16_to_f32(gate[c])) * perk_bf16_to_f32(up[c]));
     }
 }
 

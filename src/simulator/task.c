@@ -3,9 +3,10 @@
 
 static void (*const families[])(perk_sim_task *) = {
     [PERK_WORK_GATHER] = perk_sim_gather,     [PERK_WORK_RMSNORM] = perk_sim_rmsnorm,
-    [PERK_WORK_SILU_MUL] = perk_sim_silu_mul, [PERK_WORK_ARGMAX] = perk_sim_argmax,
+    [PERK_WORK_GATE_MUL] = perk_sim_gate_mul, [PERK_WORK_ARGMAX] = perk_sim_argmax,
     [PERK_WORK_LINEAR] = perk_sim_linear,     [PERK_WORK_APPEND] = perk_sim_append,
     [PERK_WORK_PARTIAL] = perk_sim_partial,   [PERK_WORK_MERGE] = perk_sim_merge,
+    [PERK_WORK_ARRANGE] = perk_sim_arrange,
 };
 
 perk_status perk_sim_compute_task(perk_simulator *sim, int step, int index, bool records, const perk_sim_memory *memory,

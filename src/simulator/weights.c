@@ -3,6 +3,7 @@
 #include "reference_math.h"
 #include "simulator/machine.h"
 
+#include <math.h>
 #include <xxhash.h>
 
 /* ---- weights, once ---- */

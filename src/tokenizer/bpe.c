@@ -1,11 +1,12 @@
-/* Byte-pair encoding of a word: start from its bytes; while some neighbours have a merge, apply the merge of the lowest
- * rank, the leftmost first. Short words scan for it, long ones keep a heap, so that no word costs more than n log n.
- * Words seen before in the same call are copied. */
+/* Byte-pair encoding of a word: start from its bytes or characters; while some neighbours have a merge, apply the merge
+ * of the lowest rank, the leftmost first. Short words scan for it, long ones keep a heap, so that no word costs more
+ * than n log n. Words seen before in the same call are copied. */
 #include "parts.h"
+#include "utf8.h"
 
 #include <xxhash.h>
 
-enum { SHORT_WORD = 32, MAX_SEEN = 1 << 14 };
+enum { SHORT_WORD = 64, MAX_SEEN = 1 << 16 };
 #define NO_RANK UINT32_MAX
 
 /* ---- merges
@@ -180,14 +181,49 @@ bool perk_bpe_push(perk_bpe_run *run, int32_t id) {
 /* The token of the model that the whole word is; -1: none, -2: out of memory. */
 static int32_t find_whole(const perk_bpe_run *run, const char *word, size_t size) {
     char text[256];
+    if (run->bpe->spelling == PERK_SPELLED_AS_CHARACTERS) return perk_vocab_find_model(run->vocab, word, size);
     if (size * 2 > sizeof text && size > run->vocab->longest) return -1;
     char *spelled = size * 2 <= sizeof text ? text : malloc(size * 2);
     if (!spelled) return -2;
     size_t length = 0;
     for (size_t i = 0; i < size; i++) length += perk_byte_character((uint8_t)word[i], spelled + length);
-    int32_t id = perk_vocab_find(run->vocab, spelled, length);
+    int32_t id = perk_vocab_find_model(run->vocab, spelled, length);
     if (spelled != text) free(spelled);
-    return id >= 0 && (run->vocab->tokens[id].flags & PERK_TOKEN_MODEL) ? id : -1;
+    return id;
+}
+
+/* Writes the tokens of the bytes, of those that have one; returns how many. */
+static size_t byte_symbols(const perk_vocab *vocab, const char *bytes, size_t size, int32_t *ids) {
+    size_t count = 0;
+    for (size_t i = 0; i < size; i++) {
+        ids[count] = vocab->byte_ids[(uint8_t)bytes[i]];
+        count += ids[count] >= 0; /* a byte that the vocabulary lacks gives nothing */
+    }
+    return count;
+}
+
+/* Writes the tokens of the characters, never more than there are bytes; returns how many. The unknown token comes once
+ * a known character or the end of the word follows: after the bytes of characters that fall back to them. */
+static size_t character_symbols(const perk_bpe *bpe, const perk_vocab *vocab, const char *word, size_t size,
+                                int32_t *ids) {
+    size_t count = 0;
+    bool unknown = false;
+    for (size_t i = 0, length; i < size; i += length) {
+        int32_t c = perk_utf8_next(word + i, &length);
+        int32_t id = c < 128 ? vocab->ascii_ids[c] : perk_vocab_find_model(vocab, word + i, length);
+        if (id < 0 && bpe->byte_fallback && byte_symbols(vocab, word + i, length, ids + count) == length) {
+            count += length;
+        } else if (id >= 0) {
+            if (unknown) ids[count++] = bpe->unknown_id;
+            ids[count++] = id;
+            unknown = false;
+        } else if (bpe->unknown_id >= 0) {
+            if (unknown && !bpe->fuse_unknown) ids[count++] = bpe->unknown_id;
+            unknown = true;
+        }
+    }
+    if (unknown) ids[count++] = bpe->unknown_id;
+    return count;
 }
 
 /* Encodes a word that was not seen before. */
@@ -199,11 +235,9 @@ static bool encode_word(perk_bpe_run *run, const char *word, size_t size) {
     }
     if (!reserve_ids(run, size)) return false;
     int32_t *ids = run->ids + run->count;
-    size_t count = 0;
-    for (size_t i = 0; i < size; i++) {
-        ids[count] = run->vocab->byte_ids[(uint8_t)word[i]];
-        count += ids[count] >= 0; /* a byte that the vocabulary lacks gives nothing */
-    }
+    size_t count = run->bpe->spelling == PERK_SPELLED_AS_BYTES
+                       ? byte_symbols(run->vocab, word, size, ids)
+                       : character_symbols(run->bpe, run->vocab, word, size, ids);
     if (count <= SHORT_WORD) {
         run->count += merge_short(run->bpe, ids, count);
         return true;
@@ -222,7 +256,8 @@ static bool encode_word(perk_bpe_run *run, const char *word, size_t size) {
     return true;
 }
 
-bool perk_bpe_word(perk_bpe_run *run, const char *word, size_t size) {
+/* Encodes a word, or copies what it gave before. */
+static bool encode_part(perk_bpe_run *run, const char *word, size_t size) {
     uint64_t hash = XXH3_64bits(word, size);
     perk_bpe_seen *seen = &run->seen[hash & (run->seen_count - 1)];
     if (seen->hash == hash && seen->size == size && seen->word && memcmp(seen->word, word, size) == 0) {
@@ -234,5 +269,23 @@ bool perk_bpe_word(perk_bpe_run *run, const char *word, size_t size) {
     size_t first = run->count;
     if (!encode_word(run, word, size)) return false;
     *seen = (perk_bpe_seen){hash, word, (uint32_t)size, (uint32_t)(run->count - first), first};
+    return true;
+}
+
+/* The first mark in [from, end) that does not follow another; `end` when there is none. */
+static const char *next_cut(const char *begin, const char *from, const char *end) {
+    const size_t mark = strlen(PERK_SPACE_MARK);
+    for (const char *found; (found = memmem(from, (size_t)(end - from), PERK_SPACE_MARK, mark)); from = found + mark)
+        if ((size_t)(found - begin) < mark || memcmp(found - mark, PERK_SPACE_MARK, mark) != 0) return found;
+    return end;
+}
+
+bool perk_bpe_word(perk_bpe_run *run, const char *word, size_t size) {
+    if (!run->bpe->cuts_at_marks) return encode_part(run, word, size);
+    const char *end = word + size;
+    for (const char *cut; word < end; word = cut) {
+        cut = next_cut(word, word + 1, end); /* what is joined to nothing before it is a word of its own */
+        if (!encode_part(run, word, (size_t)(cut - word))) return false;
+    }
     return true;
 }

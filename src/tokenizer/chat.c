@@ -214,24 +214,63 @@ static perk_status format_deepseek(conversation *chat) {
     return PERK_OK;
 }
 
+/* ---- Mistral, of the tokenizers v2 and v3
+ * -------------------------------------------------------------------------------------------------------------- */
+
+/* After a system message, if there is one, users and assistants take turns. */
+static perk_status check_turns(const conversation *chat, size_t first) {
+    for (size_t i = first; i < chat->count; i++) {
+        const char *wanted = (i - first) % 2 == 0 ? "user" : "assistant";
+        if (is_role(&chat->messages[i], wanted)) continue;
+        return refuse_role(chat, i, "Mistral", "a system message first, then user and assistant in turns");
+    }
+    return PERK_OK;
+}
+
+/* The system message stands in the last turn of the user, where the conversation ends with it. */
+static perk_status format_mistral(conversation *chat) {
+    size_t first = chat->count && is_role(&chat->messages[0], "system");
+    perk_status status = check_turns(chat, first);
+    if (status != PERK_OK) return status;
+    if (chat->count) put(chat, "<s>");
+    for (size_t i = first; i < chat->count; i++) {
+        bool user = is_role(&chat->messages[i], "user");
+        put(chat, user ? "[INST] " : " ");
+        if (user && first && i + 1 == chat->count) {
+            put(chat, chat->messages[0].content);
+            put(chat, "\n\n");
+        }
+        put_slice(chat, user ? slice_of(chat->messages[i].content) : strip(slice_of(chat->messages[i].content)));
+        put(chat, user ? "[/INST]" : "</s>");
+    }
+    return PERK_OK;
+}
+
 /* ---- all families
  * ---------------------------------------------------------------------------------------------------------------- */
 
 static const struct family {
     perk_chat_family family;
-    const char *markers[2]; /* tokens that a tokenizer of the family has */
+    const char *markers[3]; /* tokens that a tokenizer of the family has */
+    const char *absent;     /* one that it has not */
     perk_status (*format)(conversation *chat);
 } families[] = {
-    {PERK_CHAT_QWEN3, {"<|im_start|>", "<|im_end|>"}, format_qwen3},
-    {PERK_CHAT_LLAMA3, {"<|start_header_id|>", "<|eot_id|>"}, format_llama3},
-    {PERK_CHAT_DEEPSEEK, {DEEPSEEK_USER, DEEPSEEK_ASSISTANT}, format_deepseek},
+    {PERK_CHAT_QWEN3, {"<|im_start|>", "<|im_end|>"}, NULL, format_qwen3},
+    {PERK_CHAT_LLAMA3, {"<|start_header_id|>", "<|eot_id|>"}, NULL, format_llama3},
+    {PERK_CHAT_DEEPSEEK, {DEEPSEEK_USER, DEEPSEEK_ASSISTANT}, NULL, format_deepseek},
+    /* The byte-level ones of the name, and those with a token for system messages, have other formats. */
+    {PERK_CHAT_MISTRAL, {"[INST]", "[/INST]", "<0x0A>"}, "[SYSTEM_PROMPT]", format_mistral},
 };
+
+static bool fits_family(const perk_tokenizer *tokenizer, const struct family *family) {
+    for (size_t i = 0; i < PERK_COUNT(family->markers) && family->markers[i]; i++)
+        if (perk_tokenizer_token_id(tokenizer, family->markers[i]) < 0) return false;
+    return perk_tokenizer_token_id(tokenizer, family->absent) < 0;
+}
 
 perk_chat_family perk_chat_detect(const perk_tokenizer *tokenizer) {
     for (size_t i = 0; i < PERK_COUNT(families); i++)
-        if (perk_tokenizer_token_id(tokenizer, families[i].markers[0]) >= 0 &&
-            perk_tokenizer_token_id(tokenizer, families[i].markers[1]) >= 0)
-            return families[i].family;
+        if (fits_family(tokenizer, &families[i])) return families[i].family;
     return PERK_CHAT_NONE;
 }
 
@@ -257,8 +296,8 @@ perk_status perk_chat_format_as(perk_chat_family family, const perk_chat_message
     if (!chosen)
         return perk_fail(err, PERK_UNSUPPORTED,
                          "no known chat format: the tokenizer has the marker tokens of none of Qwen3 (<|im_start|>), "
-                         "Llama 3 (<|start_header_id|>) and DeepSeek V3 (<｜User｜>); give a plain prompt, or name the "
-                         "family");
+                         "Llama 3 (<|start_header_id|>), DeepSeek V3 (<｜User｜>) and Mistral ([INST]); give a plain "
+                         "prompt, or name the family");
     conversation chat = {messages, count, add_generation_prompt != 0, {0}, err};
     perk_status status = check_messages(messages, count, err);
     if (status == PERK_OK) status = chosen->format(&chat);

@@ -1,6 +1,7 @@
 /* tokenizer.json -> perk_tokenizer. Every component that changes ids or text is either built or refused by name. */
 #include "json.h"
 #include "parts.h"
+#include "utf8.h"
 
 #define GPT2_PATTERN "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 #define PUNCTUATION_PATTERN "[!-/:-@\\[-`{-~\\p{P}]"
@@ -14,8 +15,8 @@ static perk_status malformed(perk_error *err, const char *where, const char *wha
 
 static perk_status unsupported(perk_error *err, const char *where, const char *name) {
     return perk_fail(err, PERK_UNSUPPORTED,
-                     "%s \"%.100s\" is not supported; perk reads byte-level BPE tokenizers (see perk/tokenizer.h for "
-                     "what they may consist of)",
+                     "%s \"%.100s\" is not supported; perk reads byte-level and SentencePiece BPE tokenizers (see "
+                     "perk/tokenizer.h for what they may consist of)",
                      where, name);
 }
 
@@ -106,6 +107,16 @@ static bool read_merge(const json_t *merge, span *left, span *right) {
     return true;
 }
 
+static bool begins_with_mark(span text) {
+    const size_t mark = strlen(PERK_SPACE_MARK);
+    return text.size >= mark && memcmp(text.text, PERK_SPACE_MARK, mark) == 0;
+}
+
+static bool ends_with_mark(span text) {
+    const size_t mark = strlen(PERK_SPACE_MARK);
+    return text.size >= mark && memcmp(text.text + text.size - mark, PERK_SPACE_MARK, mark) == 0;
+}
+
 static perk_status add_merge(perk_tokenizer *tokenizer, size_t rank, span left, span right, perk_buffer *joined,
                              perk_error *err) {
     joined->size = 0;
@@ -121,6 +132,7 @@ static perk_status add_merge(perk_tokenizer *tokenizer, size_t rank, span left, 
                              (int)PERK_MIN(parts[i].size, (size_t)60), parts[i].text);
     }
     perk_bpe_add(&tokenizer->bpe, ids[0], ids[1], (uint32_t)rank, ids[2]);
+    if (begins_with_mark(right) && !ends_with_mark(left)) tokenizer->bpe.cuts_at_marks = false;
     return PERK_OK;
 }
 
@@ -142,7 +154,7 @@ static perk_status read_merges(perk_tokenizer *tokenizer, const json_t *model, p
     return status;
 }
 
-/* What a model may say that byte-level BPE here does not do. */
+/* What a model may say that BPE here does not do. */
 static perk_status check_model(const json_t *model, perk_error *err) {
     if (!json_is_object(model)) return malformed(err, "model", "is missing or not an object");
     const json_t *type = json_object_get(model, "type");
@@ -159,33 +171,88 @@ static perk_status check_model(const json_t *model, perk_error *err) {
     return PERK_OK;
 }
 
+/* What becomes of text that no token of the model spells. */
+static perk_status read_unknown(perk_tokenizer *tokenizer, const json_t *model, perk_error *err) {
+    perk_bpe *bpe = &tokenizer->bpe;
+    const json_t *unknown = json_object_get(model, "unk_token");
+    bool all_bytes = true;
+    for (int byte = 0; byte < 256; byte++) all_bytes &= tokenizer->vocab.byte_ids[byte] >= 0;
+    if (bpe->spelling == PERK_SPELLED_AS_BYTES) {
+        bool fills_gaps = bpe->byte_fallback || !is_null(unknown);
+        if (!fills_gaps || all_bytes) return PERK_OK;
+        return unsupported(err, "model field", bpe->byte_fallback ? "byte_fallback" : "unk_token");
+    }
+    /* A character that gives nothing makes neighbours of those around it. */
+    if (is_null(unknown) && !(bpe->byte_fallback && all_bytes)) bpe->cuts_at_marks = false;
+    if (is_null(unknown)) return PERK_OK;
+    if (!json_is_string(unknown)) return malformed(err, "model", "has an \"unk_token\" that is not a string");
+    bpe->unknown_id = perk_vocab_find_model(&tokenizer->vocab, json_string_value(unknown), json_string_length(unknown));
+    if (bpe->unknown_id >= 0 || (bpe->byte_fallback && all_bytes)) return PERK_OK;
+    return perk_fail(err, PERK_BAD_FORMAT, "model: the unk_token \"%.60s\" is not in the vocabulary",
+                     json_string_value(unknown));
+}
+
 static perk_status read_model(perk_tokenizer *tokenizer, json_t *model, perk_error *err) {
+    perk_bpe *bpe = &tokenizer->bpe;
     perk_status status = check_model(model, err);
-    bool byte_fallback = false;
-    if (status == PERK_OK) status = read_flag(model, "ignore_merges", &tokenizer->bpe.ignore_merges, "model", err);
-    if (status == PERK_OK) status = read_flag(model, "byte_fallback", &byte_fallback, "model", err);
+    if (status == PERK_OK) status = read_flag(model, "ignore_merges", &bpe->ignore_merges, "model", err);
+    if (status == PERK_OK) status = read_flag(model, "byte_fallback", &bpe->byte_fallback, "model", err);
+    if (status == PERK_OK) status = read_flag(model, "fuse_unk", &bpe->fuse_unknown, "model", err);
     if (status == PERK_OK) status = read_vocab(tokenizer, model, err);
-    if (status == PERK_OK) status = read_merges(tokenizer, model, err);
     if (status != PERK_OK) return status;
-    perk_vocab_finish(&tokenizer->vocab);
-    bool fills_gaps = byte_fallback || !is_null(json_object_get(model, "unk_token"));
-    for (int byte = 0; byte < 256 && fills_gaps; byte++)
-        if (tokenizer->vocab.byte_ids[byte] < 0)
-            return unsupported(err, "model field", byte_fallback ? "byte_fallback" : "unk_token");
-    return PERK_OK;
+    const size_t mark = strlen(PERK_SPACE_MARK);
+    bpe->unknown_id = -1;
+    bpe->spelling = tokenizer->byte_level ? PERK_SPELLED_AS_BYTES : PERK_SPELLED_AS_CHARACTERS;
+    /* A merge may still take the last back. A mark that is no token would be part of what is unknown before it. */
+    bpe->cuts_at_marks = bpe->spelling == PERK_SPELLED_AS_CHARACTERS && !bpe->ignore_merges &&
+                         perk_vocab_find_model(&tokenizer->vocab, PERK_SPACE_MARK, mark) >= 0;
+    return read_merges(tokenizer, model, err);
 }
 
 /* ---- normalizer, pre-tokenizer, decoder
  * ----------------------------------------------------------------------------------------- */
 
+/* Copies the string at `key` of `json`, NUL-terminated. */
+static perk_status copy_string(const json_t *json, const char *key, char **copy, size_t *size, const char *where,
+                               perk_error *err) {
+    const char *text = NULL;
+    perk_status status = read_string(json, key, &text, size, where, err);
+    if (status != PERK_OK) return status;
+    *copy = malloc(*size + 1);
+    if (!*copy) return perk_fail_memory(err, "the tokenizer");
+    memcpy(*copy, text, *size + 1);
+    return PERK_OK;
+}
+
+/* {"pattern": {"String": ...}, "content": ...} */
+static perk_status read_replacement(const json_t *json, perk_replacement *replaced, const char *where,
+                                    perk_error *err) {
+    const json_t *pattern = json_object_get(json, "pattern");
+    if (json_object_get(pattern, "Regex")) return unsupported(err, where, "with a \"Regex\"");
+    perk_status status = copy_string(pattern, "String", &replaced->pattern, &replaced->pattern_size, where, err);
+    if (status == PERK_OK)
+        status = copy_string(json, "content", &replaced->content, &replaced->content_size, where, err);
+    if (status == PERK_OK && !replaced->pattern_size) status = malformed(err, where, "replaces an empty text");
+    return status;
+}
+
 static perk_status read_normalizer(perk_tokenizer *tokenizer, const json_t *json, const char *type, perk_error *err) {
     static const char *const names[] = {"NFC", "NFD", "NFKC", "NFKD"}; /* in the order of perk_normal_form */
-    (void)json;
+    if (tokenizer->normalizer_count == PERK_MAX_NORMALIZERS)
+        return perk_fail(err, PERK_LIMIT, "normalizer: more than %d", PERK_MAX_NORMALIZERS);
+    perk_normalizer *normalizer = &tokenizer->normalizers[tokenizer->normalizer_count++];
+    if (strcmp(type, "Replace") == 0) {
+        normalizer->kind = PERK_NORMALIZE_REPLACE;
+        return read_replacement(json, &normalizer->replaced, "normalizer Replace", err);
+    }
+    if (strcmp(type, "Prepend") == 0) {
+        normalizer->kind = PERK_NORMALIZE_PREPEND;
+        return copy_string(json, "prepend", &normalizer->replaced.content, &normalizer->replaced.content_size,
+                           "normalizer Prepend", err);
+    }
     for (size_t i = 0; i < PERK_COUNT(names); i++) {
         if (strcmp(type, names[i]) != 0) continue;
-        if (tokenizer->normalizer_count == PERK_MAX_NORMALIZERS)
-            return perk_fail(err, PERK_LIMIT, "normalizer: more than %d", PERK_MAX_NORMALIZERS);
-        tokenizer->normalizers[tokenizer->normalizer_count++] = (perk_normal_form)i;
+        normalizer->form = (perk_normal_form)i;
         return PERK_OK;
     }
     return unsupported(err, "normalizer", type);
@@ -228,12 +295,60 @@ static perk_status read_digits(const json_t *json, perk_split_step *step, perk_e
 }
 
 static perk_status read_byte_level(const json_t *json, perk_split_step *step, perk_error *err) {
-    bool use_regex = true;
-    step->prefix_space = true;
-    perk_status status = read_flag(json, "add_prefix_space", &step->prefix_space, "pre_tokenizer ByteLevel", err);
+    bool use_regex = true, prefix_space = true;
+    perk_status status = read_flag(json, "add_prefix_space", &prefix_space, "pre_tokenizer ByteLevel", err);
     if (status == PERK_OK) status = read_flag(json, "use_regex", &use_regex, "pre_tokenizer ByteLevel", err);
+    strcpy(step->mark, " ");
+    step->prepend = prefix_space ? PERK_PREPEND_ALWAYS : PERK_PREPEND_NEVER;
     if (status != PERK_OK || !use_regex) return status;
     return perk_pattern_compile(GPT2_PATTERN, strlen(GPT2_PATTERN), &step->pattern, err);
+}
+
+/* A string of one character. */
+static perk_status read_character(const json_t *json, const char *key, char out[8], const char *where,
+                                  perk_error *err) {
+    const char *text = NULL;
+    size_t size = 0, length = 0;
+    perk_status status = read_string(json, key, &text, &size, where, err);
+    if (status != PERK_OK) return status;
+    if (size) perk_utf8_next(text, &length);
+    if (!size || size != length || !*text)
+        return perk_fail(err, PERK_BAD_FORMAT, "%s: \"%s\" is not one character", where, key);
+    memcpy(out, text, size + 1);
+    return PERK_OK;
+}
+
+static perk_status read_prepend_scheme(const json_t *json, perk_prepend_scheme *scheme, const char *where,
+                                       perk_error *err) {
+    static const char *const names[] = {"never", "first", "always"}; /* in the order of perk_prepend_scheme */
+    const char *name = "always";
+    size_t size;
+    bool prefix = true;
+    perk_status status = json_object_get(json, "prepend_scheme")
+                             ? read_string(json, "prepend_scheme", &name, &size, where, err)
+                             : PERK_OK;
+    if (status == PERK_OK) status = read_flag(json, "add_prefix_space", &prefix, where, err);
+    if (status != PERK_OK) return status;
+    size_t i = 0;
+    while (i < PERK_COUNT(names) && strcmp(name, names[i]) != 0) i++;
+    if (i == PERK_COUNT(names))
+        return perk_fail(err, PERK_BAD_FORMAT, "%s: unknown prepend_scheme \"%.60s\"", where, name);
+    if (!prefix && i != PERK_PREPEND_NEVER)
+        return perk_fail(err, PERK_BAD_FORMAT, "%s: add_prefix_space is false, and prepend_scheme is not \"never\"",
+                         where);
+    *scheme = (perk_prepend_scheme)i;
+    return PERK_OK;
+}
+
+static perk_status read_metaspace(const json_t *json, perk_split_step *step, perk_error *err) {
+    static const char where[] = "pre_tokenizer Metaspace";
+    bool split = true;
+    perk_status status = read_character(json, "replacement", step->mark, where, err);
+    if (status == PERK_OK) status = read_prepend_scheme(json, &step->prepend, where, err);
+    if (status == PERK_OK) status = read_flag(json, "split", &split, where, err);
+    if (status != PERK_OK || !split) return status;
+    step->behavior = PERK_SPLIT_MERGED_WITH_NEXT;
+    return perk_pattern_compile_literal(step->mark, strlen(step->mark), &step->pattern, err);
 }
 
 static perk_status read_pre_tokenizer(perk_tokenizer *tokenizer, const json_t *json, const char *type,
@@ -245,6 +360,7 @@ static perk_status read_pre_tokenizer(perk_tokenizer *tokenizer, const json_t *j
     perk_split_step *step = &tokenizer->steps[tokenizer->step_count++];
     if (strcmp(type, "Split") == 0) return read_split(json, step, err);
     if (strcmp(type, "Digits") == 0) return read_digits(json, step, err);
+    if (strcmp(type, "Metaspace") == 0) return read_metaspace(json, step, err);
     if (strcmp(type, "Punctuation") == 0) {
         perk_status status = json_object_get(json, "behavior") ? read_behavior(json, &step->behavior, err) : PERK_OK;
         if (status != PERK_OK) return status;
@@ -255,11 +371,51 @@ static perk_status read_pre_tokenizer(perk_tokenizer *tokenizer, const json_t *j
     return read_byte_level(json, step, err);
 }
 
+/* Fuse joins the pieces, which is done in any case; but what follows it sees them as one. */
+static perk_status read_strip(const json_t *json, perk_decoder *decoder, perk_error *err) {
+    static const char where[] = "decoder Strip";
+    const json_t *start = json_object_get(json, "start"), *stop = json_object_get(json, "stop");
+    if (!decoder->fuse) return unsupported(err, where, "without Fuse before it");
+    if (!json_is_integer(start) || json_integer_value(start) < 0 || json_integer_value(start) > INT32_MAX)
+        return malformed(err, where, "has a \"start\" that is not a number of characters");
+    if (!json_is_integer(stop) || json_integer_value(stop) != 0) return unsupported(err, where, "stop");
+    decoder->strip_count = (size_t)json_integer_value(start);
+    return read_character(json, "content", decoder->strip, where, err);
+}
+
+static perk_status read_metaspace_decoder(const json_t *json, perk_decoder *decoder, perk_error *err) {
+    static const char where[] = "decoder Metaspace";
+    perk_prepend_scheme scheme = PERK_PREPEND_ALWAYS;
+    char mark[8];
+    perk_status status = read_character(json, "replacement", mark, where, err);
+    if (status == PERK_OK) status = read_prepend_scheme(json, &scheme, where, err);
+    if (status != PERK_OK) return status;
+    decoder->drops_first = scheme != PERK_PREPEND_NEVER;
+    decoder->replaced = (perk_replacement){perk_strdup(mark), perk_strdup(" "), strlen(mark), 1};
+    return decoder->replaced.pattern && decoder->replaced.content ? PERK_OK : perk_fail_memory(err, "the decoder");
+}
+
+/* The parts come in the order of their stages, one of each, and as many Fuse as one likes; ByteLevel begins. */
 static perk_status read_decoder(perk_tokenizer *tokenizer, const json_t *json, const char *type, perk_error *err) {
-    (void)json;
-    if (strcmp(type, "ByteLevel") == 0) return tokenizer->decodes_bytes = true, PERK_OK;
-    if (strcmp(type, "Fuse") == 0) return PERK_OK; /* joins pieces, which is all that is done with them here */
-    return unsupported(err, "decoder", type);
+    static const struct decoder_part {
+        const char *type;
+        int stage;
+    } parts[] = {{"Replace", 1}, {"Metaspace", 1}, {"ByteFallback", 2}, {"ByteLevel", 3}, {"Fuse", 3}, {"Strip", 4}};
+    perk_decoder *decoder = &tokenizer->decoder;
+    size_t i = 0;
+    while (i < PERK_COUNT(parts) && strcmp(type, parts[i].type) != 0) i++;
+    if (i == PERK_COUNT(parts)) return unsupported(err, "decoder", type);
+    bool byte_level = strcmp(type, "ByteLevel") == 0, fuse = strcmp(type, "Fuse") == 0;
+    int before = decoder->stage, stage = decoder->stage = parts[i].stage;
+    if (stage < before || (stage == before && !fuse) || (before && byte_level) || (stage == 4 && decoder->byte_level))
+        return perk_fail(err, PERK_UNSUPPORTED, "decoder \"%.60s\" in this place is not supported", type);
+    if (stage == 4) return read_strip(json, decoder, err);
+    if (strcmp(type, "Replace") == 0) return read_replacement(json, &decoder->replaced, "decoder Replace", err);
+    if (strcmp(type, "Metaspace") == 0) return read_metaspace_decoder(json, decoder, err);
+    decoder->byte_level |= byte_level;
+    decoder->byte_fallback |= stage == 2;
+    decoder->fuse |= fuse;
+    return PERK_OK;
 }
 
 /* ---- added tokens
@@ -399,8 +555,11 @@ static perk_status read_components(perk_tokenizer *tokenizer, const json_t *root
             read_component(tokenizer, component, components[i].key, components[i].list_key, components[i].read, err);
         if (status != PERK_OK) return status;
     }
-    if (!tokenizer->byte_level) return unsupported(err, "pre_tokenizer", "without ByteLevel");
-    if (!tokenizer->decodes_bytes) return unsupported(err, "decoder", "without ByteLevel");
+    if (!tokenizer->decoder.stage) return malformed(err, "decoder", "is missing");
+    if (tokenizer->decoder.byte_level && !tokenizer->byte_level)
+        return unsupported(err, "pre_tokenizer", "without ByteLevel, which the decoder is,");
+    if (tokenizer->byte_level && !tokenizer->decoder.byte_level)
+        return unsupported(err, "decoder", "without ByteLevel, which the pre_tokenizer is,");
     return PERK_OK;
 }
 
@@ -420,9 +579,15 @@ static perk_status parse_object(json_t **root, const char *json, size_t size, si
 perk_status perk_tokenizer_read_json(perk_tokenizer *tokenizer, const char *json, size_t size, perk_error *err) {
     json_t *root = NULL;
     perk_status status = parse_object(&root, json, size, 0, err);
-    if (status == PERK_OK) status = read_model(tokenizer, json_object_get(root, "model"), err);
+    json_t *model = json_object_get(root, "model");
+    const perk_decoder *decoder = &tokenizer->decoder;
     if (status == PERK_OK) status = read_components(tokenizer, root, err);
+    if (status == PERK_OK) status = read_model(tokenizer, model, err);
     if (status == PERK_OK) status = read_added_tokens(tokenizer, json_object_get(root, "added_tokens"), err);
+    if (status == PERK_OK)
+        status = perk_vocab_finish(&tokenizer->vocab, tokenizer->bpe.spelling, &decoder->replaced,
+                                   decoder->byte_fallback, err);
+    if (status == PERK_OK) status = read_unknown(tokenizer, model, err);
     json_decref(root);
     return status;
 }

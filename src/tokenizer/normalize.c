@@ -26,11 +26,12 @@ static const int32_t younger[][2] = {
     {0x7fd, 0x7fd},     {0x898, 0x89f},     {0x8ca, 0x8d3},     {0x9fe, 0x9fe},     {0xc3c, 0xc3c},
     {0xd3b, 0xd3c},     {0xeba, 0xeba},     {0x1715, 0x1715},   {0x1abf, 0x1ace},   {0x1df6, 0x1dfa},
     {0x32ff, 0x32ff},   {0xa7f2, 0xa7f4},   {0xa82c, 0xa82c},   {0xab69, 0xab69},   {0x10781, 0x10785},
-    {0x10787, 0x107b0}, {0x107b2, 0x107ba}, {0x10d24, 0x10d27}, {0x10eab, 0x10eac}, {0x10f46, 0x10f50},
-    {0x10f82, 0x10f85}, {0x11070, 0x11070}, {0x1133b, 0x1133b}, {0x1145e, 0x1145e}, {0x11839, 0x1183a},
-    {0x11938, 0x11938}, {0x1193d, 0x1193e}, {0x11943, 0x11943}, {0x119e0, 0x119e0}, {0x11a34, 0x11a34},
-    {0x11a47, 0x11a47}, {0x11a99, 0x11a99}, {0x11d42, 0x11d42}, {0x11d44, 0x11d45}, {0x11d97, 0x11d97},
-    {0x16ff0, 0x16ff1}, {0x1e130, 0x1e136}, {0x1e2ae, 0x1e2ae}, {0x1e2ec, 0x1e2ef}, {0x1f16c, 0x1f16c},
+    {0x10787, 0x107b0}, {0x107b2, 0x107ba}, {0x10d24, 0x10d27}, {0x10eab, 0x10eac}, {0x10efd, 0x10eff},
+    {0x10f46, 0x10f50}, {0x10f82, 0x10f85}, {0x11070, 0x11070}, {0x1133b, 0x1133b}, {0x1145e, 0x1145e},
+    {0x11839, 0x1183a}, {0x11938, 0x11938}, {0x1193d, 0x1193e}, {0x11943, 0x11943}, {0x119e0, 0x119e0},
+    {0x11a34, 0x11a34}, {0x11a47, 0x11a47}, {0x11a99, 0x11a99}, {0x11d42, 0x11d42}, {0x11d44, 0x11d45},
+    {0x11d97, 0x11d97}, {0x11f41, 0x11f42}, {0x16ff0, 0x16ff1}, {0x1e030, 0x1e06d}, {0x1e08f, 0x1e08f},
+    {0x1e130, 0x1e136}, {0x1e2ae, 0x1e2ae}, {0x1e2ec, 0x1e2ef}, {0x1e4ec, 0x1e4ef}, {0x1f16c, 0x1f16c},
     {0x1fbf0, 0x1fbf9}};
 
 static bool is_younger(int32_t c) {
@@ -115,6 +116,29 @@ static bool normalize_stretch(perk_normal_form form, const char *text, size_t si
     }
     return true;
 }
+
+/* ---- replacing
+ * ------------------------------------------------------------------------------------------------------------- */
+
+void perk_replace(const perk_replacement *replaced, const char *text, size_t size, size_t limit, perk_buffer *out) {
+    const char *end = text + size, *found;
+    while (replaced->pattern_size && out->size <= limit &&
+           (found = memmem(text, (size_t)(end - text), replaced->pattern, replaced->pattern_size))) {
+        perk_buffer_append(out, text, (size_t)(found - text));
+        perk_buffer_append(out, replaced->content, replaced->content_size);
+        text = found + replaced->pattern_size;
+    }
+    perk_buffer_append(out, text, (size_t)(end - text));
+}
+
+void perk_replacement_free(perk_replacement *replaced) {
+    free(replaced->pattern);
+    free(replaced->content);
+    *replaced = (perk_replacement){0};
+}
+
+/* ---- the forms
+ * ------------------------------------------------------------------------------------------------------------- */
 
 perk_status perk_normalize(perk_normal_form form, const char *text, size_t size, perk_buffer *out, perk_error *err) {
     characters list = {0};

@@ -12,8 +12,21 @@
 /* ---- vocabulary (vocab.c): texts, ids, and the bytes that an id stands for ----------------------------------------
  */
 
-/* A token has at least one of the first two. */
-enum { PERK_TOKEN_MODEL = 1, PERK_TOKEN_ADDED = 2, PERK_TOKEN_SPECIAL = 4 };
+/* A token has at least one of the first two. PERK_TOKEN_BYTE: it stands for a byte, which may be part of a character.
+ */
+enum { PERK_TOKEN_MODEL = 1, PERK_TOKEN_ADDED = 2, PERK_TOKEN_SPECIAL = 4, PERK_TOKEN_BYTE = 8 };
+
+/* How tokens spell what they stand for. */
+typedef enum perk_spelling {
+    PERK_SPELLED_AS_BYTES,      /* ByteLevel: every byte is one printable character */
+    PERK_SPELLED_AS_CHARACTERS, /* SentencePiece: as it is, "<0x0A>" for a byte */
+} perk_spelling;
+
+/* Every `pattern` becomes `content`. Both are NUL-terminated beyond their size; no pattern: nothing is replaced. */
+typedef struct perk_replacement {
+    char *pattern, *content;
+    size_t pattern_size, content_size;
+} perk_replacement;
 
 #define PERK_MAX_TOKEN_ID ((1 << 24) - 1)
 
@@ -29,8 +42,9 @@ typedef struct perk_vocab {
     perk_buffer pool;
     int32_t *slots; /* open addressing: text -> id, -1 empty */
     size_t slot_count, slots_used;
-    size_t longest;        /* bytes of the longest text */
-    int32_t byte_ids[256]; /* the token of each byte, -1 none; set by perk_vocab_finish */
+    size_t longest;         /* bytes of the longest text */
+    int32_t byte_ids[256];  /* the model's token of each byte, -1 none; set by perk_vocab_finish */
+    int32_t ascii_ids[128]; /* the model's token of each of these characters, -1 none; set by perk_vocab_finish */
 } perk_vocab;
 
 perk_status perk_vocab_init(perk_vocab *vocab, size_t expected, perk_error *err);
@@ -38,8 +52,12 @@ perk_status perk_vocab_init(perk_vocab *vocab, size_t expected, perk_error *err)
  * again only adds flags. */
 perk_status perk_vocab_add(perk_vocab *vocab, const char *text, size_t size, int64_t id, uint32_t flags,
                            perk_error *err);
-int32_t perk_vocab_find(const perk_vocab *vocab, const char *text, size_t size); /* -1 none */
-void perk_vocab_finish(perk_vocab *vocab);
+int32_t perk_vocab_find(const perk_vocab *vocab, const char *text, size_t size);       /* -1 none */
+int32_t perk_vocab_find_model(const perk_vocab *vocab, const char *text, size_t size); /* of the model's tokens */
+/* Once all tokens are there: what each decodes to. `replaced` is done in tokens that are spelled as characters, and
+ * `has_bytes` says that some of them stand for bytes. */
+perk_status perk_vocab_finish(perk_vocab *vocab, perk_spelling spelling, const perk_replacement *replaced,
+                              bool has_bytes, perk_error *err);
 void perk_vocab_free(perk_vocab *vocab);
 
 /* The printable character that stands for a byte in byte-level vocabularies, in UTF-8; returns its length, 1 or 2. */
@@ -54,10 +72,19 @@ typedef struct perk_merge {
     int32_t result;
 } perk_merge;
 
+/* What SentencePiece writes for a space: it begins a word. */
+#define PERK_SPACE_MARK "\xE2\x96\x81" /* U+2581 */
+
 typedef struct perk_bpe {
     perk_merge *slots; /* open addressing: (left, right) */
     size_t slot_count;
-    bool ignore_merges; /* a word that is a token is that token, whatever the merges say */
+    perk_spelling spelling; /* what a word is made of to begin with: bytes or characters */
+    bool ignore_merges;     /* a word that is a token is that token, whatever the merges say */
+    /* Of characters that are no token: */
+    bool byte_fallback; /* they become the tokens of their bytes, where there are all of them, */
+    int32_t unknown_id; /* else this token; -1: nothing */
+    bool fuse_unknown;  /* one for all that follow each other */
+    bool cuts_at_marks; /* no merge joins a space mark to another character before it */
 } perk_bpe;
 
 perk_status perk_bpe_init(perk_bpe *bpe, size_t merge_count, perk_error *err);
@@ -95,6 +122,27 @@ void perk_bpe_end(perk_bpe_run *run); /* frees the tables and `ids`, unless the 
  */
 
 typedef enum perk_normal_form { PERK_NFC, PERK_NFD, PERK_NFKC, PERK_NFKD } perk_normal_form;
+
+typedef enum perk_normalizer_kind {
+    PERK_NORMALIZE_FORM,
+    PERK_NORMALIZE_PREPEND,
+    PERK_NORMALIZE_REPLACE
+} perk_normalizer_kind;
+
+typedef struct perk_normalizer {
+    perk_normalizer_kind kind;
+    perk_normal_form form;
+    perk_replacement replaced; /* PREPEND: its content comes first, unless the text is empty */
+} perk_normalizer;
+
+/* How long a text may become when things in it are replaced: a hostile file could make gigabytes of a line. */
+static inline size_t perk_grown_limit(size_t size) {
+    return size > (INT32_MAX - 65536) / 64 ? INT32_MAX : size * 64 + 65536;
+}
+
+/* Appends `text` with everything replaced; stops where `out` has become longer than `limit`. */
+void perk_replace(const perk_replacement *replaced, const char *text, size_t size, size_t limit, perk_buffer *out);
+void perk_replacement_free(perk_replacement *replaced);
 
 /* Appends well-formed `text` in the given form. PERK_OUT_OF_MEMORY is the only failure. */
 perk_status perk_normalize(perk_normal_form form, const char *text, size_t size, perk_buffer *out, perk_error *err);
@@ -162,11 +210,15 @@ typedef enum perk_split_behavior {
     PERK_SPLIT_CONTIGUOUS,
 } perk_split_behavior;
 
+typedef enum perk_prepend_scheme { PERK_PREPEND_NEVER, PERK_PREPEND_FIRST, PERK_PREPEND_ALWAYS } perk_prepend_scheme;
+
+/* A piece's spaces become marks, a piece without a mark in front gets one, and then it is cut. */
 typedef struct perk_split_step {
-    pcre2_code *pattern; /* NULL: the piece passes whole */
+    char mark[8];                /* a character; empty: spaces stay and `prepend` is NEVER */
+    perk_prepend_scheme prepend; /* FIRST: to the piece that the text begins with */
+    pcre2_code *pattern;         /* NULL: the piece passes whole */
     perk_split_behavior behavior;
     bool invert;
-    bool prefix_space; /* first put a space before a piece that does not begin with one */
 } perk_split_step;
 
 /* Memory that lives as long as an encode call. */
@@ -187,7 +239,8 @@ typedef struct perk_splitter {
     perk_error *err;
 } perk_splitter;
 
-perk_status perk_split(const perk_splitter *splitter, size_t step, const char *piece, size_t size);
+/* `at_start`: the text begins with this piece. */
+perk_status perk_split(const perk_splitter *splitter, size_t step, const char *piece, size_t size, bool at_start);
 
 /* ---- the whole (tokenizer.c)
  * ------------------------------------------------------------------------------------------------ */
@@ -200,10 +253,22 @@ typedef struct perk_id_list {
     size_t count;
 } perk_id_list;
 
+/* What is done with the texts of tokens, in this order. */
+typedef struct perk_decoder {
+    int stage;                 /* how far reading it has come; 0: there is none */
+    bool byte_level;           /* they are bytes, a printable character each */
+    perk_replacement replaced; /* in every token; */
+    bool drops_first;          /* in the first token, the pattern is left out instead */
+    bool byte_fallback;        /* tokens like "<0x0A>" are bytes: a run of them is text if it is UTF-8 */
+    bool fuse;
+    char strip[8];      /* a character that is left out at the beginning of the text, */
+    size_t strip_count; /* at most so many times */
+} perk_decoder;
+
 struct perk_tokenizer {
     perk_vocab vocab;
     perk_bpe bpe;
-    perk_normal_form normalizers[PERK_MAX_NORMALIZERS];
+    perk_normalizer normalizers[PERK_MAX_NORMALIZERS];
     size_t normalizer_count;
     perk_added_token *added;
     size_t added_count;
@@ -211,8 +276,9 @@ struct perk_tokenizer {
     perk_trie normalized_trie; /* tokens looked for after the normalizer */
     perk_split_step steps[PERK_MAX_STEPS];
     size_t step_count;
-    bool byte_level, decodes_bytes; /* a ByteLevel pre-tokenizer, a ByteLevel decoder was read */
-    perk_id_list prefix, suffix;    /* the post-processor's template */
+    bool byte_level; /* a ByteLevel pre-tokenizer was read */
+    perk_decoder decoder;
+    perk_id_list prefix, suffix; /* the post-processor's template */
     int32_t bos_id, eos_id;
 };
 

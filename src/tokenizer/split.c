@@ -33,6 +33,7 @@ typedef struct cutter {
     const perk_split_step *step;
     const char *piece;
     size_t begin, end;
+    bool at_start;      /* the text begins with the piece */
     bool open, matched; /* `matched`: the last segment matched */
 } cutter;
 
@@ -50,7 +51,8 @@ static bool joins_previous(const cutter *cut, bool matches) {
 static perk_status close_segment(const perk_splitter *splitter, size_t step, cutter *cut) {
     if (!cut->open) return PERK_OK;
     cut->open = false;
-    return perk_split(splitter, step + 1, cut->piece + cut->begin, cut->end - cut->begin);
+    return perk_split(splitter, step + 1, cut->piece + cut->begin, cut->end - cut->begin,
+                      cut->at_start && cut->begin == 0);
 }
 
 static perk_status add_segment(const perk_splitter *splitter, size_t step, cutter *cut, size_t begin, size_t end,
@@ -75,8 +77,9 @@ static size_t character_length(const char *text) {
 }
 
 /* The pattern sees the piece alone: lookarounds end at its ends. An empty match right after a match does not count. */
-static perk_status cut_piece(const perk_splitter *splitter, size_t step, const char *piece, size_t size) {
-    cutter cut = {.step = &splitter->steps[step], .piece = piece};
+static perk_status cut_piece(const perk_splitter *splitter, size_t step, const char *piece, size_t size,
+                             bool at_start) {
+    cutter cut = {.step = &splitter->steps[step], .piece = piece, .at_start = at_start};
     perk_status status = PERK_OK;
     size_t done = 0, search = 0, begin, end;
     bool any = false;
@@ -98,19 +101,46 @@ static perk_status cut_piece(const perk_splitter *splitter, size_t step, const c
     return status == PERK_OK ? close_segment(splitter, step, &cut) : status;
 }
 
-perk_status perk_split(const perk_splitter *splitter, size_t step, const char *piece, size_t size) {
+static bool begins_with(const char *piece, size_t size, const char *mark, size_t mark_size) {
+    return size >= mark_size && memcmp(piece, mark, mark_size) == 0;
+}
+
+/* Puts the step's mark in the place of spaces and, where the step wants it, in front. */
+static perk_status mark_piece(const perk_splitter *splitter, const perk_split_step *step, const char **piece,
+                              size_t *size, bool at_start) {
+    const char *text = *piece, *end = text + *size;
+    size_t mark_size = strlen(step->mark), spaces = 0;
+    bool prefix = step->prepend == PERK_PREPEND_ALWAYS || (step->prepend == PERK_PREPEND_FIRST && at_start);
+    prefix = prefix && *text != ' ' && !begins_with(text, *size, step->mark, mark_size);
+    if (strcmp(step->mark, " ") != 0)
+        for (const char *p = text; p < end; p++) spaces += *p == ' ';
+    if (!mark_size || (!prefix && !spaces)) return PERK_OK;
+    size_t marked_size = *size + spaces * (mark_size - 1) + (prefix ? mark_size : 0);
+    if (marked_size > INT32_MAX)
+        return perk_fail(splitter->err, PERK_LIMIT,
+                         "the text is %zu bytes long with its spaces marked; the limit is %d", marked_size, INT32_MAX);
+    char *marked = perk_arena_take(splitter->arena, marked_size), *out = marked;
+    if (!marked) return perk_fail_memory(splitter->err, "encoding a text");
+    if (prefix) out = mempcpy(out, step->mark, mark_size);
+    for (const char *space; text < end; text = space + (space < end)) {
+        space = spaces ? memchr(text, ' ', (size_t)(end - text)) : NULL;
+        if (!space) space = end;
+        out = mempcpy(out, text, (size_t)(space - text));
+        if (space < end) out = mempcpy(out, step->mark, mark_size);
+    }
+    *piece = marked;
+    *size = marked_size;
+    return PERK_OK;
+}
+
+perk_status perk_split(const perk_splitter *splitter, size_t step, const char *piece, size_t size, bool at_start) {
     if (!size) return PERK_OK;
     if (step == splitter->step_count)
         return perk_bpe_word(splitter->words, piece, size) ? PERK_OK
                                                            : perk_fail_memory(splitter->err, "encoding a text");
     const perk_split_step *this = &splitter->steps[step];
-    if (this->prefix_space && piece[0] != ' ') {
-        char *prefixed = perk_arena_take(splitter->arena, size + 1);
-        if (!prefixed) return perk_fail_memory(splitter->err, "encoding a text");
-        prefixed[0] = ' ';
-        memcpy(prefixed + 1, piece, size);
-        piece = prefixed;
-        size++;
-    }
-    return this->pattern ? cut_piece(splitter, step, piece, size) : perk_split(splitter, step + 1, piece, size);
+    perk_status status = mark_piece(splitter, this, &piece, &size, at_start);
+    if (status != PERK_OK) return status;
+    return this->pattern ? cut_piece(splitter, step, piece, size, at_start)
+                         : perk_split(splitter, step + 1, piece, size, at_start);
 }

@@ -13,6 +13,8 @@ void perk_tokenizer_free(perk_tokenizer *tokenizer) {
     perk_trie_free(&tokenizer->raw_trie);
     perk_trie_free(&tokenizer->normalized_trie);
     for (size_t i = 0; i < tokenizer->step_count; i++) pcre2_code_free(tokenizer->steps[i].pattern);
+    for (size_t i = 0; i < tokenizer->normalizer_count; i++) perk_replacement_free(&tokenizer->normalizers[i].replaced);
+    perk_replacement_free(&tokenizer->decoder.replaced);
     free(tokenizer->added);
     free(tokenizer->prefix.ids);
     free(tokenizer->suffix.ids);
@@ -107,6 +109,8 @@ typedef struct encoding {
     perk_arena arena;
     perk_splitter splitter;
     bool parse_special;
+    const char *begin;            /* of the whole text, */
+    const char *normalized_begin; /* and of it when normalized; NULL: the stretch at hand is another */
     perk_error *err;
 } encoding;
 
@@ -123,22 +127,42 @@ static perk_status push_ids(encoding *encode, const perk_id_list *list) {
 
 static perk_status encode_normalized(void *user, const char *text, size_t size) {
     encoding *encode = user;
-    return perk_split(&encode->splitter, 0, text, size);
+    return perk_split(&encode->splitter, 0, text, size, text == encode->normalized_begin);
+}
+
+static bool is_ascii(const char *text, size_t size) {
+    size_t ascii = 0;
+    while (ascii < size && (uint8_t)text[ascii] < 0x80) ascii++;
+    return ascii == size;
+}
+
+static perk_status run_normalizer(const perk_normalizer *normalizer, const char *text, size_t size, size_t limit,
+                                  perk_buffer *out, perk_error *err) {
+    switch (normalizer->kind) {
+    case PERK_NORMALIZE_FORM: return perk_normalize(normalizer->form, text, size, out, err);
+    case PERK_NORMALIZE_PREPEND:
+        perk_buffer_append(out, normalizer->replaced.content, normalizer->replaced.content_size);
+        perk_buffer_append(out, text, size);
+        break;
+    case PERK_NORMALIZE_REPLACE: perk_replace(&normalizer->replaced, text, size, limit, out); break;
+    }
+    return out->failed ? perk_fail_memory(err, "normalizing a text") : PERK_OK;
 }
 
 perk_status perk_tokenizer_normalize(const perk_tokenizer *tokenizer, perk_arena *arena, const char *text, size_t size,
                                      const char **out, size_t *out_size, perk_error *err) {
     *out = text;
     *out_size = size;
-    size_t ascii = 0;
-    while (ascii < size && (uint8_t)text[ascii] < 0x80) ascii++;
-    if (ascii == size) return PERK_OK; /* in every normal form */
+    size_t limit = perk_grown_limit(size); /* at most INT32_MAX, by which words are indexed */
     for (size_t i = 0; i < tokenizer->normalizer_count; i++) {
+        const perk_normalizer *normalizer = &tokenizer->normalizers[i];
+        if (*out_size == 0) return PERK_OK;
+        if (normalizer->kind == PERK_NORMALIZE_FORM && is_ascii(*out, *out_size)) continue; /* in every normal form */
         perk_buffer buffer = {0};
-        perk_status status = perk_normalize(tokenizer->normalizers[i], *out, *out_size, &buffer, err);
-        if (status == PERK_OK && buffer.size > INT32_MAX) /* words are indexed by int32 */
-            status = perk_fail(err, PERK_LIMIT, "the text is %zu bytes long when normalized; the limit is %d",
-                               buffer.size, INT32_MAX);
+        perk_status status = run_normalizer(normalizer, *out, *out_size, limit, &buffer, err);
+        if (status == PERK_OK && buffer.size > limit)
+            status = perk_fail(err, PERK_LIMIT, "the text is %zu bytes long when normalized; the limit is %zu",
+                               buffer.size, limit);
         char *kept = status == PERK_OK ? perk_arena_take(arena, buffer.size) : NULL;
         if (kept && buffer.size) memcpy(kept, buffer.data, buffer.size);
         *out = kept;
@@ -153,7 +177,9 @@ perk_status perk_tokenizer_normalize(const perk_tokenizer *tokenizer, perk_arena
 static perk_status encode_raw(void *user, const char *text, size_t size) {
     encoding *encode = user;
     const perk_tokenizer *tokenizer = encode->tokenizer;
+    bool at_start = text == encode->begin;
     perk_status status = perk_tokenizer_normalize(tokenizer, &encode->arena, text, size, &text, &size, encode->err);
+    encode->normalized_begin = at_start ? text : NULL;
     if (status != PERK_OK || !encode->parse_special)
         return status != PERK_OK ? status : encode_normalized(encode, text, size);
     perk_added_visitor visitor = {encode_normalized, push_id, encode};
@@ -171,6 +197,7 @@ static perk_status encode_text(encoding *encode, const char *text, size_t size) 
         perk_buffer_free(&repaired);
         if (!kept) return perk_fail_memory(encode->err, "encoding a text");
     }
+    encode->begin = text;
     if (!encode->parse_special) return encode_raw(encode, text, size);
     perk_added_visitor visitor = {encode_raw, push_id, encode};
     return perk_added_split(&encode->tokenizer->raw_trie, encode->tokenizer->added, text, size, &visitor);
@@ -207,22 +234,96 @@ perk_status perk_tokenizer_encode(const perk_tokenizer *tokenizer, const char *t
 /* ---- decoding
  * --------------------------------------------------------------------------------------------------------------- */
 
-static void append_bytes(const perk_tokenizer *tokenizer, int32_t id, bool skip_special, perk_buffer *bytes) {
+/* Ids become bytes, and bytes become text once it is sure what they are. */
+typedef struct text_decoder {
+    const perk_tokenizer *tokenizer;
+    bool skip_special;
+    bool begun;          /* a token was seen */
+    size_t strip_left;   /* characters that may still be left out at the beginning */
+    perk_buffer waiting; /* bytes of an unfinished character; with byte fallback, of an unfinished run of byte tokens */
+} text_decoder;
+
+static void decode_begin(text_decoder *decoder) {
+    decoder->begun = false;
+    decoder->strip_left = decoder->tokenizer->decoder.strip_count;
+    decoder->waiting.size = 0;
+}
+
+/* Appends text less what is left out at the beginning. */
+static void decode_text(text_decoder *decoder, const char *text, size_t size, perk_buffer *out) {
+    const char *strip = decoder->tokenizer->decoder.strip;
+    size_t length = strlen(strip);
+    for (; decoder->strip_left && size >= length && memcmp(text, strip, length) == 0; decoder->strip_left--) {
+        text += length;
+        size -= length;
+    }
+    if (size) decoder->strip_left = 0;
+    perk_buffer_append(out, text, size);
+}
+
+/* A run of byte tokens is text when all of it is UTF-8, and else as many U+FFFD as there are tokens. */
+static void decode_run(text_decoder *decoder, perk_buffer *out) {
+    perk_buffer *run = &decoder->waiting;
+    if (!run->size) return;
+    bool valid = perk_utf8_valid(run->data, run->size);
+    if (valid) decode_text(decoder, run->data, run->size, out);
+    for (size_t i = 0; !valid && i < run->size; i++)
+        decode_text(decoder, PERK_REPLACEMENT, strlen(PERK_REPLACEMENT), out);
+    run->size = 0;
+}
+
+/* Appends what of the waiting bytes is text by now. */
+static void decode_characters(text_decoder *decoder, bool final, perk_buffer *out) {
+    perk_buffer *waiting = &decoder->waiting;
+    if (!waiting->size || waiting->failed) return;
+    size_t used = perk_utf8_repair(waiting->data, waiting->size, final, out);
+    waiting->size -= used;
+    memmove(waiting->data, waiting->data + used, waiting->size);
+}
+
+static void decode_id(text_decoder *decoder, int32_t id, perk_buffer *out) {
+    const perk_tokenizer *tokenizer = decoder->tokenizer;
     const perk_token *token = find_token(tokenizer, id);
-    if (!token || (skip_special && (token->flags & PERK_TOKEN_SPECIAL))) return;
-    perk_buffer_append(bytes, tokenizer->vocab.pool.data + token->bytes, token->bytes_size);
+    if (!token || (decoder->skip_special && (token->flags & PERK_TOKEN_SPECIAL))) return;
+    const char *pool = tokenizer->vocab.pool.data;
+    bool first = !decoder->begun;
+    decoder->begun = true;
+    if (tokenizer->decoder.byte_level || (token->flags & PERK_TOKEN_BYTE)) {
+        perk_buffer_append(&decoder->waiting, pool + token->bytes, token->bytes_size);
+        if (tokenizer->decoder.byte_level) decode_characters(decoder, false, out);
+        return;
+    }
+    decode_run(decoder, out);
+    if (first && tokenizer->decoder.drops_first) {
+        perk_replacement dropped = tokenizer->decoder.replaced;
+        dropped.content_size = 0;
+        perk_replace(&dropped, pool + token->text, token->text_size, SIZE_MAX, &decoder->waiting); /* which is empty */
+        if (!decoder->waiting.failed) decode_text(decoder, decoder->waiting.data, decoder->waiting.size, out);
+        decoder->waiting.size = 0;
+    } else {
+        decode_text(decoder, pool + token->bytes, token->bytes_size, out);
+    }
+}
+
+static void decode_end(text_decoder *decoder, perk_buffer *out) {
+    if (decoder->tokenizer->decoder.byte_level)
+        decode_characters(decoder, true, out);
+    else
+        decode_run(decoder, out);
 }
 
 perk_status perk_tokenizer_decode(const perk_tokenizer *tokenizer, const int32_t *ids, size_t count, int skip_special,
                                   char **text, size_t *size, perk_error *err) {
-    perk_buffer bytes = {0}, out = {0};
+    text_decoder decoder = {.tokenizer = tokenizer, .skip_special = skip_special != 0};
+    perk_buffer out = {0};
     *text = NULL;
     *size = 0;
-    for (size_t i = 0; i < count; i++) append_bytes(tokenizer, ids[i], skip_special != 0, &bytes);
+    decode_begin(&decoder);
     perk_buffer_append(&out, "", 0); /* so that even an empty text is allocated */
-    if (!bytes.failed) perk_utf8_repair(bytes.data, bytes.size, true, &out);
-    bool failed = bytes.failed || out.failed;
-    perk_buffer_free(&bytes);
+    for (size_t i = 0; i < count; i++) decode_id(&decoder, ids[i], &out);
+    decode_end(&decoder, &out);
+    bool failed = decoder.waiting.failed || out.failed;
+    perk_buffer_free(&decoder.waiting);
     if (failed) {
         perk_buffer_free(&out);
         return perk_fail_memory(err, "decoding tokens");
@@ -233,31 +334,21 @@ perk_status perk_tokenizer_decode(const perk_tokenizer *tokenizer, const int32_t
 }
 
 struct perk_text_stream {
-    const perk_tokenizer *tokenizer;
-    bool skip_special;
-    perk_buffer waiting; /* bytes of an unfinished character */
-    perk_buffer out;     /* what the last call gave */
+    text_decoder decoder;
+    perk_buffer out; /* what the last call gave */
 };
 
 perk_status perk_text_stream_new(perk_text_stream **out, const perk_tokenizer *tokenizer, int skip_special,
                                  perk_error *err) {
     *out = perk_calloc(1, sizeof **out);
     if (!*out) return perk_fail_memory(err, "a text stream");
-    (*out)->tokenizer = tokenizer;
-    (*out)->skip_special = skip_special != 0;
+    (*out)->decoder = (text_decoder){.tokenizer = tokenizer, .skip_special = skip_special != 0};
+    decode_begin(&(*out)->decoder);
     return PERK_OK;
 }
 
-static perk_status give_text(perk_text_stream *stream, bool final, const char **text, size_t *size, perk_error *err) {
-    perk_buffer *waiting = &stream->waiting;
-    stream->out.size = 0;
-    perk_buffer_append(&stream->out, "", 0);
-    if (waiting->size && !waiting->failed) {
-        size_t used = perk_utf8_repair(waiting->data, waiting->size, final, &stream->out);
-        waiting->size -= used;
-        memmove(waiting->data, waiting->data + used, waiting->size);
-    }
-    if (waiting->failed || stream->out.failed) return perk_fail_memory(err, "decoding tokens");
+static perk_status give_text(perk_text_stream *stream, const char **text, size_t *size, perk_error *err) {
+    if (stream->decoder.waiting.failed || stream->out.failed) return perk_fail_memory(err, "decoding tokens");
     *text = stream->out.data;
     *size = stream->out.size;
     return PERK_OK;
@@ -265,17 +356,23 @@ static perk_status give_text(perk_text_stream *stream, bool final, const char **
 
 perk_status perk_text_stream_push(perk_text_stream *stream, int32_t id, const char **text, size_t *size,
                                   perk_error *err) {
-    append_bytes(stream->tokenizer, id, stream->skip_special, &stream->waiting);
-    return give_text(stream, false, text, size, err);
+    stream->out.size = 0;
+    perk_buffer_append(&stream->out, "", 0);
+    decode_id(&stream->decoder, id, &stream->out);
+    return give_text(stream, text, size, err);
 }
 
 perk_status perk_text_stream_finish(perk_text_stream *stream, const char **text, size_t *size, perk_error *err) {
-    return give_text(stream, true, text, size, err);
+    stream->out.size = 0;
+    perk_buffer_append(&stream->out, "", 0);
+    decode_end(&stream->decoder, &stream->out);
+    decode_begin(&stream->decoder);
+    return give_text(stream, text, size, err);
 }
 
 void perk_text_stream_free(perk_text_stream *stream) {
     if (!stream) return;
-    perk_buffer_free(&stream->waiting);
+    perk_buffer_free(&stream->decoder.waiting);
     perk_buffer_free(&stream->out);
     free(stream);
 }

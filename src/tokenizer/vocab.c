@@ -1,6 +1,7 @@
 #include "parts.h"
 #include "utf8.h"
 
+#include <stdio.h>
 #include <xxhash.h>
 
 /* Byte-level vocabularies spell every byte as one printable character: the printable ones of Latin-1 as themselves,
@@ -57,6 +58,11 @@ int32_t perk_vocab_find(const perk_vocab *vocab, const char *text, size_t size) 
     return vocab->slot_count ? vocab->slots[find_slot(vocab, text, size)] : -1;
 }
 
+int32_t perk_vocab_find_model(const perk_vocab *vocab, const char *text, size_t size) {
+    int32_t id = perk_vocab_find(vocab, text, size);
+    return id >= 0 && (vocab->tokens[id].flags & PERK_TOKEN_MODEL) ? id : -1;
+}
+
 static bool grow_tokens(perk_vocab *vocab, size_t count) {
     if (count > vocab->capacity) {
         size_t capacity = PERK_MAX(count, vocab->capacity * 2);
@@ -88,32 +94,12 @@ static bool grow_slots(perk_vocab *vocab) {
     return true;
 }
 
-/* Puts text and decoded bytes into the pool. A text with a character that stands for no byte decodes to itself. */
-static bool store_token(perk_vocab *vocab, perk_token *token, const char *text, size_t size) {
-    perk_buffer *pool = &vocab->pool;
-    token->text = token->bytes = (uint32_t)pool->size;
+static bool store_text(perk_vocab *vocab, perk_token *token, const char *text, size_t size) {
+    token->text = token->bytes = (uint32_t)vocab->pool.size;
     token->text_size = token->bytes_size = (uint32_t)size;
-    perk_buffer_append(pool, text, size);
-    perk_buffer_append(pool, "", 1);
-    uint32_t bytes = (uint32_t)pool->size;
-    bool spelled = false; /* as something else than its bytes */
-    for (size_t i = 0, length; i < size && !pool->failed; i += length) {
-        int byte = character_byte(perk_utf8_next(text + i, &length));
-        if (byte < 0) {
-            pool->size = bytes;
-            return true;
-        }
-        spelled |= length > 1;
-        char raw = (char)byte;
-        perk_buffer_append(pool, &raw, 1);
-    }
-    if (spelled) {
-        token->bytes = bytes;
-        token->bytes_size = (uint32_t)pool->size - bytes;
-    } else if (!pool->failed) {
-        pool->size = bytes;
-    }
-    return !pool->failed;
+    perk_buffer_append(&vocab->pool, text, size);
+    perk_buffer_append(&vocab->pool, "", 1);
+    return !vocab->pool.failed;
 }
 
 perk_status perk_vocab_add(perk_vocab *vocab, const char *text, size_t size, int64_t id, uint32_t flags,
@@ -132,7 +118,7 @@ perk_status perk_vocab_add(perk_vocab *vocab, const char *text, size_t size, int
         if (token->flags)
             return perk_fail(err, PERK_BAD_FORMAT, "tokens \"%.60s\" and \"%.60s\" have the same id %lld",
                              vocab->pool.data + token->text, text, (long long)id);
-        if (!store_token(vocab, token, text, size)) return perk_fail_memory(err, "the vocabulary");
+        if (!store_text(vocab, token, text, size)) return perk_fail_memory(err, "the vocabulary");
         vocab->slots[slot] = (int32_t)id;
         vocab->slots_used++;
         vocab->longest = PERK_MAX(vocab->longest, size);
@@ -141,9 +127,88 @@ perk_status perk_vocab_add(perk_vocab *vocab, const char *text, size_t size, int
     return PERK_OK;
 }
 
-void perk_vocab_finish(perk_vocab *vocab) {
-    for (int byte = 0; byte < 256; byte++) {
-        char text[2];
-        vocab->byte_ids[byte] = perk_vocab_find(vocab, text, perk_byte_character((uint8_t)byte, text));
+/* ---- what tokens decode to
+ * ----------------------------------------------------------------------------------------- */
+
+/* Appends the bytes that the characters stand for. False when one of them stands for none. */
+static bool spell_bytes(const char *text, size_t size, perk_buffer *out) {
+    for (size_t i = 0, length; i < size; i += length) {
+        int byte = character_byte(perk_utf8_next(text + i, &length));
+        if (byte < 0) return false;
+        char raw = (char)byte;
+        perk_buffer_append(out, &raw, 1);
     }
+    return true;
+}
+
+static int hex_digit(char c) {
+    if (c >= '0' && c <= '9') return c - '0';
+    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
+    return c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+}
+
+/* The byte that a text like "<0x0A>" names, -1 for none. */
+static int named_byte(const char *text, size_t size) {
+    if (size != 6 || memcmp(text, "<0x", 3) != 0 || text[5] != '>') return -1;
+    int high = hex_digit(text[3]), low = hex_digit(text[4]);
+    return high < 0 || low < 0 ? -1 : high * 16 + low;
+}
+
+/* Puts what the token decodes to into `out`. */
+static void decode_token(perk_token *token, const char *text, perk_spelling spelling, const perk_replacement *replaced,
+                         bool has_bytes, perk_buffer *out) {
+    size_t size = token->text_size;
+    out->size = 0;
+    if (spelling == PERK_SPELLED_AS_BYTES) {
+        if (spell_bytes(text, size, out)) return;
+        out->size = 0; /* a character that stands for no byte: the text stands for itself */
+        perk_buffer_append(out, text, size);
+        return;
+    }
+    perk_replace(replaced, text, size, perk_grown_limit(size), out);
+    int byte = has_bytes && !out->failed ? named_byte(out->data, out->size) : -1;
+    if (byte < 0) return;
+    char raw = (char)byte;
+    token->flags |= PERK_TOKEN_BYTE;
+    out->size = 0;
+    perk_buffer_append(out, &raw, 1);
+}
+
+static void index_bytes(perk_vocab *vocab, perk_spelling spelling) {
+    for (int byte = 0; byte < 256; byte++) {
+        char text[8];
+        size_t size = 6;
+        if (spelling == PERK_SPELLED_AS_BYTES)
+            size = perk_byte_character((uint8_t)byte, text);
+        else
+            snprintf(text, sizeof text, "<0x%02X>", (unsigned)byte);
+        vocab->byte_ids[byte] = perk_vocab_find_model(vocab, text, size);
+        if (byte >= 128) continue;
+        text[0] = (char)byte;
+        vocab->ascii_ids[byte] = perk_vocab_find_model(vocab, text, 1);
+    }
+}
+
+perk_status perk_vocab_finish(perk_vocab *vocab, perk_spelling spelling, const perk_replacement *replaced,
+                              bool has_bytes, perk_error *err) {
+    perk_buffer bytes = {0};
+    for (size_t id = 0; id < vocab->count && !vocab->pool.failed && !bytes.failed; id++) {
+        perk_token *token = &vocab->tokens[id];
+        if (!token->flags) continue;
+        const char *text = vocab->pool.data + token->text;
+        decode_token(token, text, spelling, replaced, has_bytes, &bytes);
+        if (bytes.size == token->text_size && (!bytes.size || memcmp(bytes.data, text, bytes.size) == 0)) continue;
+        if (bytes.size > perk_grown_limit(token->text_size) || bytes.size > UINT32_MAX / 2 - vocab->pool.size) {
+            perk_buffer_free(&bytes);
+            return perk_fail(err, PERK_LIMIT, "what token %zu decodes to is too long", id);
+        }
+        token->bytes = (uint32_t)vocab->pool.size;
+        token->bytes_size = (uint32_t)bytes.size;
+        perk_buffer_append(&vocab->pool, bytes.data, bytes.size);
+    }
+    bool failed = vocab->pool.failed || bytes.failed;
+    perk_buffer_free(&bytes);
+    if (failed) return perk_fail_memory(err, "the vocabulary");
+    index_bytes(vocab, spelling);
+    return PERK_OK;
 }

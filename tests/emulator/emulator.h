@@ -39,7 +39,8 @@ constexpr uint32_t kSharedBase = 1024;             // shared address 0 belongs t
 constexpr uint64_t kTickNs = 100;                  // of the virtual clock; a tick is a turn of one warp
 constexpr uint32_t kPause = 16, kLongPause = 4096; // turns that a warp lets pass after a poll that found nothing,
 constexpr uint32_t kPatience = 500 * 32;           // and after so many of them
-constexpr uint8_t kPoison = 0xff;                  // NaN in bf16 and fp32
+constexpr uint32_t kTurnsPerStall = 50, kLongestStall = 400; // now and then a warp stands still, wherever it is
+constexpr uint8_t kPoison = 0xff;                            // NaN in bf16 and fp32
 
 struct Dim {
     uint32_t x, y, z;
@@ -57,6 +58,19 @@ struct Copy {
     uint32_t bytes;
 };
 
+// A product on the tensor cores of a warpgroup that is under way, as one lane sees it. What it reads belongs to it.
+struct Product {
+    const uint32_t *a; // the lane's left operand, in registers
+    float *sums;
+    uint32_t columns;
+    uint64_t b; // descriptor of the right operand
+    bool last;  // of its commit
+};
+struct Sums {
+    float *of;                 // in registers, where they are poisoned meanwhile
+    std::vector<float> values; // what they will be
+};
+
 struct Block;
 struct Warp;
 static uint32_t draw(uint32_t below);
@@ -68,6 +82,8 @@ struct Thread {
     Warp *warp = nullptr;
     Block *block = nullptr;
     std::vector<Copy> copies;             // cp.async that it has not waited for
+    std::vector<Product> products;        // those that nobody has waited for, the oldest first
+    std::vector<Sums> sums;               // of these
     const void *polled_pointer = nullptr; // the last one, and what it found
     uint32_t polled_value = 0;
 };
@@ -116,6 +132,7 @@ struct Launch {
     uint64_t tick = 0, random = 1;
     uint32_t copy_turns = 1;     // an asynchronous copy lands within as many
     uint32_t yield_accesses = 1; // others get a turn after about as many accesses to shared memory
+    bool eager_products = false; // products of a warpgroup are done when they are committed, not when waited for
     void *scheduler = nullptr;   // its stack pointer
     void (*body)(void *context) = nullptr;
     void *context = nullptr;
@@ -409,7 +426,10 @@ static void schedule() {
         uint64_t next;
         launch->tick++;
         land_flights(false);
-        if (Warp *warp = find_warp(&next))
+        Warp *warp = find_warp(&next);
+        if (warp && draw(kTurnsPerStall) == 0)
+            warp->awake = launch->tick + draw(kLongestStall);
+        else if (warp)
             run_warp(*warp);
         else if (next != UINT64_MAX)
             launch->tick = next - 1;
@@ -476,6 +496,7 @@ static void run(Dim grid, Dim dim, uint32_t shared_bytes, bool cooperative, uint
     for (int i = 0; i < 8; i++) draw(2); // near seeds part
     l.copy_turns = 4u << 3 * draw(4);    // with fast copies the ring is full, with slow ones it is empty
     l.yield_accesses = 3u << draw(5);
+    l.eager_products = draw(2) == 0;
     if (cooperative) {
         make_threads(shared_bytes);
         schedule();

@@ -124,6 +124,7 @@ static inline void copy_bulk(uint32_t shared, const void *global, uint32_t bytes
 }
 #endif
 static inline void fence_mbarrier_init() {}
+static inline void fence_copies() {}
 
 // ---- numbers ----
 
@@ -179,5 +180,103 @@ static inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
                                               __float_as_uint(c[2]), __float_as_uint(c[3])}});
     for (uint32_t i = 0; i < 4; i++) c[i] = __uint_as_float(sums.of[i]);
 }
+
+// ---- tensor cores, a warpgroup at a time ----
+// Products read their operands at the commit or as late as the wait, whichever falls worse: who changes them before has
+// wrong sums, and so has who reads sums that are not there yet. A warp's 16 rows depend on nobody else's, so that warps
+// are computed one by one.
+
+static inline uint64_t wgmma_operand(uint32_t address) {
+    if (address % 1024 != 0) fail("a right operand is not aligned to its swizzle");
+    return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | 1 << 16 | address >> 4;
+}
+static inline void wgmma_fence() {}
+
+// Element [k][n] of a right operand: rows of 128 bytes, 16 bytes of them exchanged by the address's bits 7 to 9.
+static inline float wgmma_element(uint64_t b, uint32_t k, uint32_t n) {
+    if (b >> 62 != 1 || (b >> 49 & 7) != 0) fail("a right operand that is not emulated");
+    const uint32_t group = uint32_t(b >> 32 & 0x3fff) << 4;
+    const uint32_t linear = (uint32_t(b & 0x3fff) << 4) + n / 8 * group + n % 8 * 128 + k * 2;
+    uint16_t bits;
+    memcpy(&bits, shared_at(*self->block, linear ^ (linear >> 7 & 7) << 4, 2), 2);
+    return from_bf16(bits);
+}
+
+static inline float *wgmma_values(Thread &t, float *sums) {
+    for (Sums &s : t.sums)
+        if (s.of == sums) return s.values.data();
+    fail("sums that belong to no product");
+}
+
+// The oldest product of a warp.
+static inline void wgmma_compute(Thread *const (&lanes)[kWarpLanes]) {
+    const Product &first = lanes[0]->products.front();
+    float a[16][16];
+    for (uint32_t lane = 0; lane < kWarpLanes; lane++) {
+        const Product &p = lanes[lane]->products.front();
+        if (p.b != first.b || p.columns != first.columns) fail("the lanes of a warp have different right operands");
+        for (uint32_t i = 0; i < 4; i++) {
+            const uint32_t row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
+            a[row][k] = low_bf16(p.a[i]);
+            a[row][k + 1] = high_bf16(p.a[i]);
+        }
+    }
+    for (uint32_t n = 0; n < first.columns; n++) {
+        float b[16];
+        for (uint32_t k = 0; k < 16; k++) b[k] = wgmma_element(first.b, k, n);
+        for (uint32_t row = 0; row < 16; row++) {
+            Thread &t = *lanes[row % 8 * 4 + n % 8 / 2];
+            float &sum = wgmma_values(t, t.products.front().sums)[n / 8 * 4 + row / 8 * 2 + n % 2];
+            for (uint32_t k = 0; k < 16; k++) sum += a[row][k] * b[k];
+        }
+    }
+}
+
+// Word 0 and 1: the lane's thread; 2: commits that may stay under way.
+static inline void combine_wgmma(const Words *in, Words *, uint32_t alive) {
+    if (alive != 0xffffffffu) fail("a product on the tensor cores needs all lanes");
+    Thread *lanes[kWarpLanes];
+    for (uint32_t i = 0; i < kWarpLanes; i++)
+        lanes[i] = reinterpret_cast<Thread *>(uint64_t(in[i].of[1]) << 32 | in[i].of[0]);
+    uint32_t commits = 0;
+    for (const Product &p : lanes[0]->products) commits += p.last;
+    for (; commits > in[0].of[2]; commits--)
+        for (bool last = false; !last;) {
+            last = lanes[0]->products.front().last;
+            wgmma_compute(lanes);
+            for (Thread *t : lanes) t->products.erase(t->products.begin());
+        }
+    for (Thread *t : lanes) {
+        if (!t->products.empty()) continue;
+        for (const Sums &s : t->sums) memcpy(s.of, s.values.data(), s.values.size() * sizeof(float));
+        t->sums.clear();
+    }
+}
+static inline void wgmma_finish(uint32_t pending) {
+    const uint64_t thread = reinterpret_cast<uint64_t>(self);
+    collect(combine_wgmma, {{uint32_t(thread), uint32_t(thread >> 32), pending}});
+}
+
+template <uint32_t kColumns>
+static void wgmma(float (&sums)[kColumns / 2], const Vec16 &a, uint64_t b) {
+    bool known = false;
+    for (const Sums &s : self->sums) known = known || s.of == sums;
+    if (!known) {
+        self->sums.push_back({sums, std::vector<float>(sums, sums + kColumns / 2)});
+        for (float &sum : sums) sum = NAN;
+    }
+    self->products.push_back({&a.x, sums, kColumns, b, false});
+}
+static inline void wgmma_commit() {
+    if (!self->products.empty()) self->products.back().last = true;
+    if (launch->eager_products) wgmma_finish(0);
+}
+template <uint32_t kPending>
+static void wgmma_wait() {
+    wgmma_finish(kPending);
+    yield_sometimes();
+}
+template <uint32_t kSums>
+static void wgmma_keep(float (&)[kSums]) {}
 
 } // namespace ptx

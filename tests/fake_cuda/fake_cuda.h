@@ -54,14 +54,15 @@ fake_cuda *fake_cuda_state(void);
  * alive. */
 void fake_cuda_reset(void);
 
-/* ---- the NVRTC in the same library: a test sets PERK_LIBNVRTC to it (fake_nvrtc.c). One thread at a time. ---- */
+/* ---- the NVRTC in the same library: a test sets PERK_LIBNVRTC to it (fake_nvrtc.c). Its calls may come
+ * from several threads. ---- */
 
 /* A change to a device header before it is compiled for the CPU: all of `from` becomes `to`. */
 typedef struct fake_edit {
     const char *file, *from, *to; /* file NULL: none */
 } fake_edit;
 
-enum { FAKE_EDITS = 3 };
+enum { FAKE_EDITS = 3, FAKE_EDIT_MISSES = 99 }; /* the exit code where an edit finds nothing */
 
 typedef struct fake_nvrtc {
     int major;         /* its version */

@@ -6,6 +6,7 @@
 
 #include <elf.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -141,6 +142,7 @@ static void free_source(fake_source *source) {
 }
 
 static fake_nvrtc state;
+static pthread_mutex_t state_lock = PTHREAD_MUTEX_INITIALIZER; /* guards what it counts */
 
 EXPORT fake_nvrtc *fake_nvrtc_state(void) { return &state; }
 
@@ -152,9 +154,17 @@ EXPORT void fake_nvrtc_reset(void) {
 __attribute__((constructor)) static void load(void) { fake_nvrtc_reset(); }
 
 static nvrtcResult begin(const char *function) {
-    if (++state.calls != state.failing_call) return NVRTC_SUCCESS;
-    state.failed = function;
-    return (nvrtcResult)state.result;
+    pthread_mutex_lock(&state_lock);
+    bool fails = ++state.calls == state.failing_call;
+    if (fails) state.failed = function;
+    pthread_mutex_unlock(&state_lock);
+    return fails ? (nvrtcResult)state.result : NVRTC_SUCCESS;
+}
+
+static void add_to(long *counter, long by) {
+    pthread_mutex_lock(&state_lock);
+    *counter += by;
+    pthread_mutex_unlock(&state_lock);
 }
 
 #define BEGIN(name)                                                                                                    \
@@ -193,7 +203,7 @@ nvrtcResult nvrtcCreateProgram(nvrtcProgram *out, const char *source, const char
     for (int i = 0; i < header_count; i++)
         program->made_from = hash_text(hash_text(program->made_from, names[i]), headers[i]);
     if (state.emulates) copy_source(&program->source, source, header_count, headers, names);
-    state.programs++;
+    add_to(&state.programs, 1);
     *out = program;
     return NVRTC_SUCCESS;
 }
@@ -204,7 +214,7 @@ nvrtcResult nvrtcDestroyProgram(nvrtcProgram *program) {
     free((*program)->library);
     free(*program);
     *program = NULL;
-    state.programs--;
+    add_to(&state.programs, -1);
     return result;
 }
 
@@ -212,7 +222,7 @@ nvrtcResult nvrtcDestroyProgram(nvrtcProgram *program) {
 static void count_compile(void) {
     const char *tally = getenv("FAKE_NVRTC_TALLY");
     int fd = tally ? open(tally, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : -1;
-    state.compiles++;
+    add_to(&state.compiles, 1);
     if (fd < 0) return;
     if (write(fd, "x", 1) != 1) abort();
     close(fd);

@@ -251,46 +251,70 @@ static perk_status use_service(void) {
 static bool may_go_unnoticed;
 static long unnoticed;
 
-static int32_t *text_ids; /* of a tokenizer that nothing failed in */
-static size_t text_id_count;
+/* What a tokenizer gave that nothing failed in. */
+typedef struct known_ids {
+    int32_t *ids;
+    size_t count;
+} known_ids;
+static known_ids known_bytes, known_marks;
 
-static void check_ids(const int32_t *ids, size_t count) {
-    if (!text_ids) {
-        text_id_count = count;
-        text_ids = __real_malloc(count * sizeof *ids);
-        CHECK(text_ids);
-        memcpy(text_ids, ids, count * sizeof *ids);
+static void check_ids(known_ids *known, const int32_t *ids, size_t count) {
+    if (!known->ids) {
+        known->count = count;
+        known->ids = __real_malloc(count * sizeof *ids);
+        CHECK(known->ids);
+        memcpy(known->ids, ids, count * sizeof *ids);
     }
-    bool same = count == text_id_count && memcmp(ids, text_ids, count * sizeof *ids) == 0;
+    bool same = count == known->count && memcmp(ids, known->ids, count * sizeof *ids) == 0;
     CHECK(same || may_go_unnoticed, "other ids than before");
     unnoticed += !same;
 }
 
-static perk_status use_tokenizer(void) {
+/* A text there and back. */
+static perk_status use_loaded(const perk_tokenizer *tokenizer, known_ids *known) {
     static const char text[] = "Once upon a time, <|im_start|> it was l\xc3\xa9ger: 12345\n\n  ok";
-    perk_tokenizer *tokenizer;
     perk_text_stream *stream = NULL;
     int32_t *ids = NULL;
     char *back = NULL;
     size_t count = 0, size = 0;
     const char *piece;
-    perk_status status = perk_tokenizer_load(&tokenizer, TINY, &err);
-    CHECK((status == PERK_OK) == (tokenizer != NULL));
-    if (!status) status = perk_tokenizer_encode(tokenizer, text, strlen(text), NULL, &ids, &count, &err);
-    if (!status) check_ids(ids, count);
+    perk_status status = perk_tokenizer_encode(tokenizer, text, strlen(text), NULL, &ids, &count, &err);
+    if (!status) check_ids(known, ids, count);
     if (!status) status = perk_tokenizer_decode(tokenizer, ids, count, 0, &back, &size, &err);
     if (!status) status = perk_text_stream_new(&stream, tokenizer, 1, &err);
     for (size_t i = 0; i < count && !status; i++) status = perk_text_stream_push(stream, ids[i], &piece, &size, &err);
     perk_text_stream_free(stream);
     free(ids);
     free(back);
+    return status;
+}
+
+static perk_status use_tokenizer(void) {
+    perk_tokenizer *tokenizer;
+    perk_status status = perk_tokenizer_load(&tokenizer, TINY, &err);
+    CHECK((status == PERK_OK) == (tokenizer != NULL));
+    if (!status) status = use_loaded(tokenizer, &known_bytes);
     perk_tokenizer_free(tokenizer);
+    return status;
+}
+
+static perk_status use_sentencepiece(void) {
+    perk_tokenizer *tokenizer = NULL;
+    char *json = NULL;
+    size_t size = 0;
+    const char *path = PERK_SOURCE_DIR "/tests/fixtures/tokenizer_sentencepiece.json";
+    perk_status status = perk_read_file(path, 1 << 20, &json, &size, &err);
+    if (!status) status = perk_tokenizer_load_buffer(&tokenizer, json, size, &err);
+    if (!status) status = use_loaded(tokenizer, &known_marks);
+    perk_tokenizer_free(tokenizer);
+    free(json);
     return status;
 }
 
 static perk_status use_chat(void) {
     static const perk_chat_message messages[] = {{"system", "Be brief."}, {"user", "Hello"}};
-    static const perk_chat_family families[] = {PERK_CHAT_QWEN3, PERK_CHAT_LLAMA3, PERK_CHAT_DEEPSEEK};
+    static const perk_chat_family families[] = {PERK_CHAT_QWEN3, PERK_CHAT_LLAMA3, PERK_CHAT_DEEPSEEK,
+                                                PERK_CHAT_MISTRAL};
     perk_status status = PERK_OK;
     for (size_t i = 0; i < PERK_COUNT(families) && !status; i++) {
         char *text = NULL;
@@ -499,6 +523,9 @@ static void sweep_commands(void) {
     __sanitizer_set_report_fd((void *)(intptr_t)true_stderr);
 #endif
     put_file(path_in(scratch, "ids.json").text, "[[5, 6, 7]]", 11);
+    static const char prompts[] = "{\"prompt\": \"Once\", \"max_tokens\": 2, \"stop_tokens\": [1], \"logit_bias\": "
+                                  "{\"3\": 2}, \"logprobs\": true}\n"
+                                  "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}], \"max_tokens\": 1}\n";
     path_text ids = path_in(scratch, "ids.json"), cubin = path_in(scratch, "out.cubin");
     sweep_command("perk plan", perk_cli_plan, LINE("--model", TINY));
     sweep_command("perk plan --json", perk_cli_plan, LINE("--model", TINY, "--json", "--tasks"));
@@ -511,11 +538,21 @@ static void sweep_commands(void) {
     sweep_command("perk logits, dump", perk_cli_logits,
                   LINE("--model", FIXTURES "/single", "--ids", ids.text, "--backend=reference", "--dump-activations",
                        path_in(scratch, "dump").text));
+    put_file(path_in(scratch, "prompts.jsonl").text, prompts, strlen(prompts));
+    sweep_command("perk run --prompts", perk_cli_run,
+                  LINE("--model", TINY, "--prompts", path_in(scratch, "prompts.jsonl").text, "--backend", "reference"));
     sweep_command("perk bench sync", perk_cli_bench, LINE("sync", "--runs", "1", "--no-cache", "--json"));
     sweep_command("perk bench decode", perk_cli_bench,
                   LINE("decode", "--model", TINY, "--no-check", "--no-cache", "--context=4", "--steps=1"));
     sweep_command("perk bench prefill", perk_cli_bench,
                   LINE("prefill", "--model", TINY, "--no-check", "--prompt-tokens=4", "--runs=1", "--no-cache"));
+    static const char arrivals[] =
+        "{\"arrival_s\": 0, \"prompt_tokens\": 2, \"answer_tokens\": 2}\n"
+        "{\"arrival_s\": 0, \"prompt_tokens\": 1, \"answer_tokens\": 9, \"cancel_after\": 1}\n";
+    put_file(path_in(scratch, "trace.jsonl").text, arrivals, strlen(arrivals));
+    sweep_command("perk bench serve", perk_cli_bench,
+                  LINE("serve", "--model", FIXTURES "/single", "--backend=reference", "--threads=1", "--json",
+                       "--trace", path_in(scratch, "trace.jsonl").text));
     sweep_command("perk cache list", perk_cli_cache, LINE("list", "--cache-dir", scratch));
 }
 
@@ -547,12 +584,14 @@ int main(int argc, char **argv) {
     make_scratch();
     open_fake();
     sweep("tokenizer", use_tokenizer);
+    sweep("tokenizer with byte fallback", use_sentencepiece);
     sweep("chats", use_chat);
     sweep("cache", use_cache);
     sweep_engines();
     sweep_test_mode();
     sweep_libraries();
     sweep_commands();
-    free(text_ids);
+    free(known_bytes.ids);
+    free(known_marks.ids);
     return 0;
 }

@@ -118,6 +118,28 @@ def sequence(*steps):
     return {"type": "Sequence", "pretokenizers": [*steps, BYTE_LEVEL]}
 
 
+def sentencepiece_kinds(special, word):
+    """Tokenizers of characters, space marks and bytes."""
+    mark = "\u2581"
+    texts = ["<unk>", mark, "a", "b", "ab", mark + "ab", "c", mark * 2, "<s>"] + [f"<0x{byte:02X}>" for byte in (0xc3, 0xb6, 10)]
+    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+             "vocab": {text: i for i, text in enumerate(texts)}, "merges": [["a", "b"], [mark, "ab"], mark + " " + mark]}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": mark}
+    metaspace = {"type": "Metaspace", "replacement": mark, "prepend_scheme": "first", "split": False}
+    decoders = [{"type": "Replace", "pattern": {"String": mark}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    llama = {"model": model, "decoder": {"type": "Sequence", "decoders": decoders},
+             "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": mark}, replace]}}
+    added = [special | {"id": 20}, word | {"id": 21}]
+    return {
+        "llama": llama,
+        "metaspace": {**llama, "normalizer": None, "pre_tokenizer": metaspace, "added_tokens": added},
+        "metaspace_split": {**llama, "normalizer": {"type": "NFC"}, "decoder": metaspace | {"prepend_scheme": "always"},
+                            "pre_tokenizer": metaspace | {"split": True, "prepend_scheme": "always"}},
+        "unknown": {**llama, "model": model | {"byte_fallback": False, "fuse_unk": False, "ignore_merges": True}},
+    }
+
+
 def tokenizer_seeds():
     (HERE / "tokenizer.json").write_bytes(compact(full_tokenizer()))
     named = compact({"bos_token": "<s>", "eos_token": {"content": "a"}, "model_max_length": 10**30})
@@ -141,6 +163,7 @@ def tokenizer_seeds():
         "chat": tiny_tokenizer(added_tokens=[{"id": 20 + i, "content": text, "special": True} for i, text in
                                              enumerate(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])]),
     }
+    kinds |= sentencepiece_kinds(special, word)
     for name, tokenizer in kinds.items():
         seed("tokenizer", name, compact(tokenizer), named, text)
 
@@ -215,6 +238,11 @@ def request_seeds():
     seed("requests", "chat", b"\2" + compact(chat) + b"\n" + compact(chat[1:2]) + b"\n")
     seed("requests", "ids", b'\3[1,2,400]\n{"ids":[3]}\n')
     seed("requests", "plain_ids", b"\4" + b"1 2, 3\n4")
+    prompts = [{"tokens": [1, 2, 3], "max_tokens": 4, "id": 1}, {"messages": chat, "top_k": 5},
+               {"prompt": "a", "temperature": 0.7, "top_p": 0.9, "min_p": 0.1, "seed": 4, "ignore_eos": True},
+               {"tokens": [7, 7], "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+                "logit_bias": {"3": 5, "127": -100}, "stop_tokens": [9, 10], "logprobs": True, "top_logprobs": 2}]
+    seed("requests", "prompts", b"\x80" + b"\n".join(compact(line) for line in prompts))
 
 
 safetensors_seeds()

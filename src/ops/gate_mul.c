@@ -1,30 +1,39 @@
-/* silu_mul: out[i] = silu(x[i]) * x[width / 2 + i] (Shazeer 2020, SwiGLU). */
+/* gate_mul: out[i] = activation(x[i]) * x[width / 2 + i] (Shazeer 2020): silu_mul, gelu_mul. */
 #include "kernels_src/abi.h"
 #include "lower.h"
 #include "ops/op.h"
 #include "reference_state.h"
 
-#include <math.h>
-
-perk_tensor *perk_silu_mul(perk_graph *graph, const char *name, perk_tensor *x) {
+static perk_tensor *add_gate_mul(perk_graph *graph, const char *call, const char *name, perk_tensor *x,
+                                 perk_activation activation) {
     if (!perk_graph_owns(graph, name, &x, 1)) return NULL;
     if (perk_tensor_is_weight(x) || x->cols % 2 != 0) {
-        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "silu_mul %s: needs an activation of even width, found %lld",
+        perk_graph_fail(graph, PERK_INVALID_ARGUMENT, "%s %s: needs an activation of even width, found %lld", call,
                         name, (long long)x->cols);
         return NULL;
     }
     perk_tensor *inputs[PERK_OP_INPUTS_MAX] = {[PERK_IN_X] = x};
-    perk_op *op = perk_graph_add_op(graph, &perk_op_silu_mul, inputs, name, PERK_BF16, x->row_kind, x->cols / 2);
-    return op ? op->output : NULL;
+    perk_op *op = perk_graph_add_op(graph, &perk_op_gate_mul, inputs, name, PERK_BF16, x->row_kind, x->cols / 2);
+    if (!op) return NULL;
+    op->activation = activation;
+    return op->output;
 }
 
-typedef struct silu_mul_job {
+perk_tensor *perk_silu_mul(perk_graph *graph, const char *name, perk_tensor *x) {
+    return add_gate_mul(graph, "silu_mul", name, x, PERK_ACTIVATION_SILU);
+}
+
+perk_tensor *perk_gelu_mul(perk_graph *graph, const char *name, perk_tensor *x) {
+    return add_gate_mul(graph, "gelu_mul", name, x, PERK_ACTIVATION_GELU_TANH);
+}
+
+typedef struct gate_mul_job {
     const perk_reference *reference;
     const perk_op *op;
-} silu_mul_job;
+} gate_mul_job;
 
-static void silu_mul_columns(void *context, size_t begin, size_t end, int thread) {
-    const silu_mul_job *job = context;
+static void gate_mul_columns(void *context, size_t begin, size_t end, int thread) {
+    const gate_mul_job *job = context;
     size_t n = (size_t)job->op->output->cols, rows = perk_reference_rows(job->reference, job->op->output);
     (void)thread;
     for (size_t row = 0; row < rows; row++) {
@@ -32,17 +41,17 @@ static void silu_mul_columns(void *context, size_t begin, size_t end, int thread
         const float *up = gate + n;
         float *out = perk_reference_values(job->reference, job->op->output) + row * n;
         for (size_t i = begin; i < end; i++)
-            out[i] = perk_reference_round(job->reference, gate[i] / (1 + expf(-gate[i])) * up[i]);
+            out[i] = perk_reference_round(job->reference, perk_activate(job->op->activation, gate[i]) * up[i]);
     }
 }
 
-static perk_status silu_mul_reference(perk_reference *reference, const perk_op *op, perk_error *err) {
-    silu_mul_job job = {reference, op};
+static perk_status gate_mul_reference(perk_reference *reference, const perk_op *op, perk_error *err) {
+    gate_mul_job job = {reference, op};
     size_t rows = perk_reference_rows(reference, op->output);
     (void)err;
     if (rows == 0) return PERK_OK;
     perk_threads_run(reference->threads, (size_t)op->output->cols, perk_ceil_div(PERK_REFERENCE_MIN_WORK / 8, rows),
-                     silu_mul_columns, &job);
+                     gate_mul_columns, &job);
     return PERK_OK;
 }
 
@@ -57,16 +66,17 @@ static void add_columns(perk_lowering *l, void *user, int worker, int first, int
     perk_lower_write(l, perk_lower_columns(l, operands[1], begin, part, width, 1));
 }
 
-static perk_status silu_mul_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
+static perk_status gate_mul_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
     (void)err;
     if (perk_lower_is_folded(l, op)) return PERK_OK;
     const perk_tensor *x = op->inputs[PERK_IN_X];
     int width = (int)op->output->cols;
-    perk_stage *stage = perk_lower_begin(l, op, "", "silu_mul<Rows::%s, %d, %d, %d>(worker, task);",
-                                         x->row_kind == PERK_ROWS_TOKENS ? "tokens" : "logits", width,
-                                         (int)PERK_ROW_STRIDE(x->cols), PERK_ROW_STRIDE(width));
+    perk_stage *stage =
+        perk_lower_begin(l, op, "", "gate_mul<Rows::%s, %d, %d, %d, Activation::%s>(worker, task);",
+                         x->row_kind == PERK_ROWS_TOKENS ? "tokens" : "logits", width, (int)PERK_ROW_STRIDE(x->cols),
+                         PERK_ROW_STRIDE(width), perk_activation_name(op->activation));
     if (!stage) return l->error.status;
-    stage->work = PERK_WORK_SILU_MUL;
+    stage->work = PERK_WORK_GATE_MUL;
     stage->operands[0] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);
     stage->operands[1] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
     if (l->error.status == PERK_OK) perk_lower_runs(l, (int)perk_ceil_div((uint64_t)width, 8), add_columns, stage);
@@ -74,4 +84,4 @@ static perk_status silu_mul_lower(perk_lowering *l, const perk_op *op, perk_erro
     return l->error.status;
 }
 
-const perk_op_type perk_op_silu_mul = {"silu_mul", silu_mul_reference, silu_mul_lower};
+const perk_op_type perk_op_gate_mul = {"gate_mul", gate_mul_reference, gate_mul_lower};

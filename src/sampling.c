@@ -1,0 +1,117 @@
+#include "sampling.h"
+
+#include <math.h>
+
+/* ---- checks
+ * -------------------------------------------------------------------------------------------------------------- */
+
+static perk_status check_number(const char *field, float value, float low, float high, perk_error *err) {
+    if (value >= low && value <= high) return PERK_OK;
+    return perk_fail(err, PERK_INVALID_ARGUMENT, "%s %g: must be between %g and %g", field, (double)value, (double)low,
+                     (double)high);
+}
+
+static perk_status check_count(const char *field, int32_t count, int32_t most, const void *items, perk_error *err) {
+    if (count < 0 || count > most)
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "%s %d: must be from 0 to %d", field, count, most);
+    return count && !items ? perk_fail(err, PERK_INVALID_ARGUMENT, "%s %d, and no list", field, count) : PERK_OK;
+}
+
+static perk_status check_id(const char *field, int32_t index, int32_t token, int32_t vocab_size, perk_error *err) {
+    if (token >= 0 && token < vocab_size) return PERK_OK;
+    return perk_fail(err, PERK_INVALID_ARGUMENT, "%s %d is id %d: outside the model's vocabulary of %d", field, index,
+                     token, vocab_size);
+}
+
+static perk_status check_filters(const perk_sampling *sampling, perk_error *err) {
+    if (!(sampling->temperature >= 0) || !isfinite(sampling->temperature))
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "temperature %g: must be 0 (greedy) or a positive number",
+                         (double)sampling->temperature);
+    if (sampling->top_k < 0)
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "top_k %d: must be 0 (all) or positive", sampling->top_k);
+    if (sampling->max_tokens < 0)
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "max_tokens %d: must be 0 (as many as fit) or positive",
+                         sampling->max_tokens);
+    perk_status status = check_number("top_p", sampling->top_p, 0, 1, err);
+    return status ? status : check_number("min_p", sampling->min_p, 0, 1, err);
+}
+
+static perk_status check_penalties(const perk_sampling *sampling, perk_error *err) {
+    perk_status status = check_number("repetition_penalty", sampling->repetition_penalty, 0, 100, err);
+    if (!status) status = check_number("presence_penalty", sampling->presence_penalty, -2, 2, err);
+    return status ? status : check_number("frequency_penalty", sampling->frequency_penalty, -2, 2, err);
+}
+
+static perk_status check_lists(const perk_sampling *sampling, int32_t vocab_size, perk_error *err) {
+    perk_status status =
+        check_count("stop_token_count", sampling->stop_token_count, PERK_MAX_STOP_TOKENS, sampling->stop_tokens, err);
+    if (!status) status = check_count("bias_count", sampling->bias_count, PERK_MAX_LOGIT_BIAS, sampling->bias, err);
+    if (status) return status;
+    for (int32_t i = 0; i < sampling->stop_token_count && !status; i++)
+        status = check_id("stop_tokens", i, sampling->stop_tokens[i], vocab_size, err);
+    for (int32_t i = 0; i < sampling->bias_count && !status; i++) {
+        status = check_id("bias", i, sampling->bias[i].token, vocab_size, err);
+        if (!status) status = check_number("bias", sampling->bias[i].bias, -100, 100, err);
+    }
+    return status;
+}
+
+perk_status perk_sampling_check(const perk_sampling *sampling, int32_t vocab_size, perk_error *err) {
+    perk_status status = check_filters(sampling, err);
+    if (!status) status = check_penalties(sampling, err);
+    if (!status) status = check_lists(sampling, vocab_size, err);
+    if (!status) status = check_count("top_logprobs", sampling->top_logprobs, PERK_MAX_TOP_LOGPROBS, sampling, err);
+    if (!status && sampling->top_logprobs && !sampling->logprobs)
+        status = perk_fail(err, PERK_INVALID_ARGUMENT, "top_logprobs %d without logprobs", sampling->top_logprobs);
+    return status;
+}
+
+/* ---- copies
+ * -------------------------------------------------------------------------------------------------------------- */
+
+perk_status perk_sampling_copy(perk_sampling *copy, const perk_sampling *sampling, perk_error *err) {
+    size_t bias_size = (size_t)sampling->bias_count * sizeof *sampling->bias;
+    size_t stop_size = (size_t)sampling->stop_token_count * sizeof *sampling->stop_tokens;
+    perk_logit_bias *bias = bias_size ? malloc(bias_size) : NULL;
+    int32_t *stop_tokens = stop_size ? malloc(stop_size) : NULL;
+    if ((bias_size && !bias) || (stop_size && !stop_tokens)) {
+        free(bias);
+        free(stop_tokens);
+        return perk_fail_memory(err, "a request's sampling");
+    }
+    if (bias) memcpy(bias, sampling->bias, bias_size);
+    if (stop_tokens) memcpy(stop_tokens, sampling->stop_tokens, stop_size);
+    *copy = *sampling;
+    copy->bias = bias;
+    copy->stop_tokens = stop_tokens;
+    return PERK_OK;
+}
+
+void perk_sampling_free(perk_sampling *sampling) {
+    free((void *)sampling->bias);
+    free((void *)sampling->stop_tokens);
+    sampling->bias = NULL;
+    sampling->stop_tokens = NULL;
+}
+
+/* ---- questions
+ * -------------------------------------------------------------------------------------------------------------- */
+
+bool perk_sampling_adjusts(const perk_sampling *sampling) {
+    bool repetition = sampling->repetition_penalty > 0 && sampling->repetition_penalty != 1;
+    return repetition || sampling->presence_penalty != 0 || sampling->frequency_penalty != 0 || sampling->bias_count;
+}
+
+bool perk_sampling_needs_logits(const perk_sampling *sampling) {
+    return sampling->temperature > 0 || sampling->logprobs || perk_sampling_adjusts(sampling);
+}
+
+bool perk_sampling_stops(const perk_sampling *sampling, int32_t token) {
+    for (int32_t i = 0; i < sampling->stop_token_count; i++)
+        if (sampling->stop_tokens[i] == token) return true;
+    return false;
+}
+
+int32_t perk_sampling_logprob_count(const perk_sampling *sampling) {
+    return sampling->logprobs ? 1 + sampling->top_logprobs : 0;
+}
