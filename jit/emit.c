@@ -4,6 +4,7 @@
 #include <stdio.h>
 
 #include "jit/embedded.h"
+#include "src/plan_steps.h"
 
 /* Copies of 16 KB that a worker has under way: 2 cover the bandwidth-latency product of an H100, and more would queue
  * up in front of the loads on the critical path; 4 for a worker that has fallen behind (docs/performance.md). */
@@ -14,6 +15,25 @@ static int longest_list(const perk_plan *plan) {
     for (int w = 0; w < plan->device.worker_count; w++)
         longest = PERK_MAX(longest, plan->worker_begin[w + 1] - plan->worker_begin[w]);
     return longest;
+}
+
+/* What happens between two steps of a launch. */
+static void emit_schedule_constants(const perk_plan *plan, perk_buffer *out) {
+    perk_schedule_limits limits = perk_plan_schedule_limits(plan);
+    struct {
+        const char *name;
+        int64_t value;
+    } constants[] = {
+        {"slots", limits.slots},
+        {"outbox_records", perk_plan_outbox_records(plan)},
+        {"max_requests", limits.requests},
+        {"max_logit_rows", limits.logit_rows},
+        {"max_seq_length", limits.positions},
+        {"tokens_per_query_tile", plan->tokens_per_query_tile},
+        {"vocab_size", perk_plan_vocab_size(plan)},
+    };
+    for (size_t i = 0; i < PERK_COUNT(constants); i++)
+        perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
 }
 
 static void emit_constants(const perk_plan *plan, perk_buffer *out) {
@@ -52,8 +72,10 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
     if (plan->wide_tokens > 0)
         perk_buffer_printf(out, "constexpr uint32_t wide_tokens = %d, input_slots = %d;\n", plan->wide_tokens,
                            plan->input_slots);
-    perk_buffer_printf(out, "constexpr bool waits_are_limited = %s;\n", plan->unlimited_waits ? "false" : "true");
-    perk_buffer_printf(out, "constexpr bool has_experts = %s;\n", has_experts ? "true" : "false");
+    perk_buffer_printf(out, "constexpr bool waits_are_limited = %s, has_experts = %s, many_steps = %s;\n",
+                       plan->unlimited_waits ? "false" : "true", has_experts ? "true" : "false",
+                       plan->many_steps ? "true" : "false");
+    if (plan->many_steps) emit_schedule_constants(plan, out);
     perk_buffer_printf(out, "} // namespace program\n\n");
 }
 
@@ -83,15 +105,17 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
     emit_constants(plan, source);
     perk_buffer_printf(source,
                        "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
-                       "#include \"linear.cuh\"\n%s#include \"attention.cuh\"\n#include \"moe.cuh\"\n\n",
-                       plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "");
+                       "#include \"linear.cuh\"\n%s#include \"attention.cuh\"\n#include \"moe.cuh\"\n%s\n",
+                       plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "",
+                       plan->many_steps ? "#include \"mail.h\"\n#include \"many_steps.cuh\"\n" : "");
     emit_switch(plan, source);
     perk_buffer_printf(source,
                        "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
                        "(const __grid_constant__ perk_kernel_args args) {\n"
-                       "    perk::worker_main(args, [](perk::Worker &worker, const perk::TaskView &task, uint32_t "
+                       "    perk::%s(args, [](perk::Worker &worker, const perk::TaskView &task, uint32_t "
                        "chunk) { return perk::run_task(worker, task, chunk); });\n"
-                       "}\n");
+                       "}\n",
+                       plan->many_steps ? "many_steps_main" : "worker_main");
     return source->failed ? perk_fail_memory(err, "the program's source") : PERK_OK;
 }
 

@@ -183,10 +183,45 @@ enum {
     PERK_ROLE_RING_EMPTY = 3,
     PERK_ROLE_INPUT_FULL = 4, /* counter: the number of the slice among the worker's */
     PERK_ROLE_INPUT_EMPTY = 5,
+    PERK_ROLE_STEP_END = 6,
 };
 
 /* ---- profiling: when a worker reached a task, had what it waited for, and had signalled ---- */
 enum { PERK_STAMP_REACHED, PERK_STAMP_READY, PERK_STAMP_DONE, PERK_STAMPS };
+
+/* ---- many steps of one launch: mail.h has the types ---- */
+struct perk_post;
+struct perk_mail;
+struct perk_slot;
+struct perk_token_record;
+struct perk_desk;
+
+typedef struct perk_many_args {
+    /* mapped host memory; post null: one step, over the batch that is there */
+    struct perk_post *post;
+    const struct perk_mail *mails;      /* [mail_mask + 1] */
+    const struct perk_slot *host_slots; /* [slots] */
+    const int32_t *host_tokens;         /* [slots][positions] */
+    const uint64_t *host_hashes;        /* [slots][pages_per_request] */
+    struct perk_token_record *records;  /* [record_mask + 1] */
+    /* device memory */
+    struct perk_desk *desk;
+    uint64_t *schedule;      /* the block of perk_schedule_lay_out */
+    struct perk_slot *slots; /* in that block, and the two below */
+    int32_t *tokens;
+    uint64_t *hashes;
+    struct perk_mail *inbox;          /* [mail_mask + 1] */
+    struct perk_token_record *outbox; /* [logit rows + slots] */
+    int32_t *batch;                   /* that of the arguments, to write */
+    const int32_t *picks;             /* [logit rows], PERK_ROW_STRIDE(1) words apart */
+    uint64_t idle_limit_ns;
+    uint32_t mail_mask, record_mask; /* lengths of rings, powers of two, less 1 */
+    uint32_t dealt, written;         /* of the post when the launch began */
+    uint32_t max_steps;
+    uint32_t reserved;
+    uint32_t end_counter[PERK_RECORD_WAITS];  /* a step is over when these have all their signals */
+    uint32_t end_per_step[PERK_RECORD_WAITS]; /* 0: no counter */
+} perk_many_args;
 
 /* ---- kernel arguments ---- */
 typedef struct perk_kernel_args {
@@ -203,6 +238,7 @@ typedef struct perk_kernel_args {
     uint64_t wait_limit_ns;
     uint32_t step; /* steps that this program has completed before */
     uint32_t reserved;
+    perk_many_args many; /* of a program of many steps */
 } perk_kernel_args;
 
 #endif

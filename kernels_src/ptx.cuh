@@ -113,6 +113,38 @@ __device__ __forceinline__ void add_release_gpu(uint32_t *pointer, uint32_t amou
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(pointer), "r"(amount) : "memory");
 }
 
+__device__ __forceinline__ void store_release_gpu(uint32_t *pointer, uint32_t v) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(pointer), "r"(v) : "memory");
+}
+
+// ---- host memory, while the host works on it, too ----
+
+__device__ __forceinline__ uint32_t load_host4(const void *pointer) {
+    uint32_t v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
+    return v;
+}
+// Each word for itself: the four may be of different times.
+__device__ __forceinline__ Vec16 load_host16(const void *pointer) {
+    Vec16 v;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(pointer)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_release_system(uint32_t *pointer, uint32_t v) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(pointer), "r"(v) : "memory");
+}
+// What came before is seen before what comes after: by the block, by all devices and the host.
+__device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// About so long, at most twice that.
+__device__ __forceinline__ void pause(uint32_t nanoseconds) {
+    asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds) : "memory");
+}
+
 // ---- barriers ----
 
 // All `threads` of the named barrier; one warp role uses its own barrier so that the others may run ahead.
@@ -165,6 +197,20 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
 #else
     uint32_t done;
     asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done != 0;
+#endif
+}
+
+// And for a wait that looks at something else as well: it comes back after a microsecond.
+__device__ __forceinline__ bool mbarrier_test_briefly(uint32_t barrier, uint32_t parity) {
+#if PERK_PORTABLE
+    return mbarrier_peek(barrier, parity);
+#else
+    uint32_t done;
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, 1000; selp.u32 %0, 1, 0, p; }"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");

@@ -10,6 +10,7 @@ using namespace ptx;
 
 constexpr uint32_t kConsumerBarrier = 1;    // named barrier of the 8 consumer warps; 0 is __syncthreads
 constexpr uint32_t kPollsPerClockRead = 64; // reading the global timer costs more than a poll
+constexpr uint32_t kEnded = 2;              // in place of "given up": there are no more steps
 
 // ---- shared memory: ring slots | slices of wide linears' inputs | staging of activations | reduction scratch | the
 // step's batch | task records | barriers ----
@@ -26,6 +27,8 @@ struct SharedMap {
     static constexpr uint32_t batch = reduction + program::reduction_bytes;
     static constexpr uint32_t tasks = batch + program::batch_shared_bytes;
     static constexpr uint32_t given_up = tasks + 2 * sizeof(perk_task_record); // a word: a wait exceeded its limit
+    static constexpr uint32_t step = given_up + 4;                             // and three of many_steps.cuh
+    static constexpr uint32_t told = step + 4, served = told + 4;
     static constexpr uint32_t barriers = tasks + PERK_TASK_SLOTS_BYTES;
 #if PERK_WIDE
     static constexpr uint32_t input_barriers = barriers + 2 * 8 * program::ring_slots;
@@ -41,11 +44,19 @@ struct Worker {
     uint32_t warp, lane, thread;
     uint32_t shared;   // address of dynamic shared memory
     uint32_t position; // of the running task in the worker's list
+    uint32_t laps = 0; // of the list that the producer has streamed in a launch of many steps
 #if PERK_WIDE
     uint32_t slices = 0; // of inputs of wide linears, that this role has come by
 #endif
 
     __device__ __forceinline__ uint32_t index() const { return blockIdx.x; } // of this worker
+    // Steps that were completed before this one.
+    __device__ __forceinline__ uint32_t step() const {
+        if constexpr (program::many_steps)
+            return load_shared4(shared + SharedMap::step);
+        else
+            return args.step;
+    }
 
     // Forgets what the compiler knows of the thread's coordinates. Without it, addresses of every kind of task are
     // computed ahead of the task loop, kept through all tasks, and spilled by those that need the registers.
@@ -84,6 +95,8 @@ struct Worker {
     __device__ __forceinline__ uint32_t batch_word(uint32_t index) const {
         if constexpr (program::batch_shared_bytes > 0)
             return load_shared4(shared + SharedMap::batch + index * 4);
+        else if constexpr (program::many_steps)
+            return load_coherent4(args.batch + index);
         else
             return __ldg(args.batch + index);
     }
@@ -101,17 +114,17 @@ struct Worker {
 // weights that never come works on with what the slot holds; a producer that waits for a slot in vain ends.
 
 // Writes who waited for what, for the host; the first one only.
-__device__ __forceinline__ void report_hang(const perk_kernel_args &args, uint32_t worker, uint32_t position,
-                                            uint32_t role, uint32_t counter, uint32_t seen, uint32_t wanted) {
-    if (atomicCAS(args.hang_claim, 0u, 1u) != 0u) return;
-    volatile perk_hang_report *report = args.hang;
-    report->worker = worker;
-    report->position = position;
+__device__ __forceinline__ void report_hang(const Worker &w, uint32_t role, uint32_t counter, uint32_t seen,
+                                            uint32_t wanted) {
+    if (atomicCAS(w.args.hang_claim, 0u, 1u) != 0u) return;
+    volatile perk_hang_report *report = w.args.hang;
+    report->worker = w.index();
+    report->position = w.position;
     report->role = role;
     report->counter = counter;
     report->seen = seen;
     report->wanted = wanted;
-    report->step = args.step;
+    report->step = w.step();
     __threadfence_system();
     report->complete = 1;
 }
@@ -134,12 +147,13 @@ struct Patience {
 // One thread waits for a counter; the caller spreads the news with a barrier.
 // This loop and the next are left at one place only, in the way of those whose wait succeeds: giving up changes what is
 // waited for. A second exit costs a few percent of a step, since lanes have to be brought together behind it.
-__device__ __forceinline__ void wait_counter(const Worker &w, uint32_t counter, uint32_t target) {
+__device__ __forceinline__ void wait_counter(const Worker &w, uint32_t counter, uint32_t target,
+                                             uint32_t role = PERK_ROLE_COUNTER) {
     Patience patience;
     uint32_t seen;
     while (static_cast<int32_t>((seen = load_acquire_gpu(w.args.counters + counter)) - target) < 0)
         if (patience.is_over(w.args)) {
-            report_hang(w.args, w.index(), w.position, PERK_ROLE_COUNTER, counter, seen, target);
+            report_hang(w, role, counter, seen, target);
             store_shared4(w.shared + SharedMap::given_up, 1);
             target = seen;
         }
@@ -152,7 +166,7 @@ __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uin
     Patience patience;
     while (!mbarrier_test(barrier, parity))
         if (patience.is_over(w.args)) {
-            report_hang(w.args, w.index(), w.position, role, chunk, 0, 1);
+            report_hang(w, role, chunk, 0, 1);
             if (kEndsLate) exit_thread();
             store_shared4(w.shared + SharedMap::given_up, 1);
             parity ^= 1; // of the phase before, which has completed
@@ -192,6 +206,39 @@ __device__ __forceinline__ void init_ring(const Worker &w) {
     __syncthreads();
 }
 
+constexpr uint32_t kStepPauseNs = 100; // between looks at whether a step has begun
+
+// Whether the worker has no step to do any more: what a producer that has run ahead asks.
+__device__ __forceinline__ bool has_ended(const Worker &w) {
+    return __any_sync(0xffffffffu, load_shared4(w.shared + SharedMap::given_up) == kEnded);
+}
+// Nothing may be under way to the memory of a block that is gone.
+__device__ __forceinline__ void land_chunks(const Worker &w, uint32_t end) {
+    for (uint32_t chunk = end - min(end, program::ring_slots); chunk != end; chunk++) wait_full<true>(w, chunk);
+}
+// Room for a chunk of a launch of many steps: no limit, since consumers may idle, and whoever is stuck says so himself.
+// Where the launch has ended meanwhile, so does the producer.
+__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk, uint32_t parity) {
+    while (!__any_sync(0xffffffffu, mbarrier_test_briefly(w.empty_barrier(chunk), parity)))
+        if (has_ended(w)) {
+            land_chunks(w, chunk);
+            exit_thread();
+        }
+    __syncwarp();
+}
+
+// Until the consumers have begun the step that the producer is at: before, there is nothing of it to read.
+__device__ __forceinline__ void await_begin(const Worker &w, uint32_t chunk) {
+    if constexpr (program::many_steps)
+        while (__any_sync(0xffffffffu, static_cast<int32_t>(w.step() - (w.args.step + w.laps)) < 0)) {
+            if (has_ended(w)) {
+                land_chunks(w, chunk);
+                exit_thread();
+            }
+            pause(kStepPauseNs);
+        }
+}
+
 // How many copies may be under way: few, since more would only queue up in front of the few loads that are on the
 // critical path (counters, activations); but more for a worker whose consumers have read nearly all that it has, so
 // that those who are behind get more of the bandwidth, and all reach the end of a stage together. docs/performance.md
@@ -200,16 +247,19 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
-    // Where all lanes copy, or share what they know of experts, one that decides otherwise would wait at a __syncwarp
-    // for those that wait for it elsewhere.
-    if (PERK_PORTABLE || program::has_experts) is_behind = __any_sync(0xffffffffu, is_behind);
+    // Where all lanes copy, share what they know of experts, or vote on the end of a launch of many steps, one that
+    // decides otherwise would leave the others waiting for it.
+    if (PERK_PORTABLE || program::has_experts || program::many_steps) is_behind = __any_sync(0xffffffffu, is_behind);
     if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }
 
 // Until the chunk's slot may be filled.
 __device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk) {
     const uint32_t round = chunk / program::ring_slots;
-    if (round > 0) wait_slot<true>(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
+    if (program::many_steps && round > 0)
+        await_room(w, chunk, (round - 1) & 1);
+    else if (round > 0)
+        wait_slot<true>(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
     await_flight(w, chunk);
 }
 
@@ -314,7 +364,7 @@ __device__ __forceinline__ RoutedTask await_routing(const Worker &w, const Strea
     const perk_task_record *record = record_at(w, w.position);
     const uint32_t most = __ldg(&record->routing_most_hits);
     const uint8_t *routing = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
-    if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), w.args.step + 1);
+    if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), w.step() + 1);
     __syncwarp();
     RoutedTask r{task.lane_in_round, task.workers, task.tiles, 0, 0, (most & PERK_ROUTING_OF_TILES) != 0};
     r.hits = min(load_coherent4(routing + PERK_ROUTING_HITS * 4), most & ~PERK_ROUTING_OF_TILES);
@@ -340,6 +390,7 @@ __device__ __forceinline__ uint32_t find_tile(const Worker &w, const RoutedTask 
 // Streams this worker's chunks of a stage over experts, as the step's routing deals them. A task without any gets 16
 // bytes: its end then says that the producer has read the routing.
 __device__ __forceinline__ uint32_t stream_experts(const Worker &w, const StreamTask &task, uint32_t chunk) {
+    await_begin(w, chunk);
     const RoutedTask r = await_routing(w, task);
     uint32_t mine = 0;
     for (uint32_t i = 0; i < r.count; i++) {
@@ -385,9 +436,9 @@ __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const Stre
 }
 #endif
 
+// Streams the weights of the whole list, from chunk number `chunk` on; returns the next one's.
 #if PERK_WIDE
-__device__ __forceinline__ void produce(Worker &w) {
-    uint32_t chunk = 0;
+__device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
     for (w.position = 0;; w.position++) {
         const StreamTask task = load_stream_task(w, w.position); // not ahead: registers are few
         if (task.kind == PERK_TASK_END) break;
@@ -396,10 +447,10 @@ __device__ __forceinline__ void produce(Worker &w) {
         else if (task.tiles != 0)
             chunk = stream_task(w, task, chunk);
     }
+    return chunk;
 }
 #else
-__device__ __forceinline__ void produce(Worker &w) {
-    uint32_t chunk = 0;
+__device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
     StreamTask next = load_stream_task(w, 0);
     for (w.position = 0; next.kind != PERK_TASK_END; w.position++) {
         const StreamTask task = next;
@@ -409,6 +460,7 @@ __device__ __forceinline__ void produce(Worker &w) {
         else if (task.tiles != 0)
             chunk = stream_task(w, task, chunk);
     }
+    return chunk;
 }
 #endif
 
@@ -444,10 +496,11 @@ __device__ __forceinline__ void feed(Worker &w) {
         if (__ldg(&record->stream_together) == 0) continue;
         if (w.lane < PERK_RECORD_WAITS && __ldg(&record->wait_per_step[w.lane]) != 0)
             wait_counter(w, __ldg(&record->wait_counter[w.lane]),
-                         w.args.step * __ldg(&record->wait_per_step[w.lane]) + __ldg(&record->wait_needed[w.lane]));
+                         w.step() * __ldg(&record->wait_per_step[w.lane]) + __ldg(&record->wait_needed[w.lane]));
         __syncwarp();
         fence_copies();
-        feed_task(w, record, w.num_tokens());
+        feed_task(w, record,
+                  program::many_steps ? load_coherent4(w.args.batch + PERK_BATCH_NUM_TOKENS) : w.num_tokens());
     }
 }
 #endif
@@ -466,7 +519,7 @@ __device__ __forceinline__ void await_inputs(Worker &w, const TaskView &task) {
     if (w.warp == 0) {
         const uint32_t i = w.lane % PERK_RECORD_WAITS;
         const uint32_t counter = task.wait_counter(i), per_step = task.wait_per_step(i);
-        const uint32_t target = w.args.step * per_step + task.wait_needed(i);
+        const uint32_t target = w.step() * per_step + task.wait_needed(i);
         if (w.lane < PERK_RECORD_WAITS && per_step != 0) wait_counter(w, counter, target);
         __syncwarp();
     }
@@ -482,10 +535,9 @@ __device__ __forceinline__ void signal_outputs(const Worker &w, const TaskView &
 }
 
 // `run_task(worker, task, chunk)` is the program's switch over its kinds; it awaits the task's inputs and returns the
-// next chunk number. The first record is in its slot.
+// next chunk number, and so does this. The first record is in its slot.
 template <class RunTask>
-__device__ __forceinline__ void consume(Worker &w, RunTask run_task) {
-    uint32_t chunk = 0;
+__device__ __forceinline__ uint32_t consume(Worker &w, RunTask run_task, uint32_t chunk) {
     for (w.position = 0;; w.position++) {
         w.forget_coordinates();
         const TaskView task(w, w.position);
@@ -497,6 +549,7 @@ __device__ __forceinline__ void consume(Worker &w, RunTask run_task) {
         signal_outputs(w, task); // with a barrier
         stamp(w, PERK_STAMP_DONE);
     }
+    return chunk;
 }
 
 // Brings the step's batch into shared memory, where it has room there.
@@ -517,10 +570,10 @@ __device__ __forceinline__ void worker_main(const perk_kernel_args &args, RunTas
     init_ring(w); // with a barrier of the whole block
     if (w.warp < PERK_CONSUMER_WARPS) {
         take_registers<PERK_CONSUMER_REGISTERS>();
-        consume(w, run_task);
+        consume(w, run_task, 0);
     } else {
         give_registers<PERK_PRODUCER_REGISTERS>();
-        if (w.warp == PERK_CONSUMER_WARPS) produce(w);
+        if (w.warp == PERK_CONSUMER_WARPS) produce(w, 0);
 #if PERK_WIDE
         if (w.warp == PERK_CONSUMER_WARPS + 1) feed(w);
 #endif

@@ -8,6 +8,7 @@
  * assumed first and held against the resulting clocks then; where it fails, the counter's segments are made coarser,
  * finally it orders nothing, and everything is done again. */
 #include "check.h"
+#include "plan_steps.h"
 
 #include <stdio.h>
 
@@ -416,6 +417,29 @@ static perk_status run_step(order *o, perk_error *err) {
     return PERK_OK;
 }
 
+/* Between two steps of a launch the kernel changes the batch, and what it keeps of requests, when the counters of the
+ * step's end are complete: they must prove that every task of the step has signalled. */
+static perk_status check_step_end(const order *o, perk_error *err) {
+    const perk_plan *plan = o->plan;
+    int counters[PERK_RECORD_WAITS], count = perk_plan_step_end(plan, counters);
+    int32_t *clock = perk_calloc((size_t)o->clock_size, sizeof *clock);
+    perk_status status = clock ? PERK_OK : perk_fail_memory(err, "the plan checker's clocks");
+    for (int i = 0; i < count && !status; i++) {
+        perk_wait wait = {.counter = counters[i], .needed = plan->counter_per_step[counters[i]]};
+        learn_from_wait(o, &wait, clock);
+    }
+    for (int w = 0; w < o->workers && !status; w++) {
+        int32_t tasks = plan->worker_begin[w + 1] - plan->worker_begin[w];
+        if (tasks == 0 || clock[w] >= (o->step + 1) * tasks) continue;
+        status = perk_fail(err, PERK_UNSAFE_PLAN,
+                           "a step can seem to be over while %s has not signalled: the counters that the next step's "
+                           "first tasks wait for do not prove it",
+                           perk_check_task_text(plan, plan->worker_begin[w + 1] - 1).text);
+    }
+    free(clock);
+    return status;
+}
+
 /* Two steps from the beginning, under the counters' present levels. */
 static perk_status run_pass(order *o, perk_error *err) {
     size_t clock_count = (size_t)o->workers * (size_t)o->clock_size;
@@ -428,7 +452,10 @@ static perk_status run_pass(order *o, perk_error *err) {
         o->joins = perk_calloc((size_t)STEPS * (size_t)o->segment_count, (size_t)o->clock_size * sizeof *o->joins);
         if (!o->joins) status = perk_fail_memory(err, "the plan checker's clocks");
     }
-    for (o->step = 0; o->step < STEPS && !status && !o->restart; o->step++) status = run_step(o, err);
+    for (o->step = 0; o->step < STEPS && !status && !o->restart; o->step++) {
+        status = run_step(o, err);
+        if (o->plan->many_steps && !status && !o->changed) status = check_step_end(o, err);
+    }
     free_segments(o);
     return status;
 }

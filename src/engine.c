@@ -16,6 +16,7 @@ struct perk_engine {
     perk_batch *batch; /* of logits; that of requests is the scheduler's */
     perk_config config;
     perk_start_report report;
+    int32_t steps_a_launch;
     perk_error failure;   /* of a step: closes the engine */
     perk_on_step on_step; /* NULL: nobody watches */
     void *on_step_user;
@@ -104,6 +105,7 @@ static perk_status open_gpu(perk_engine *engine, const perk_engine_options *opti
                             .portable = options->portable != 0,
                             .unchecked = options->unchecked != 0,
                             .no_cache = options->no_cache != 0,
+                            .many_steps = options->steps_a_launch > 1,
                             .cache_folder = options->cache_folder,
                             .threads = options->threads,
                             .log = options->log,
@@ -135,6 +137,8 @@ static perk_status check_options(const perk_engine_options *options, perk_error 
     if (options->precision < 0 || options->precision > 2)
         return perk_fail(err, PERK_INVALID_ARGUMENT, "precision %d: must be 0, 1 (bf16) or 2 (fp32)",
                          options->precision);
+    if (options->steps_a_launch < 0)
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "steps_a_launch %d: must be 0 or more", options->steps_a_launch);
     if (options->threads < 0)
         return perk_fail(err, PERK_INVALID_ARGUMENT, "threads %d: must be 0 (all cores) or more", options->threads);
     for (int i = 0; i < PERK_MAX_PROGRAMS; i++)
@@ -190,6 +194,7 @@ static perk_status open_model(perk_engine *engine, const char *path, const perk_
     const perk_model *model = engine->model;
     perk_model_report_unread(model, &options->log);
     engine->config = options->config;
+    engine->steps_a_launch = options->steps_a_launch;
     if ((status = fit_programs(&engine->config, options->program_tokens, err))) return status;
     if ((status = perk_config_resolve(&engine->config, model->max_positions, err))) return status;
     bool length_was_asked_for = options->config.max_seq_length != 0;
@@ -292,19 +297,30 @@ perk_status perk_engine_submit(perk_engine *engine, const int32_t *prompt, size_
     return status ? status : perk_scheduler_submit(engine->scheduler, prompt, prompt_length, sampling, out, err);
 }
 
+static perk_status step_once(perk_engine *engine, perk_error *err) {
+    const perk_batch *batch;
+    bool want_logits;
+    perk_step_result result;
+    perk_status status = perk_scheduler_fill(engine->scheduler, &batch, &want_logits, err);
+    if (status || batch->num_tokens == 0) return status;
+    status = run_batch(engine, batch, want_logits, &result, err);
+    return status ? status : perk_scheduler_commit(engine->scheduler, &result, err);
+}
+
+/* What the kernel cannot do, sampling, falls back to single steps. */
+static bool may_run_many(const perk_engine *engine) {
+    return engine->steps_a_launch > 1 && engine->executor->type->run && perk_scheduler_is_greedy(engine->scheduler);
+}
+
 perk_status perk_engine_step(perk_engine *engine, int32_t *running, perk_error *err) {
     if (running) *running = 0;
     perk_status status = check_open(engine, err);
     if (status) return status;
     perk_error failure = {0};
-    const perk_batch *batch;
-    bool want_logits;
-    perk_step_result result;
-    status = perk_scheduler_fill(engine->scheduler, &batch, &want_logits, &failure);
-    if (!status && batch->num_tokens > 0) {
-        status = run_batch(engine, batch, want_logits, &result, &failure);
-        if (!status) status = perk_scheduler_commit(engine->scheduler, &result, &failure);
-    }
+    if (may_run_many(engine))
+        status = perk_scheduler_run(engine->scheduler, engine->executor, (uint32_t)engine->steps_a_launch, &failure);
+    else
+        status = step_once(engine, &failure);
     if (status) return close_after(engine, status, &failure, err);
     if (running) *running = perk_scheduler_unfinished(engine->scheduler);
     return PERK_OK;

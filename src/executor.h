@@ -5,6 +5,7 @@
 
 #include "batch.h"
 #include "graph.h"
+#include "kernels_src/schedule.h"
 
 typedef struct perk_executor perk_executor;
 
@@ -24,6 +25,9 @@ typedef struct perk_executor_type {
                          perk_error *err);
     perk_status (*read)(perk_executor *self, const perk_tensor *tensor, float *values, int64_t rows, perk_error *err);
     void (*free)(perk_executor *self);
+    /* Runs up to `max_steps` steps without the host: fill, the forward pass, commit, with the tokens that argmax picks,
+     * until nothing is unfinished. `schedule` stands between two steps, before and after. NULL: it cannot. */
+    perk_status (*run)(perk_executor *self, perk_schedule *schedule, uint32_t max_steps, perk_error *err);
 } perk_executor_type;
 
 struct perk_executor {

@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "float.h"
+#include "gpu_many.h"
 #include "ops/op.h"
 
 static perk_gpu *gpu_of(perk_executor *self) { return (perk_gpu *)self; }
@@ -148,6 +149,7 @@ static perk_status fill_device(perk_gpu *gpu, const perk_checkpoint *checkpoint,
     if (status == PERK_OK) status = open_step_buffers(gpu, err);
     for (int i = 0; i < gpu->program_count && status == PERK_OK; i++)
         status = upload_tasks(gpu, &gpu->programs[i], err);
+    if (status == PERK_OK && gpu->largest->plan->many_steps) status = perk_gpu_many_open(gpu, err);
     if (status == PERK_OK) status = perk_gpu_load_weights(gpu, checkpoint, options, cache, err);
     report->weights_ms = (perk_now() - begin) * 1e3;
     return status;
@@ -188,7 +190,8 @@ static int32_t in_step(const perk_plan *plan, int counter, uint32_t step, uint32
 
 /* What the report's wait was for. */
 static void describe_wait(const perk_plan *plan, const perk_hang_report *hang, perk_buffer *text) {
-    if (hang->role != PERK_ROLE_COUNTER || hang->counter >= (uint32_t)plan->counter_count) {
+    bool is_counter = hang->role == PERK_ROLE_COUNTER || hang->role == PERK_ROLE_STEP_END;
+    if (!is_counter || hang->counter >= (uint32_t)plan->counter_count) {
         bool is_input = hang->role == PERK_ROLE_INPUT_FULL || hang->role == PERK_ROLE_INPUT_EMPTY;
         bool arrives = hang->role == PERK_ROLE_RING_FULL || hang->role == PERK_ROLE_INPUT_FULL;
         perk_buffer_printf(text, "%s %s %u of the worker's %s", arrives ? "the arrival of" : "room in the ring for",
@@ -222,16 +225,28 @@ static void describe_origin(const perk_plan *plan, uint32_t step, const uint32_t
     }
 }
 
+/* Who waited; false when the report names nobody. */
+static bool describe_waiter(const perk_plan *plan, const perk_hang_report *hang, perk_buffer *text) {
+    if (hang->role == PERK_ROLE_STEP_END) {
+        perk_buffer_printf(text, "the end of the step");
+        return true;
+    }
+    if (hang->worker >= (uint32_t)plan->device.worker_count ||
+        hang->position >= (uint32_t)(plan->worker_begin[hang->worker + 1] - plan->worker_begin[hang->worker]))
+        return false;
+    int task = plan->worker_begin[hang->worker] + (int)hang->position;
+    perk_buffer_printf(text, "task %d, %s, of op %s,", task, perk_check_task_text(plan, task).text,
+                       plan->graph->ops[plan->stages[plan->tasks[task].stage].op]->type->name);
+    return true;
+}
+
 static perk_status fail_hang(perk_gpu *gpu, const perk_gpu_program *p, perk_error *err) {
     const perk_hang_report *hang = gpu->hang;
     const perk_plan *plan = p->plan;
-    if (hang->worker >= (uint32_t)plan->device.worker_count ||
-        hang->position >= (uint32_t)(plan->worker_begin[hang->worker + 1] - plan->worker_begin[hang->worker]))
+    perk_buffer waiter = {0}, text = {0};
+    if (!describe_waiter(plan, hang, &waiter))
         return perk_fail(err, PERK_INTERNAL, "the report of a hang names task %u of worker %u", hang->position,
                          hang->worker);
-    int task = plan->worker_begin[hang->worker] + (int)hang->position;
-    const perk_op *op = plan->graph->ops[plan->stages[plan->tasks[task].stage].op];
-    perk_buffer text = {0};
     uint32_t *counters = perk_calloc((size_t)plan->counter_count, sizeof *counters);
     describe_wait(plan, hang, &text);
     if (counters && perk_gpu_enter(gpu, NULL) == PERK_OK) {
@@ -240,29 +255,41 @@ static perk_status fail_hang(perk_gpu *gpu, const perk_gpu_program *p, perk_erro
         if (result == CUDA_SUCCESS) describe_origin(plan, hang->step, counters, &text);
         perk_gpu_leave(gpu);
     }
-    perk_status status = perk_fail(
-        err, PERK_HANG,
-        "step %u: task %d, %s, of op %s, waited more than %d ms for %s. The launch has ended; open the engine "
-        "again",
-        hang->step, task, perk_check_task_text(plan, task).text, op->type->name, gpu->wait_limit_ms,
-        text.data ? text.data : "?");
+    perk_status status =
+        perk_fail(err, PERK_HANG,
+                  "step %u: %s waited more than %d ms for %s. The launch has ended; open the engine "
+                  "again",
+                  hang->step, waiter.data ? waiter.data : "?", gpu->wait_limit_ms, text.data ? text.data : "?");
     free(counters);
+    perk_buffer_free(&waiter);
     perk_buffer_free(&text);
     return status;
 }
 
-static perk_status fail_step(perk_gpu *gpu, const perk_gpu_program *p, perk_status status, perk_error *err) {
+perk_status perk_gpu_fail_step(perk_gpu *gpu, const perk_gpu_program *p, perk_status status, perk_error *err) {
     if (gpu->hang->complete) status = fail_hang(gpu, p, err);
     gpu->failed = true;
     gpu->failure = *err;
     return status;
 }
 
-static perk_status launch(perk_gpu *gpu, const perk_gpu_program *p, perk_error *err) {
+/* The gate of a program of many steps is shut when the launch begins. */
+static perk_status shut_gate(perk_gpu *gpu, const perk_many_args *many, perk_error *err) {
+    if (!many->desk) return PERK_OK;
+    return perk_driver_check(
+        gpu->driver,
+        gpu->driver->cuMemsetD8Async((CUdeviceptr)(uintptr_t)many->desk, 0, sizeof *many->desk, gpu->stream), err,
+        "shutting the gate of the steps");
+}
+
+perk_status perk_gpu_launch(perk_gpu *gpu, const perk_gpu_program *p, const perk_many_args *many, perk_error *err) {
+    perk_many_args one = p->plan->many_steps ? perk_gpu_one_step(gpu) : (perk_many_args){0};
+    if (!many) many = &one;
     const perk_driver *driver = gpu->driver;
     CUdeviceptr hang = 0;
     perk_status status = perk_driver_check(driver, driver->cuMemHostGetDevicePointer(&hang, gpu->hang, 0), err,
                                            "mapping the hang report");
+    if (status == PERK_OK) status = shut_gate(gpu, many, err);
     if (status != PERK_OK) return status;
     perk_kernel_args args = {
         .tasks = (const perk_task_record *)(uintptr_t)p->tasks.address,
@@ -270,13 +297,14 @@ static perk_status launch(perk_gpu *gpu, const perk_gpu_program *p, perk_error *
         .constants = (const uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_CONSTANTS].address,
         .activations = (uint8_t *)(uintptr_t)p->activations.address,
         .kv = (uint8_t *)(uintptr_t)gpu->spaces[PERK_SPACE_KV].address,
-        .batch = (const int32_t *)(uintptr_t)p->batch.address,
+        .batch = many->batch ? many->batch : (const int32_t *)(uintptr_t)p->batch.address,
         .counters = (uint32_t *)(uintptr_t)p->counters.address,
         .hang_claim = (uint32_t *)(uintptr_t)gpu->hang_claim.address,
         .hang = (perk_hang_report *)(uintptr_t)hang,
         .stamps = (uint64_t *)(uintptr_t)p->stamps.address,
         .wait_limit_ns = (uint64_t)gpu->wait_limit_ms * 1000000u,
         .step = p->steps,
+        .many = *many,
     };
     void *params[] = {&args};
     return perk_driver_check(driver,
@@ -357,7 +385,7 @@ static perk_status run_step(perk_gpu *gpu, const perk_gpu_program *p, const perk
         driver, driver->cuMemcpyHtoDAsync(p->batch.address, p->batch_host, (size_t)p->layout.words * 4, gpu->stream),
         err, "copying the batch");
     if (status == PERK_OK) status = record(gpu, gpu->begin, err);
-    if (status == PERK_OK) status = launch(gpu, p, err);
+    if (status == PERK_OK) status = perk_gpu_launch(gpu, p, NULL, err);
     if (status == PERK_OK) status = record(gpu, gpu->end, err);
     if (status == PERK_OK) status = fetch_results(gpu, p, batch, want_logits, err);
     if (status == PERK_OK)
@@ -382,7 +410,7 @@ static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool w
         status = run_step(gpu, p, batch, want_logits, err);
         perk_gpu_leave(gpu);
     }
-    if (status != PERK_OK) return fail_step(gpu, p, status, err);
+    if (status != PERK_OK) return perk_gpu_fail_step(gpu, p, status, err);
     p->steps++;
     give_results(gpu, p, batch, want_logits, result);
     return PERK_OK;
@@ -525,6 +553,7 @@ static void release_program(const perk_gpu *gpu, const perk_gpu_program *p) {
 static void release_objects(perk_gpu *gpu) {
     const perk_driver *driver = gpu->driver;
     if (gpu->stream) driver->cuStreamSynchronize(gpu->stream);
+    perk_gpu_many_close(gpu);
     for (int i = 0; i < PERK_SPACE_COUNT; i++) release_memory(gpu, &gpu->spaces[i]);
     release_memory(gpu, &gpu->hang_claim);
     for (int i = 0; i < gpu->program_count; i++) release_program(gpu, &gpu->programs[i]);
@@ -550,6 +579,9 @@ static void gpu_free(perk_executor *self) {
     perk_driver_free(gpu->driver);
     free(gpu);
 }
+
+static const perk_executor_type gpu_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free, NULL};
+static const perk_executor_type many_steps_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free, perk_gpu_many_steps};
 
 /* Programs are made on several threads, and whoever listens hears one at a time. */
 typedef struct ordered_log {
@@ -581,8 +613,6 @@ static perk_status check_smaller(const perk_gpu_options *options, const perk_con
     return PERK_OK;
 }
 
-static const perk_executor_type gpu_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free};
-
 perk_status perk_gpu_create(perk_executor **out, const perk_graph *graph, const perk_checkpoint *checkpoint,
                             const perk_config *config, const perk_gpu_options *options, perk_start_report *report,
                             perk_error *err) {
@@ -594,7 +624,7 @@ perk_status perk_gpu_create(perk_executor **out, const perk_graph *graph, const 
     if (options->log.write) ordered.log = (perk_log){write_in_order, &log};
     perk_gpu *gpu = perk_calloc(1, sizeof *gpu);
     if (!gpu) return perk_fail_memory(err, "the GPU executor");
-    gpu->executor.type = &gpu_type;
+    gpu->executor.type = options->many_steps ? &many_steps_type : &gpu_type;
     gpu->config = *config;
     gpu->wait_limit_ms = options->wait_limit_ms ? options->wait_limit_ms : PERK_GPU_WAIT_LIMIT_MS;
     const perk_cache_options cache_options = {

@@ -5,6 +5,7 @@
 
 #include "ops/op.h"
 #include "plan_shared.h"
+#include "plan_steps.h"
 
 /* ---- one program, on a thread ---- */
 
@@ -35,6 +36,8 @@ static perk_status make_plan(const program_make *m, perk_error *err) {
     perk_plan *plan = m->program->plan;
     plan->profiled = options->profile;
     plan->unlimited_waits = options->unlimited_waits;
+    plan->many_steps = options->many_steps && m->program == m->gpu->largest;
+    if (plan->many_steps && (status = perk_plan_check_many_steps(plan, err))) return status;
     begin = perk_now();
     if (!options->unchecked) status = perk_plan_check(plan, err);
     m->report->check_ms = (perk_now() - begin) * 1e3;

@@ -51,10 +51,11 @@ typedef struct perk_gpu {
     perk_gpu_memory spaces[PERK_SPACE_COUNT]; /* but activations, which are a program's own */
     /* One launch runs at a time, and nothing follows a hang: one report does for all programs. */
     perk_gpu_memory hang_claim;
-    perk_hang_report *hang; /* pinned and mapped */
-    int32_t *argmax_host;   /* pinned, [logit rows][row stride] of whichever program has most */
-    float *logits_host;     /* the same, made on first use */
-    CUevent begin, end;     /* around a launch; NULL without timing */
+    perk_hang_report *hang;     /* pinned and mapped */
+    int32_t *argmax_host;       /* pinned, [logit rows][row stride] of whichever program has most */
+    float *logits_host;         /* the same, made on first use */
+    struct perk_gpu_many *many; /* of a largest program of many steps */
+    CUevent begin, end;         /* around a launch; NULL without timing */
     int32_t wait_limit_ms;
     bool failed; /* a launch failed: the context is gone */
     perk_error failure;
@@ -77,6 +78,18 @@ perk_status perk_gpu_upload(const perk_gpu *gpu, CUdeviceptr to, const void *fro
 /* Whether the driver has said of an image that it cannot be used here. Of one from the cache that is no failure yet: it
  * is logged as a warning, and the program is to be made anew. */
 bool perk_gpu_refuses(const perk_program *program, CUresult result, const perk_log *log);
+
+/* Keeps what went wrong in a step of a program, or the hang that was reported: the executor is of no use any more. */
+perk_status perk_gpu_fail_step(perk_gpu *gpu, const perk_gpu_program *program, perk_status status, perk_error *err);
+/* Launches a program. `many`: what a program of many steps does, NULL: one step over the batch that was copied. */
+perk_status perk_gpu_launch(perk_gpu *gpu, const perk_gpu_program *program, const perk_many_args *many,
+                            perk_error *err);
+
+/* Memory for many steps a launch of the largest program, and its end (gpu_many.c). With the context current. */
+perk_status perk_gpu_many_open(perk_gpu *gpu, perk_error *err);
+void perk_gpu_many_close(perk_gpu *gpu);
+/* The arguments for one step over a batch that the host has made. */
+perk_many_args perk_gpu_one_step(const perk_gpu *gpu);
 
 /* Plans, checks, emits and compiles the programs, side by side, largest included, and fills their part of the report.
  * Sees to it that they can share what they share. */

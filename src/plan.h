@@ -169,6 +169,7 @@ typedef struct perk_plan {
     /* set before emission */
     bool profiled;        /* the program stamps its tasks */
     bool unlimited_waits; /* the program's waits never give up: to measure what the limit costs */
+    bool many_steps;      /* a launch runs many of them: src/plan_steps.h */
 
     /* shared memory of a block */
     int ring_slots, staging_bytes, reduction_bytes, shared_bytes;

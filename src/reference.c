@@ -289,8 +289,8 @@ static perk_status reference_read(perk_executor *self, const perk_tensor *tensor
     return PERK_OK;
 }
 
-static const perk_executor_type reference_type = {"reference", reference_step, reference_write, reference_read,
-                                                  reference_free};
+static const perk_executor_type reference_type = {"reference",    reference_step, reference_write,
+                                                  reference_read, reference_free, NULL};
 
 static perk_status set_up(perk_reference *reference, const perk_checkpoint *checkpoint,
                           const perk_reference_options *options, perk_error *err) {

@@ -51,8 +51,8 @@ static void list_move(perk_request *request, perk_request_list *list) {
     list_append(list, request);
 }
 
-static perk_schedule_limits limits_of(const perk_config *config) {
-    return (perk_schedule_limits){.slots = config->max_num_batched_requests,
+perk_schedule_limits perk_scheduler_limits(const perk_config *config) {
+    return (perk_schedule_limits){.slots = 2 * config->max_num_batched_requests,
                                   .tokens = config->max_num_batched_tokens,
                                   .requests = config->max_num_batched_requests,
                                   .logit_rows = config->max_num_logit_rows,
@@ -62,7 +62,7 @@ static perk_schedule_limits limits_of(const perk_config *config) {
 }
 
 static perk_status create_schedule(perk_scheduler *scheduler, perk_error *err) {
-    perk_schedule_limits limits = limits_of(&scheduler->config);
+    perk_schedule_limits limits = perk_scheduler_limits(&scheduler->config);
     scheduler->block = perk_calloc(perk_schedule_lay_out(&limits).words, sizeof *scheduler->block);
     scheduler->placed_in = perk_calloc((size_t)limits.slots, sizeof(perk_request *));
     scheduler->picks = perk_calloc((size_t)limits.logit_rows, sizeof *scheduler->picks);
@@ -233,6 +233,10 @@ void perk_request_free(perk_request *request) {
 
 /* ---- into the schedule ---- */
 
+uint64_t perk_page_key(const int32_t *tokens, int32_t page_size, uint64_t before) {
+    return XXH3_64bits_withSeed(tokens, (size_t)page_size * sizeof *tokens, before);
+}
+
 /* Hashes of the pages that the request's known tokens fill: each over its own tokens, seeded with the one before. */
 static void extend_hashes(perk_scheduler *scheduler, int32_t slot) {
     perk_slot *r = &scheduler->schedule.slots[slot];
@@ -242,8 +246,7 @@ static void extend_hashes(perk_scheduler *scheduler, int32_t slot) {
     if (!scheduler->share_prefixes) return;
     for (; r->length - r->hash_count * page_size >= page_size; r->hash_count++)
         hashes[r->hash_count] =
-            XXH3_64bits_withSeed(tokens + r->hash_count * page_size, (size_t)page_size * sizeof *tokens,
-                                 r->hash_count ? hashes[r->hash_count - 1] : 0);
+            perk_page_key(tokens + r->hash_count * page_size, page_size, r->hash_count ? hashes[r->hash_count - 1] : 0);
 }
 
 static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot) {
@@ -273,14 +276,18 @@ static void note_starts(perk_scheduler *scheduler) {
     }
 }
 
+static void place_queued(perk_scheduler *scheduler) {
+    while (scheduler->queued.first) {
+        int32_t slot = perk_schedule_open(&scheduler->schedule);
+        if (slot < 0) return;
+        place(scheduler, scheduler->queued.first, slot);
+    }
+}
+
 perk_status perk_scheduler_fill(perk_scheduler *scheduler, const perk_batch **batch, bool *want_logits,
                                 perk_error *err) {
     perk_schedule *schedule = &scheduler->schedule;
-    while (scheduler->queued.first) {
-        int32_t slot = perk_schedule_open(schedule);
-        if (slot < 0) break;
-        place(scheduler, scheduler->queued.first, slot);
-    }
+    place_queued(scheduler);
     perk_schedule_fill(schedule);
     note_starts(scheduler);
     *batch = &schedule->batch;
@@ -336,6 +343,45 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
         if (schedule->slots[slot].state == PERK_SLOT_FINISHED) finish(request, (perk_finish)schedule->slots[slot].end);
     }
     return PERK_OK;
+}
+
+/* ---- many steps at once ---- */
+
+bool perk_scheduler_is_greedy(const perk_scheduler *scheduler) {
+    const perk_request_list *lists[] = {&scheduler->queued, &scheduler->placed};
+    for (size_t i = 0; i < PERK_COUNT(lists); i++)
+        for (const perk_request *r = lists[i]->first; r; r = r->next)
+            if (r->sampling.temperature > 0) return false;
+    return true;
+}
+
+/* Takes in what has become of a request's slot. */
+static perk_status take_answer(perk_scheduler *scheduler, perk_request *request, double begin, perk_error *err) {
+    const perk_slot *r = &scheduler->schedule.slots[request->slot];
+    int32_t slot = request->slot;
+    if (r->length < request->length || r->length > request->limit)
+        return perk_fail(err, PERK_INTERNAL, "a request of %d tokens came back with %d", request->length, r->length);
+    if (request->started == 0 && (r->state != PERK_SLOT_WAITING || r->set_backs > 0)) request->started = begin;
+    if (request->answered == 0 && r->length > request->length) request->answered = perk_now();
+    memcpy(request->tokens + request->length, perk_slot_tokens(&scheduler->schedule, slot) + request->length,
+           (size_t)(r->length - request->length) * sizeof(int32_t));
+    request->length = r->length;
+    extend_hashes(scheduler, slot);
+    if (r->state == PERK_SLOT_FINISHED) finish(request, (perk_finish)r->end);
+    return PERK_OK;
+}
+
+perk_status perk_scheduler_run(perk_scheduler *scheduler, perk_executor *executor, uint32_t max_steps,
+                               perk_error *err) {
+    double begin = perk_now();
+    place_queued(scheduler);
+    if (scheduler->placed.count == 0) return PERK_OK;
+    perk_status status = executor->type->run(executor, &scheduler->schedule, max_steps, err);
+    for (perk_request *r = scheduler->placed.first, *next; r && !status; r = next) {
+        next = r->next;
+        status = take_answer(scheduler, r, begin, err);
+    }
+    return status;
 }
 
 /* ---- statistics ---- */

@@ -50,6 +50,20 @@ perk_status perk_scheduler_fill(perk_scheduler *scheduler, const perk_batch **ba
 /* Takes the step's result in: new tokens, finished requests, their pages. */
 perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_result *result, perk_error *err);
 
+/* Of the schedule of this configuration. As many requests again as run wait in slots, so that a kernel can go on with
+ * them by itself. */
+perk_schedule_limits perk_scheduler_limits(const perk_config *config);
+
+/* Whether all unfinished requests take the token that argmax picks. */
+bool perk_scheduler_is_greedy(const perk_scheduler *scheduler);
+/* Runs up to `max_steps` steps at once, on an executor that can (`run`), and takes their results in. For greedy
+ * requests. What requests answer is offered to others only afterwards. */
+perk_status perk_scheduler_run(perk_scheduler *scheduler, perk_executor *executor, uint32_t max_steps, perk_error *err);
+
+/* The key of a full page: a hash of its tokens and of all before, of which `before` is that of the page before (0:
+ * there is none). */
+uint64_t perk_page_key(const int32_t *tokens, int32_t page_size, uint64_t before);
+
 /* Takes `count` pages for work outside of any request; where they are in use, running requests are set back. False
  * when the whole pool has fewer. They are given back with perk_scheduler_return. */
 bool perk_scheduler_borrow(perk_scheduler *scheduler, int32_t count, int32_t *pages);

@@ -247,8 +247,8 @@ static void simulator_free(perk_executor *self) {
     free(sim);
 }
 
-static const perk_executor_type simulator_type = {"simulator", simulator_step, simulator_write, simulator_read,
-                                                  simulator_free};
+static const perk_executor_type simulator_type = {"simulator",    simulator_step, simulator_write,
+                                                  simulator_read, simulator_free, NULL};
 
 perk_status perk_simulator_create(perk_executor **out, const perk_graph *graph, const perk_checkpoint *checkpoint,
                                   const perk_config *config, const perk_simulator_options *options, perk_error *err) {

@@ -199,6 +199,12 @@ static bool polled(bool found) {
     return found;
 }
 
+// The warp lets as many turns pass.
+static void sleep_ticks(uint64_t ticks) {
+    self->warp->awake = launch->tick + 1 + ticks;
+    yield();
+}
+
 // Now and then, so that what one warp does falls between any two accesses of another.
 static void yield_sometimes() {
     if (launch && self->block && draw(launch->yield_accesses) == 0) yield();

@@ -55,6 +55,28 @@ static inline void add_release_gpu(uint32_t *pointer, uint32_t amount) {
     *pointer += amount;
 }
 
+static inline void store_release_gpu(uint32_t *pointer, uint32_t v) {
+    yield_sometimes();
+    __atomic_store_n(pointer, v, __ATOMIC_RELEASE);
+}
+
+// ---- host memory, while the host works on it, too ----
+
+static inline uint32_t load_host4(const void *pointer) {
+    return __atomic_load_n(static_cast<const uint32_t *>(pointer), __ATOMIC_RELAXED);
+}
+static inline Vec16 load_host16(const void *pointer) {
+    const uint32_t *words = static_cast<const uint32_t *>(pointer);
+    return {load_host4(words), load_host4(words + 1), load_host4(words + 2), load_host4(words + 3)};
+}
+static inline void store_release_system(uint32_t *pointer, uint32_t v) {
+    __atomic_store_n(pointer, v, __ATOMIC_RELEASE);
+    yield_sometimes();
+}
+static inline void fence_block() {}
+static inline void fence_system() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
+static inline void pause(uint32_t nanoseconds) { sleep_ticks(nanoseconds / kTickNs); }
+
 // ---- barriers ----
 
 static inline void named_barrier(uint32_t name, uint32_t threads) { barrier(name, threads); }
@@ -74,6 +96,9 @@ static inline void mbarrier_arrive_after(uint32_t address, uint32_t lane, uint32
 }
 static inline bool mbarrier_peek(uint32_t address, uint32_t parity) { return mbarrier_has_completed(address, parity); }
 static inline bool mbarrier_test(uint32_t address, uint32_t parity) { return mbarrier_has_completed(address, parity); }
+static inline bool mbarrier_test_briefly(uint32_t address, uint32_t parity) {
+    return mbarrier_has_completed(address, parity);
+}
 
 // ---- a warp ----
 

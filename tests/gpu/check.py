@@ -55,7 +55,7 @@ class Check:
         self.rows_file = pathlib.Path(f"{log.name}.rows")
         self.perk = args.build / "bin" / "perk"
 
-    def run(self, command, limit):
+    def run(self, command, limit, **environment):
         """The exit code and output of a command; it is ended at its limit or at the deadline, whichever is first."""
         limit = min(limit, self.deadline - time.monotonic())
         require(limit > 1, f"not run: the budget of {self.args.budget:.0f} s was used up")
@@ -63,7 +63,7 @@ class Check:
         self.log.flush()
         begin = self.log.tell()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT,
-                                   cwd=ROOT, start_new_session=True)
+                                   cwd=ROOT, env=os.environ | environment, start_new_session=True)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -76,13 +76,13 @@ class Check:
             raise Failure(f"ended after {limit:.0f} s; {last_lines(said, 2)}")
         return code, said
 
-    def program(self, name, limit):
+    def program(self, name, limit, **environment):
         """A test program of the build: one row."""
         with self.rows.part(name) as part:
             path = self.args.build / "bin" / name
             if not path.exists():
                 raise Skip("not in this build")
-            code, said = self.run([path, ROOT], limit)  # it may have been built elsewhere
+            code, said = self.run([path, ROOT], limit, **environment)  # it may have been built elsewhere
             part.detail = last_lines(said, 1)
             if code == NO_GPU:
                 raise Skip(last_lines(said, 1))
@@ -120,6 +120,7 @@ class Check:
         self.program("test_gpu_model", 120)
         self.program("test_gpu_determinism", 120)
         self.program("test_gpu_hang", 60)
+        self.program("test_many_steps", 60, PERK_TEST_GPU="1")
         self.script("starts.py", 150)
         self.script("trust.py", 240)
         self.parity(shapes.QUICK, 240)

@@ -1,0 +1,59 @@
+/* What a launch of many steps shares with the host while it runs: mail in, tokens out. Both sides count monotonically,
+ * modulo 2^32, and each word has one writer.
+ *
+ * The host deals out slots. Into a free one it writes a request (perk_slot, as perk_schedule_open leaves it and filled
+ * in; prompt; hashes), posts a mail that it has arrived, and leaves the slot alone until the record of its end is there
+ * and all mails about it have been dealt with. */
+#ifndef PERK_MAIL_H
+#define PERK_MAIL_H
+
+#include "schedule.h"
+
+enum { PERK_MAIL_ARRIVAL, PERK_MAIL_CANCEL };
+
+typedef struct perk_mail {
+    int32_t kind, slot;
+} perk_mail;
+
+/* A token of an answer, and with the last one why it is the last. */
+typedef struct perk_token_record {
+    int32_t slot, token; /* token -1: none, the request was cancelled */
+    int32_t end;         /* PERK_END_* */
+    int32_t reserved;
+} perk_token_record;
+
+/* What the host wants of the launch; the larger counts. FULL is the kernel's own: no room for the next step's tokens.
+ */
+enum { PERK_COMMAND_NONE, PERK_COMMAND_DRAIN, PERK_COMMAND_STOP, PERK_COMMAND_FULL };
+
+/* Why a launch ended. */
+enum {
+    PERK_LAUNCH_RUNS,
+    PERK_LAUNCH_IDLE,    /* nothing unfinished for as long as the idle limit */
+    PERK_LAUNCH_STEPS,   /* max_steps are done */
+    PERK_LAUNCH_STOPPED, /* PERK_COMMAND_STOP */
+    PERK_LAUNCH_FULL,    /* the host has not read its tokens */
+    PERK_LAUNCH_TOKEN,   /* the model picked a token that its vocabulary does not have */
+    PERK_LAUNCH_STUCK,   /* unfinished requests, and no work among them: cannot be */
+};
+
+/* In mapped host memory. */
+typedef struct perk_post {
+    uint32_t posted;  /* mails so far: the host's, as the two below */
+    uint32_t read;    /* records read so far */
+    uint32_t command; /* PERK_COMMAND_* */
+    uint32_t reserved[29];
+    uint32_t written;                /* records so far: the kernel's, as all below */
+    uint32_t dealt;                  /* mails dealt with so far */
+    uint32_t end, steps, unfinished; /* of the launch, once it has ended: PERK_LAUNCH_*; steps done */
+    uint32_t reserved_too[27];
+} perk_post;
+
+/* In device memory; zeros when a launch begins. */
+typedef struct perk_desk {
+    uint32_t gate;         /* step n of the launch: 2 n + 1 the launch ends before it, 2 n + 2 it may begin */
+    uint32_t reserved[31]; /* the gate has a line of its own: all workers poll it */
+    uint32_t outbox_count; /* records of the last step in the outbox */
+} perk_desk;
+
+#endif

@@ -1,0 +1,385 @@
+// Many steps of one launch. All workers run their lists again and again; between two steps warp 0 of worker 0 (the
+// scheduler) takes in the tokens, makes the next batch, and opens the gate at which all workers wait. A warp that has
+// nothing else to do (the clerk, of worker 0 as well) carries mail in and tokens out while steps run, so that nobody on
+// the path of a step ever looks at host memory. Weight streams know no gate: rings are full when a step begins.
+//
+// Why one batch, and one set of activations, are enough: the gate opens only when the counters of the step's end are
+// complete, and these prove that all of its tasks have signalled (the checker holds that against the plan). So nobody
+// reads or writes for the step before any more.
+#pragma once
+
+namespace perk {
+
+constexpr uint32_t kClerk = PERK_CONSUMER_WARPS + 2; // warp of worker 0; the one before it feeds wide linears
+constexpr uint32_t kPickStride = PERK_ROW_STRIDE(1);
+constexpr uint32_t kClerkPauseNs = 500, kIdlePauseNs = 500, kGatePauseNs = 100;
+constexpr uint32_t kPollsBeforePause = 4096; // of the gate: some milliseconds
+
+// ---- between scheduler and clerk: a word of shared memory each way ----
+// The scheduler tells the round (one more with every outbox that it has filled), the mails it has dealt with, and
+// whether that was all; the clerk answers with the round that it has served, the mails that lie in the inbox, and the
+// host's command.
+constexpr uint32_t kRounds = 1 << 13;
+constexpr uint32_t kLast = 1u << 31;
+__device__ __forceinline__ uint32_t tell_word(uint32_t round, uint32_t dealt) {
+    return round % kRounds << 18 | (dealt & 0xffff);
+}
+__device__ __forceinline__ uint32_t serve_word(uint32_t round, uint32_t command, uint32_t mailed) {
+    return round % kRounds << 18 | command << 16 | (mailed & 0xffff);
+}
+__device__ __forceinline__ uint32_t round_of(uint32_t word) { return word >> 18 & (kRounds - 1); }
+__device__ __forceinline__ uint32_t command_of(uint32_t word) { return word >> 16 & 3; }
+__device__ __forceinline__ uint32_t mails_of(uint32_t word) { return word & 0xffff; }
+
+__device__ __forceinline__ uint32_t load_told(const Worker &w) { return load_shared4(w.shared + SharedMap::told); }
+__device__ __forceinline__ uint32_t load_served(const Worker &w) { return load_shared4(w.shared + SharedMap::served); }
+
+// ---- the clerk ----
+
+// Words of host memory to device memory.
+__device__ __forceinline__ void fetch_words(const Worker &w, void *to, const void *from, uint32_t words) {
+#pragma unroll 4
+    for (uint32_t i = w.lane; i < words; i += 32)
+        static_cast<uint32_t *>(to)[i] = load_host4(static_cast<const uint32_t *>(from) + i);
+}
+
+// A request that the host has put into a slot. Its prompt first: the slot says how long that is.
+__device__ __forceinline__ void fetch_request(const Worker &w, uint32_t slot) {
+    const perk_many_args &many = w.args.many;
+    const perk_slot *from = many.host_slots + slot;
+    const uint64_t tokens = uint64_t(slot) * program::max_seq_length,
+                   pages = uint64_t(slot) * program::pages_per_request;
+    const uint32_t length = load_host4(&from->prompt_length), hashes = load_host4(&from->hash_count);
+    fetch_words(w, many.tokens + tokens, many.host_tokens + tokens, min(length, program::max_seq_length));
+    fetch_words(w, many.hashes + pages, many.host_hashes + pages, 2 * min(hashes, program::pages_per_request));
+    fetch_words(w, many.slots + slot, from, sizeof(perk_slot) / 4);
+}
+
+// Copies the mails from number `mailed` on into the inbox, with what belongs to them.
+__device__ __forceinline__ uint32_t fetch_mail(const Worker &w, uint32_t mailed, uint32_t posted) {
+    const perk_many_args &many = w.args.many;
+    fence_system(); // the host wrote them before it counted them
+    for (; mailed != posted; mailed++) {
+        const perk_mail *mail = many.mails + (mailed & many.mail_mask);
+        const int32_t kind = load_host4(&mail->kind), slot = load_host4(&mail->slot);
+        if (kind == PERK_MAIL_ARRIVAL) fetch_request(w, slot);
+        if (w.lane == 0) many.inbox[mailed & many.mail_mask] = {kind, slot};
+    }
+    return mailed;
+}
+
+// The outbox to the host's ring; counted when all of it is there.
+__device__ __forceinline__ uint32_t send_records(const Worker &w, uint32_t written) {
+    const perk_many_args &many = w.args.many;
+    const uint32_t count = many.desk->outbox_count;
+    if (count == 0) return written;
+    for (uint32_t i = w.lane; i < count; i += 32)
+        *reinterpret_cast<Vec16 *>(many.records + ((written + i) & many.record_mask)) =
+            load_coherent16(many.outbox + i);
+    fence_system();
+    __syncwarp();
+    if (w.lane == 0) store_release_system(&many.post->written, written + count);
+    return written + count;
+}
+
+__device__ __forceinline__ void serve(const Worker &w) {
+    const perk_many_args &many = w.args.many;
+    uint32_t round = 0, written = many.written, mailed = many.dealt, dealt = many.dealt, told;
+    do {
+        told = __shfl_sync(0xffffffffu, load_told(w), 0);
+        fence_block();
+        if (round_of(told) != round) written = send_records(w, written);
+        round = round_of(told);
+        const Vec16 wanted = load_host16(many.post); // posted, read, command
+        mailed = fetch_mail(w, mailed, wanted.x);
+        const bool is_full = many.record_mask + 1 - (written - wanted.y) < 2 * program::outbox_records;
+        const uint32_t command = is_full ? uint32_t(PERK_COMMAND_FULL) : wanted.z & 3;
+        fence_block();
+        __syncwarp();
+        if (w.lane == 0) {
+            store_shared4(w.shared + SharedMap::served, serve_word(round, command, mailed));
+            const uint32_t dealt_now = mailed - ((mailed - told) & 0xffff);
+            if (dealt_now != dealt) store_release_system(&many.post->dealt, dealt_now);
+            dealt = dealt_now;
+        }
+        pause(kClerkPauseNs);
+    } while (!(told & kLast) && load_coherent4(w.args.hang_claim) == 0);
+}
+
+// ---- the scheduler: lane 0, but for what all lanes do faster ----
+
+constexpr perk_schedule_limits kLimits = {program::slots,          program::max_tokens,     program::max_requests,
+                                          program::max_logit_rows, program::max_seq_length, program::page_size,
+                                          program::max_num_pages};
+
+// The batch lies where the workers read it; only what they do not need is the schedule's own.
+__device__ __forceinline__ void bind_schedule(const Worker &w, perk_schedule &s) {
+    int32_t *batch = w.args.many.batch;
+    perk_schedule_bind(&s, &kLimits, w.args.many.schedule);
+    s.batch.token_ids = batch + program::batch_token_ids;
+    s.batch.positions = batch + program::batch_positions;
+    s.batch.token_request = batch + program::batch_token_request;
+    s.batch.logit_rows = batch + program::batch_logit_rows;
+    s.batch.page_table = batch + program::batch_page_table;
+}
+
+// What attention needs of the batch, and how large all of it is.
+__device__ __forceinline__ void finish_batch(const Worker &w, const perk_batch &batch) {
+    int32_t *words = w.args.many.batch;
+    perk_attention_cut cut{};
+    if constexpr (program::max_attention_items > 0) {
+        cut.tokens_per_tile = program::tokens_per_query_tile;
+        cut.max_items = program::max_attention_items;
+        cut.max_positions = program::max_seq_length;
+        cut.tiles = reinterpret_cast<perk_query_tile *>(words + program::batch_query_tiles);
+        cut.items = reinterpret_cast<perk_attention_item *>(words + program::batch_attention_items);
+        cut.token_query_tile = words + program::batch_token_query_tile;
+        perk_cut_attention(&batch, &cut);
+    }
+    words[PERK_BATCH_NUM_TOKENS] = batch.num_tokens;
+    words[PERK_BATCH_NUM_LOGIT_ROWS] = batch.num_logit_rows;
+    words[PERK_BATCH_NUM_ATTENTION_ITEMS] = cut.item_count;
+}
+
+struct Outbox {
+    perk_token_record *records;
+    uint32_t count;
+    __device__ __forceinline__ void put(int32_t slot, int32_t token, int32_t end) {
+        *reinterpret_cast<Vec16 *>(records + count++) = {uint32_t(slot), uint32_t(token), uint32_t(end), 0};
+    }
+};
+
+// Takes in the step that is done, of which `picks` are the tokens.
+__device__ __forceinline__ void commit_step(const Worker &w, perk_schedule &s, const int32_t *picks, Outbox &outbox) {
+    s.batch.num_tokens = w.num_tokens();
+    s.batch.num_logit_rows = w.num_logit_rows();
+    perk_schedule_commit(&s, picks);
+    for (int32_t row = 0; row < s.batch.num_logit_rows; row++) {
+        const int32_t slot = s.logit_slots[row];
+        outbox.put(slot, picks[row], s.slots[slot].end);
+    }
+}
+
+__device__ __forceinline__ uint32_t deal_with_mail(const Worker &w, perk_schedule &s, uint32_t dealt, uint32_t mailed,
+                                                   Outbox &outbox) {
+    for (; dealt != mailed; dealt = (dealt + 1) & 0xffff) {
+        const perk_mail mail = w.args.many.inbox[dealt & w.args.many.mail_mask];
+        const int32_t state = s.slots[mail.slot].state;
+        if (mail.kind == PERK_MAIL_ARRIVAL) {
+            perk_schedule_arrive(&s, mail.slot);
+        } else if (state == PERK_SLOT_WAITING || state == PERK_SLOT_RUNNING) { // else it has ended before
+            perk_schedule_cancel(&s, mail.slot);
+            outbox.put(mail.slot, -1, PERK_END_CANCELLED);
+        }
+    }
+    return dealt;
+}
+
+// Hands the outbox to the clerk. `last`: kLast with the last one.
+__device__ __forceinline__ void tell(const Worker &w, uint32_t round, uint32_t dealt, const Outbox &outbox,
+                                     uint32_t last) {
+    w.args.many.desk->outbox_count = outbox.count;
+    fence_block();
+    store_shared4(w.shared + SharedMap::told, tell_word(round, dealt) | last);
+}
+
+// Until the clerk has served the round: its outbox is free, and the post has been looked at since.
+__device__ __forceinline__ uint32_t await_clerk(const Worker &w, uint32_t round) {
+    uint32_t served;
+    while (round_of(served = load_served(w)) != round % kRounds && load_coherent4(w.args.hang_claim) == 0) pause(20);
+    fence_block();
+    return served;
+}
+
+// With nothing to do, until there is mail, a command, or the limit.
+__device__ __forceinline__ void await_mail(const Worker &w, uint32_t dealt) {
+    const uint64_t start = global_timer();
+    for (;;) {
+        const uint32_t served = load_served(w);
+        if (mails_of(served) != dealt || command_of(served) != PERK_COMMAND_NONE) return;
+        if (global_timer() - start > w.args.many.idle_limit_ns) return;
+        pause(kIdlePauseNs);
+    }
+}
+
+// Why the launch ends here, or PERK_LAUNCH_RUNS. `has_waited`: for mail, in vain.
+__device__ __forceinline__ uint32_t judge(const Worker &w, const perk_schedule &s, uint32_t command, uint32_t step,
+                                          bool has_waited) {
+    if (command == PERK_COMMAND_FULL) return PERK_LAUNCH_FULL;
+    if (command == PERK_COMMAND_STOP) return PERK_LAUNCH_STOPPED;
+    if (s.state->unfinished == 0 && (has_waited || command == PERK_COMMAND_DRAIN)) return PERK_LAUNCH_IDLE;
+    return step == w.args.many.max_steps ? PERK_LAUNCH_STEPS : PERK_LAUNCH_RUNS;
+}
+
+__device__ __forceinline__ void end_launch(const Worker &w, const perk_schedule &s, uint32_t why, uint32_t step) {
+    perk_post *post = w.args.many.post;
+    post->steps = step;
+    post->unfinished = s.state->unfinished;
+    post->end = why;
+}
+
+// Makes the batch of step `step` of the launch, after the one before was taken in; waits for work where there is none.
+// Returns false when the launch ends.
+__device__ __forceinline__ bool prepare_step(const Worker &w, const int32_t *picks, bool is_bad, uint32_t step) {
+    perk_schedule s;
+    bind_schedule(w, s);
+    Outbox outbox{w.args.many.outbox, 0};
+    uint32_t told = load_told(w), round = round_of(told), dealt = mails_of(told), why = PERK_LAUNCH_RUNS;
+    uint32_t served = await_clerk(w, round);
+    if (step > 0 && !is_bad) commit_step(w, s, picks, outbox);
+    for (bool has_waited = false;; has_waited = true) {
+        const bool has_mail = mails_of(served) != dealt;
+        dealt = deal_with_mail(w, s, dealt, mails_of(served), outbox);
+        why = is_bad ? uint32_t(PERK_LAUNCH_TOKEN) : judge(w, s, command_of(served), step, has_waited && !has_mail);
+        if (why == PERK_LAUNCH_RUNS && s.state->unfinished > 0) {
+            perk_schedule_fill(&s);
+            if (s.batch.num_tokens == 0) why = PERK_LAUNCH_STUCK;
+        }
+        if (why != PERK_LAUNCH_RUNS || s.state->unfinished > 0) break;
+        tell(w, ++round, dealt, outbox, 0); // tokens do not wait for the next request
+        outbox.count = 0;
+        await_clerk(w, round);
+        await_mail(w, dealt);
+        served = load_served(w);
+        fence_block();
+    }
+    const bool runs = why == PERK_LAUNCH_RUNS;
+    if (runs)
+        finish_batch(w, s.batch);
+    else
+        end_launch(w, s, why, step);
+    store_release_gpu(&w.args.many.desk->gate, 2 * step + (runs ? 2 : 1));
+    tell(w, round + 1, dealt, outbox, runs ? 0 : kLast);
+    return runs;
+}
+
+// The step is over when its last stages are: all lanes wait, and bring its tokens.
+__device__ __forceinline__ bool take_picks(const Worker &w, int32_t *picks) {
+    const perk_many_args &many = w.args.many;
+    const uint32_t i = w.lane % PERK_RECORD_WAITS, per_step = many.end_per_step[i];
+    if (w.lane < PERK_RECORD_WAITS && per_step != 0)
+        wait_counter(w, many.end_counter[i], (w.step() + 1) * per_step, PERK_ROLE_STEP_END);
+    __syncwarp();
+    bool is_bad = false;
+    for (uint32_t row = w.lane; row < w.num_logit_rows(); row += 32) {
+        const uint32_t pick = load_coherent4(many.picks + row * kPickStride);
+        is_bad |= pick >= program::vocab_size;
+        picks[row] = int32_t(pick);
+    }
+    __syncwarp(); // all picks are there
+    return __any_sync(0xffffffffu, is_bad);
+}
+
+// What opens the gate of step `step` of the launch. Returns false when there is no such step.
+__device__ __forceinline__ bool schedule(const Worker &w, uint32_t step) {
+    static_assert(program::max_logit_rows * 4 <= program::reduction_bytes, "picks do not fit the scratch");
+    int32_t *picks = reinterpret_cast<int32_t *>(shared_pointer(w.reduction()));
+    const bool is_bad = step > 0 && take_picks(w, picks);
+    const bool has_hung = load_shared4(w.shared + SharedMap::given_up) != 0;
+    if (has_hung || w.lane != 0) return !has_hung;
+    if (w.args.many.post != nullptr) return prepare_step(w, picks, is_bad, step);
+    store_release_gpu(&w.args.many.desk->gate, 2 * step + (step == 0 ? 2 : 1));
+    return step == 0;
+}
+
+// ---- all workers ----
+
+// Until the step may begin. There is no limit: the scheduler may idle, and what it waits for has limits of its own.
+__device__ __forceinline__ bool pass_gate(const Worker &w, uint32_t step) {
+    const uint32_t end = 2 * step + 1;
+    uint32_t seen, polls = 0;
+    while (static_cast<int32_t>((seen = load_acquire_gpu(&w.args.many.desk->gate)) - end) < 0) {
+        if (++polls % kPollsPerClockRead == 0 && load_coherent4(w.args.hang_claim) != 0) return false;
+        if (polls > kPollsBeforePause) pause(kGatePauseNs);
+    }
+    return seen != end;
+}
+
+// By all consumers, with the step before behind them: waits until there is a batch, and brings it. False: the launch
+// has ended.
+__device__ __forceinline__ bool begin_step(Worker &w) {
+    w.forget_coordinates();
+    if (w.warp == 0) {
+        const uint32_t number = w.step() + 1, step = number - w.args.step;
+        bool runs = true;
+        if (w.index() == 0)
+            runs = schedule(w, step);
+        else if (w.lane == 0)
+            runs = pass_gate(w, step);
+        __syncwarp();
+        if (w.lane == 0) {
+            fence_block(); // the feeder reads the batch once it sees the step's number
+            if (runs)
+                store_shared4(w.shared + SharedMap::step, number);
+            else
+                store_shared4(w.shared + SharedMap::given_up, kEnded);
+        }
+        __syncwarp();
+    }
+    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+    if (load_shared4(w.shared + SharedMap::given_up) == kEnded) return false;
+    fetch_record(w, 0);
+    if constexpr (program::batch_shared_bytes > 0) {
+        const uint8_t *batch = reinterpret_cast<const uint8_t *>(w.args.batch);
+        for (uint32_t offset = w.thread * 16; offset < program::batch_shared_bytes;
+             offset += PERK_CONSUMER_THREADS * 16)
+            store_shared16(w.shared + SharedMap::batch + offset, load_coherent16(batch + offset));
+    }
+    await_record();
+    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+    return true;
+}
+
+// The stream of all steps; a worker without weights has none. Ends when the last step has, or on the way (await_room).
+__device__ __forceinline__ void produce_steps(Worker &w) {
+    uint32_t chunk = 0;
+    do {
+        chunk = produce(w, chunk);
+        w.laps++;
+    } while (chunk != 0 && !has_ended(w));
+    land_chunks(w, chunk);
+}
+
+#if PERK_WIDE
+// Inputs of all steps. A step's are wanted once the consumers have begun it: before, there is nothing to bring, and how
+// many tokens it has is not known.
+__device__ __forceinline__ void feed_steps(Worker &w) {
+    for (uint32_t number = w.args.step;; number++) {
+        while (__any_sync(0xffffffffu, static_cast<int32_t>(w.step() - number) < 0)) {
+            if (has_ended(w)) return;
+            pause(kStepPauseNs);
+        }
+        fence_block(); // what the consumers saw when they passed the gate
+        feed(w);
+    }
+}
+#endif
+
+__device__ __forceinline__ void init_steps(const Worker &w) {
+    if (w.thread != 0) return;
+    store_shared4(w.shared + SharedMap::step, w.args.step - 1);
+    store_shared4(w.shared + SharedMap::told, tell_word(1, w.args.many.dealt)); // with an empty outbox
+    store_shared4(w.shared + SharedMap::served, serve_word(0, PERK_COMMAND_NONE, w.args.many.dealt));
+}
+
+template <class RunTask>
+__device__ __forceinline__ void many_steps_main(const perk_kernel_args &args, RunTask run_task) {
+    Worker w{args, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, dynamic_shared(), 0};
+    init_steps(w);
+    init_ring(w); // with a barrier of the whole block
+    if (w.warp < PERK_CONSUMER_WARPS) {
+        take_registers<PERK_CONSUMER_REGISTERS>();
+        for (uint32_t chunk = 0; begin_step(w);) chunk = consume(w, run_task, chunk);
+    } else {
+        give_registers<PERK_PRODUCER_REGISTERS>();
+        if (w.warp == PERK_CONSUMER_WARPS) produce_steps(w);
+#if PERK_WIDE
+        else if (w.warp == PERK_CONSUMER_WARPS + 1)
+            feed_steps(w);
+#endif
+        else if (w.warp == kClerk && w.index() == 0 && args.many.post != nullptr)
+            serve(w);
+    }
+}
+
+} // namespace perk

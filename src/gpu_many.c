@@ -1,0 +1,372 @@
+/* The host's side of many steps a launch: slots, mail, tokens. */
+#include "gpu_many.h"
+
+#include "gpu_state.h"
+#include "plan_steps.h"
+#include "scheduler.h"
+
+enum { RING_RECORDS = 1 << 14, ALIGNMENT = 256 };
+
+/* What the host knows of a slot. */
+typedef struct slot_owner {
+    bool taken, ended, cancelled;
+    uint32_t last_mail; /* the number of mails with the last about it */
+} slot_owner;
+
+struct perk_gpu_many {
+    perk_schedule_limits limits;
+    perk_schedule_layout layout;
+    perk_gpu_memory device; /* desk, schedule, batch, inbox, outbox */
+    void *host;             /* pinned and mapped: all of the following */
+    perk_post *post;
+    perk_mail *mails;
+    perk_slot *slots;
+    int32_t *tokens;
+    uint64_t *hashes;
+    perk_token_record *records;
+    slot_owner *owners; /* [slots] */
+    uint32_t posted, read;
+    uint32_t most_steps; /* of a launch */
+    perk_many_args args;
+};
+
+/* Words that both sides work on at the same time. */
+static uint32_t load(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
+static void store(uint32_t *word, uint32_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+
+static struct perk_gpu_many *many_of(perk_executor *executor) { return ((perk_gpu *)executor)->many; }
+
+/* ---- memory ---- */
+
+/* Places in one allocation, one after the other. */
+typedef struct cursor {
+    uint64_t base, next;
+} cursor;
+
+static void *take(cursor *c, uint64_t bytes) {
+    uint64_t place = c->base + c->next;
+    c->next += perk_round_up(bytes, ALIGNMENT);
+    return (void *)(uintptr_t)place;
+}
+
+static uint32_t mail_ring(const perk_schedule_limits *limits) {
+    uint32_t size = 1;
+    while (size < 2 * (uint32_t)limits->slots) size *= 2; /* a slot has an arrival and a cancel at most */
+    return size;
+}
+
+static uint64_t place_host(struct perk_gpu_many *many, uint64_t host, uint64_t device) {
+    const perk_schedule_limits *limits = &many->limits;
+    uint64_t slots = (uint64_t)limits->slots, positions = (uint64_t)limits->positions;
+    uint64_t pages = perk_ceil_div(positions, (uint64_t)limits->page_size), mails = mail_ring(limits);
+    perk_many_args *args = &many->args;
+    cursor at[2] = {{host, 0}, {device, 0}};
+    void *post[2], *mail[2], *slot[2], *token[2], *hash[2], *record[2];
+    for (int side = 0; side < 2; side++) {
+        post[side] = take(&at[side], sizeof(perk_post));
+        mail[side] = take(&at[side], mails * sizeof(perk_mail));
+        slot[side] = take(&at[side], slots * sizeof(perk_slot));
+        token[side] = take(&at[side], slots * positions * sizeof(int32_t));
+        hash[side] = take(&at[side], slots * pages * sizeof(uint64_t));
+        record[side] = take(&at[side], RING_RECORDS * sizeof(perk_token_record));
+    }
+    many->post = post[0], args->post = post[1];
+    many->mails = mail[0], args->mails = mail[1];
+    many->slots = slot[0], args->host_slots = slot[1];
+    many->tokens = token[0], args->host_tokens = token[1];
+    many->hashes = hash[0], args->host_hashes = hash[1];
+    many->records = record[0], args->records = record[1];
+    args->mail_mask = (uint32_t)mails - 1;
+    args->record_mask = RING_RECORDS - 1;
+    return at[0].next;
+}
+
+static uint64_t place_device(const perk_gpu *gpu, struct perk_gpu_many *many, uint64_t base) {
+    perk_many_args *args = &many->args;
+    cursor at = {base, 0};
+    args->desk = take(&at, sizeof(perk_desk));
+    args->schedule = take(&at, many->layout.words * sizeof(uint64_t));
+    args->batch = take(&at, (uint64_t)gpu->largest->layout.words * 4);
+    args->inbox = take(&at, mail_ring(&many->limits) * sizeof(perk_mail));
+    args->outbox = take(&at, (uint64_t)perk_plan_outbox_records(gpu->largest->plan) * sizeof(perk_token_record));
+    uint64_t schedule = (uint64_t)(uintptr_t)args->schedule;
+    args->slots = (perk_slot *)(uintptr_t)(schedule + many->layout.slots * 8);
+    args->tokens = (int32_t *)(uintptr_t)(schedule + many->layout.tokens * 8);
+    args->hashes = (uint64_t *)(uintptr_t)(schedule + many->layout.hashes * 8);
+    return at.next;
+}
+
+static perk_status allocate_host(perk_gpu *gpu, struct perk_gpu_many *many, perk_error *err) {
+    uint64_t bytes = place_host(many, 0, 0);
+    CUdeviceptr mapped = 0;
+    perk_status status = perk_gpu_pin(gpu, &many->host, bytes, CU_MEMHOSTALLOC_DEVICEMAP, "requests", err);
+    if (status) return status;
+    memset(many->host, 0, bytes);
+    status = perk_driver_check(gpu->driver, gpu->driver->cuMemHostGetDevicePointer(&mapped, many->host, 0), err,
+                               "mapping requests");
+    if (!status) place_host(many, (uint64_t)(uintptr_t)many->host, mapped);
+    return status;
+}
+
+static perk_status allocate_device(perk_gpu *gpu, struct perk_gpu_many *many, perk_error *err) {
+    many->device.bytes = place_device(gpu, many, 0);
+    perk_status status =
+        perk_driver_check(gpu->driver, gpu->driver->cuMemAlloc(&many->device.address, many->device.bytes), err,
+                          "reserving %llu bytes for requests", (unsigned long long)many->device.bytes);
+    if (status) return status;
+    place_device(gpu, many, many->device.address);
+    return perk_driver_check(gpu->driver,
+                             gpu->driver->cuMemsetD8Async(many->device.address, 0, many->device.bytes, gpu->stream),
+                             err, "clearing requests");
+}
+
+/* The state before anything has arrived. */
+static perk_status upload_schedule(perk_gpu *gpu, struct perk_gpu_many *many, perk_error *err) {
+    perk_schedule schedule;
+    uint64_t *block = perk_calloc(many->layout.words, sizeof *block);
+    if (!block) return perk_fail_memory(err, "the schedule");
+    perk_schedule_bind(&schedule, &many->limits, block);
+    perk_schedule_begin(&schedule);
+    perk_status status = perk_gpu_upload(gpu, (CUdeviceptr)(uintptr_t)many->args.schedule, block,
+                                         many->layout.words * sizeof *block, "the schedule", err);
+    free(block);
+    return status;
+}
+
+static void fill_args(const perk_gpu *gpu, struct perk_gpu_many *many) {
+    perk_many_args *args = &many->args;
+    const perk_plan_tensor *picks = &gpu->largest->plan->tensors[perk_plan_picks(gpu->largest->plan)];
+    int counters[PERK_RECORD_WAITS], count = perk_plan_step_end(gpu->largest->plan, counters);
+    args->picks = (const int32_t *)(uintptr_t)perk_gpu_address(gpu, gpu->largest, picks);
+    for (int i = 0; i < count; i++) {
+        args->end_counter[i] = (uint32_t)counters[i];
+        args->end_per_step[i] = (uint32_t)gpu->largest->plan->counter_per_step[counters[i]];
+    }
+    uint64_t chunks = PERK_MAX(perk_plan_chunks(gpu->largest->plan), (uint64_t)1);
+    many->most_steps = (uint32_t)((UINT64_C(1) << 31) / PERK_MAX(chunks, (uint64_t)4)); /* the ring counts chunks */
+}
+
+perk_status perk_gpu_many_open(perk_gpu *gpu, perk_error *err) {
+    struct perk_gpu_many *many = gpu->many = perk_calloc(1, sizeof *many);
+    if (!many) return perk_fail_memory(err, "requests");
+    many->limits = perk_plan_schedule_limits(gpu->largest->plan);
+    many->layout = perk_schedule_lay_out(&many->limits);
+    many->owners = perk_calloc((size_t)many->limits.slots, sizeof *many->owners);
+    if (!many->owners) return perk_fail_memory(err, "requests");
+    perk_status status = allocate_host(gpu, many, err);
+    if (!status) status = allocate_device(gpu, many, err);
+    if (!status) status = upload_schedule(gpu, many, err);
+    if (!status) fill_args(gpu, many);
+    return status;
+}
+
+void perk_gpu_many_close(perk_gpu *gpu) {
+    struct perk_gpu_many *many = gpu->many;
+    if (!many) return;
+    if (many->device.address) gpu->driver->cuMemFree(many->device.address);
+    if (many->host) gpu->driver->cuMemFreeHost(many->host);
+    free(many->owners);
+    free(many);
+    gpu->many = NULL;
+}
+
+perk_many_args perk_gpu_one_step(const perk_gpu *gpu) {
+    perk_many_args args = gpu->many->args;
+    args.post = NULL;
+    args.batch = NULL;
+    return args;
+}
+
+/* ---- mail ---- */
+
+static void post_mail(struct perk_gpu_many *many, int32_t kind, int32_t slot) {
+    many->mails[many->posted & many->args.mail_mask] = (perk_mail){.kind = kind, .slot = slot};
+    many->owners[slot].last_mail = ++many->posted;
+    store(&many->post->posted, many->posted);
+}
+
+/* A slot is free again when its last record was read and the kernel has dealt with all mail about it. */
+static int32_t find_slot(const struct perk_gpu_many *many) {
+    uint32_t dealt = load(&many->post->dealt);
+    for (int32_t slot = 0; slot < many->limits.slots; slot++) {
+        const slot_owner *owner = &many->owners[slot];
+        if (!owner->taken || (owner->ended && (int32_t)(dealt - owner->last_mail) >= 0)) return slot;
+    }
+    return -1;
+}
+
+static perk_status check_arrival(const struct perk_gpu_many *many, const perk_gpu_arrival *a, int64_t vocab_size,
+                                 perk_error *err) {
+    if (!a->prompt || a->prompt_length < 1 || a->limit <= a->prompt_length || a->limit > many->limits.positions)
+        return perk_fail(err, PERK_INVALID_ARGUMENT,
+                         "a prompt of %d tokens that ends at %d: needs at least one token, and an end behind it that "
+                         "max_seq_length %d allows",
+                         a->prompt_length, a->limit, many->limits.positions);
+    if (a->stop_count < 0 || a->stop_count > PERK_STOP_IDS)
+        return perk_fail(err, PERK_LIMIT, "%d token ids that end an answer: at most %d can be watched", a->stop_count,
+                         (int)PERK_STOP_IDS);
+    for (int32_t i = 0; i < a->prompt_length; i++)
+        if (a->prompt[i] < 0 || a->prompt[i] >= vocab_size)
+            return perk_fail(err, PERK_INVALID_ARGUMENT,
+                             "token %d of the prompt is id %d: outside the vocabulary of %lld", i, a->prompt[i],
+                             (long long)vocab_size);
+    return PERK_OK;
+}
+
+static void write_slot(struct perk_gpu_many *many, int32_t slot, const perk_gpu_arrival *a) {
+    perk_slot *r = &many->slots[slot];
+    int32_t page_size = many->limits.page_size;
+    uint64_t pages = perk_ceil_div((uint64_t)many->limits.positions, (uint64_t)page_size);
+    uint64_t *hashes = many->hashes + (uint64_t)slot * pages;
+    *r = (perk_slot){.state = PERK_SLOT_OPEN,
+                     .prompt_length = a->prompt_length,
+                     .limit = a->limit,
+                     .row = -1,
+                     .logit_row = -1,
+                     .stop_count = a->stop_count};
+    if (a->stop_count) memcpy(r->stop_ids, a->stop_ids, (size_t)a->stop_count * sizeof *a->stop_ids);
+    memcpy(many->tokens + (uint64_t)slot * (uint64_t)many->limits.positions, a->prompt,
+           (size_t)a->prompt_length * sizeof *a->prompt);
+    for (; a->share_prefix && a->prompt_length - r->hash_count * page_size >= page_size; r->hash_count++)
+        hashes[r->hash_count] = perk_page_key(a->prompt + r->hash_count * page_size, page_size,
+                                              r->hash_count ? hashes[r->hash_count - 1] : 0);
+}
+
+perk_status perk_gpu_many_submit(perk_executor *executor, const perk_gpu_arrival *arrival, int32_t *slot,
+                                 perk_error *err) {
+    struct perk_gpu_many *many = many_of(executor);
+    *slot = -1;
+    perk_status status = check_arrival(many, arrival, perk_plan_vocab_size(perk_gpu_plan(executor)), err);
+    if (status) return status;
+    int32_t found = find_slot(many);
+    if (found < 0)
+        return perk_fail(err, PERK_LIMIT, "all %d slots hold requests whose end was not read yet", many->limits.slots);
+    write_slot(many, found, arrival);
+    many->owners[found] = (slot_owner){.taken = true};
+    post_mail(many, PERK_MAIL_ARRIVAL, found);
+    *slot = found;
+    return PERK_OK;
+}
+
+void perk_gpu_many_cancel(perk_executor *executor, int32_t slot) {
+    struct perk_gpu_many *many = many_of(executor);
+    slot_owner *owner = &many->owners[slot];
+    if (!owner->taken || owner->ended || owner->cancelled) return;
+    owner->cancelled = true;
+    post_mail(many, PERK_MAIL_CANCEL, slot);
+}
+
+size_t perk_gpu_many_read(perk_executor *executor, perk_token_record *records, size_t room) {
+    struct perk_gpu_many *many = many_of(executor);
+    uint32_t written = load(&many->post->written);
+    size_t count = 0;
+    for (; count < room && many->read != written; count++, many->read++) {
+        records[count] = many->records[many->read & many->args.record_mask];
+        if (records[count].end != PERK_END_NONE) many->owners[records[count].slot].ended = true;
+    }
+    store(&many->post->read, many->read);
+    return count;
+}
+
+void perk_gpu_many_command(perk_executor *executor, uint32_t command) {
+    store(&many_of(executor)->post->command, command);
+}
+
+/* ---- launches ---- */
+
+/* With the context current. */
+static perk_status run_launch(perk_gpu *gpu, const perk_gpu_many_options *options, perk_error *err) {
+    struct perk_gpu_many *many = gpu->many;
+    perk_many_args args = many->args;
+    args.max_steps = options->max_steps ? PERK_MIN(options->max_steps, many->most_steps) : many->most_steps;
+    args.idle_limit_ns = (uint64_t)options->idle_limit_ms * 1000000u;
+    args.dealt = many->post->dealt;
+    args.written = many->post->written;
+    many->post->end = PERK_LAUNCH_RUNS;
+    perk_status status = perk_gpu_launch(gpu, gpu->largest, &args, err);
+    if (!status)
+        status = perk_driver_check(gpu->driver, gpu->driver->cuStreamSynchronize(gpu->stream), err,
+                                   "running steps from %u on", gpu->largest->steps);
+    if (status || gpu->hang->complete) return status ? status : PERK_HANG;
+    switch (many->post->end) {
+    case PERK_LAUNCH_RUNS: return perk_fail(err, PERK_INTERNAL, "the launch ended and did not say why");
+    case PERK_LAUNCH_STUCK:
+        return perk_fail(err, PERK_INTERNAL, "the kernel found no work among %u unfinished requests",
+                         many->post->unfinished);
+    case PERK_LAUNCH_TOKEN:
+        return perk_fail(err, PERK_INTERNAL, "step %u picked a token outside the model's vocabulary",
+                         gpu->largest->steps + many->post->steps - 1);
+    default: return PERK_OK;
+    }
+}
+
+perk_status perk_gpu_many_run(perk_executor *executor, const perk_gpu_many_options *options,
+                              perk_gpu_many_result *result, perk_error *err) {
+    perk_gpu *gpu = (perk_gpu *)executor;
+    perk_error local;
+    if (!err) err = &local; /* what closes the executor is kept */
+    *result = (perk_gpu_many_result){0};
+    if (gpu->failed) {
+        *err = gpu->failure;
+        return gpu->failure.status;
+    }
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (!status) {
+        status = run_launch(gpu, options, err);
+        perk_gpu_leave(gpu);
+    }
+    if (status) return perk_gpu_fail_step(gpu, gpu->largest, status, err);
+    const perk_post *post = gpu->many->post;
+    gpu->largest->steps += post->steps;
+    *result = (perk_gpu_many_result){.end = post->end,
+                                     .steps = post->steps,
+                                     .unfinished = post->unfinished,
+                                     .undealt = load(&post->posted) - load(&post->dealt)};
+    return PERK_OK;
+}
+
+/* Between launches. Page tables are of the batch that the kernel makes; the host's schedule has them in its block. */
+static perk_status copy_schedule(perk_gpu *gpu, uint64_t *block, bool to_device, perk_error *err) {
+    const struct perk_gpu_many *many = gpu->many;
+    const perk_driver *driver = gpu->driver;
+    CUdeviceptr schedule = (CUdeviceptr)(uintptr_t)many->args.schedule;
+    CUdeviceptr page_table = (CUdeviceptr)(uintptr_t)(many->args.batch + gpu->largest->layout.page_table);
+    uint64_t *host_table = block + many->layout.page_table;
+    size_t bytes = many->layout.words * sizeof *block;
+    size_t table_bytes = (size_t)many->limits.requests * (size_t)perk_plan_pages_per_request(&gpu->config) * 4;
+    if (to_device) {
+        perk_status status = perk_gpu_upload(gpu, schedule, block, bytes, "the schedule", err);
+        return status ? status : perk_gpu_upload(gpu, page_table, host_table, table_bytes, "page tables", err);
+    }
+    CUresult result = driver->cuMemcpyDtoH(block, schedule, bytes);
+    if (result == CUDA_SUCCESS) result = driver->cuMemcpyDtoH(host_table, page_table, table_bytes);
+    return perk_driver_check(driver, result, err, "copying the schedule");
+}
+
+perk_status perk_gpu_many_schedule(perk_executor *executor, uint64_t *block, perk_error *err) {
+    perk_gpu *gpu = (perk_gpu *)executor;
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (status) return status;
+    status = copy_schedule(gpu, block, false, err);
+    perk_gpu_leave(gpu);
+    return status;
+}
+
+perk_status perk_gpu_many_steps(perk_executor *executor, perk_schedule *schedule, uint32_t max_steps, perk_error *err) {
+    perk_gpu *gpu = (perk_gpu *)executor;
+    struct perk_gpu_many *many = gpu->many;
+    const perk_gpu_many_options options = {.max_steps = max_steps};
+    perk_gpu_many_result result;
+    if (memcmp(&schedule->limits, &many->limits, sizeof many->limits) != 0)
+        return perk_fail(err, PERK_INTERNAL, "the schedule has other limits than the program");
+    uint64_t *block = (uint64_t *)(void *)schedule->state; /* stands first in it */
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (status) return status;
+    status = copy_schedule(gpu, block, true, err);
+    if (!status) status = perk_gpu_many_run(executor, &options, &result, err);
+    if (!status) status = copy_schedule(gpu, block, false, err);
+    perk_gpu_leave(gpu);
+    many->read = many->post->written; /* the tokens are in the schedule */
+    store(&many->post->read, many->read);
+    return status;
+}

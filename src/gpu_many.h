@@ -1,0 +1,60 @@
+/* Many steps a launch, on a GPU executor that was made with `many_steps`: requests go into the mailbox at any time, the
+ * kernel admits, batches, picks (greedily) and ends by itself, tokens come back through a ring (kernels_src/mail.h,
+ * many_steps.cuh). Prefixes of prompts are shared; answers are not offered to others, because their hashes are the
+ * host's.
+ *
+ * Threads: perk_gpu_many_run blocks for the length of a launch, in a thread of its own if the others are to be called
+ * meanwhile. All others belong to one thread, and never touch the driver. A program of many steps also runs single
+ * steps over the caller's batches (the executor's `step`), between launches; the two must not share pages. */
+#ifndef PERK_SRC_GPU_MANY_H
+#define PERK_SRC_GPU_MANY_H
+
+#include "gpu.h"
+#include "kernels_src/mail.h"
+
+typedef struct perk_gpu_arrival {
+    const int32_t *prompt;
+    int32_t prompt_length;
+    int32_t limit; /* the length, prompt and answer, at which it ends: above prompt_length, at most max_seq_length */
+    const int32_t *stop_ids;
+    int32_t stop_count;
+    bool share_prefix; /* pages of the prompt, with others that begin alike */
+} perk_gpu_arrival;
+
+/* Posts a request; all of it is copied. `*slot` names it in the records of its tokens until that of its end. PERK_LIMIT
+ * when all slots are taken: read records first. */
+perk_status perk_gpu_many_submit(perk_executor *executor, const perk_gpu_arrival *arrival, int32_t *slot,
+                                 perk_error *err);
+/* Asks for the end of a request; its last record says how it ended. Nothing when it has. */
+void perk_gpu_many_cancel(perk_executor *executor, int32_t slot);
+/* Copies up to `room` records, in the order of their making; returns how many. */
+size_t perk_gpu_many_read(perk_executor *executor, perk_token_record *records, size_t room);
+/* PERK_COMMAND_*: of the launch that runs, and of all that follow until it is taken back with PERK_COMMAND_NONE. STOP
+ * ends a launch after the step that runs, DRAIN as soon as nothing is unfinished. */
+void perk_gpu_many_command(perk_executor *executor, uint32_t command);
+
+typedef struct perk_gpu_many_options {
+    uint32_t max_steps;     /* 0: as many as one launch can count */
+    uint32_t idle_limit_ms; /* the launch ends when nothing was unfinished for so long; 0: at once */
+} perk_gpu_many_options;
+
+typedef struct perk_gpu_many_result {
+    uint32_t end;        /* PERK_LAUNCH_* */
+    uint32_t steps;      /* of this launch */
+    uint32_t unfinished; /* requests that the kernel knows */
+    uint32_t undealt;    /* mails that it has not dealt with yet */
+} perk_gpu_many_result;
+
+/* One launch, until it ends by itself. Another one goes on where it ended. */
+perk_status perk_gpu_many_run(perk_executor *executor, const perk_gpu_many_options *options,
+                              perk_gpu_many_result *result, perk_error *err);
+
+/* The executor's `run`: the caller's schedule goes to the device and comes back. Its limits are those of
+ * perk_plan_schedule_limits. An executor is used so, or through the mailbox, not both. */
+perk_status perk_gpu_many_steps(perk_executor *executor, perk_schedule *schedule, uint32_t max_steps, perk_error *err);
+
+/* For tests, between launches: the kernel's state of requests and pages, copied into `block` (the words of
+ * perk_schedule_lay_out over perk_plan_schedule_limits). */
+perk_status perk_gpu_many_schedule(perk_executor *executor, uint64_t *block, perk_error *err);
+
+#endif

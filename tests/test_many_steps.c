@@ -1,0 +1,418 @@
+/* Many steps of one launch (src/gpu_many.h), on the emulator: the tokens are those of single steps, no page is lost,
+ * requests come and go while the launch runs, launches end when they should, and a hang is reported.
+ * EMULATOR_SEED=N runs everything in another order; PERK_TEST_GPU=1 runs it on the GPU, PERK_TEST_PORTABLE=1 with
+ * portable device code. The argument is the root of the repository, where that is not where it was built. */
+#include "device.h"
+#include "fake_cuda/fake_cuda.h"
+#include "gpu_many.h"
+#include "model.h"
+#include "perk/engine.h"
+#include "plan_steps.h"
+#include "sampler.h"
+#include "schedule_checks.h"
+#include "scheduler.h"
+#include "temp.h"
+#include "test_cache.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <unistd.h>
+
+enum { WORKERS = 2, REQUESTS = 6, POSITIONS = 64 };
+
+static perk_error err;
+static perk_model *model;
+static path_text cache, folder, tiny;
+/* Pages for two of the largest requests: three of them run into a shortage. */
+static perk_config config = {.max_num_batched_tokens = 8,
+                             .max_num_batched_requests = 3,
+                             .page_size = 16,
+                             .max_num_pages = 6,
+                             .max_seq_length = POSITIONS};
+
+static void open_fake(void) {
+    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
+    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
+    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
+    CHECK(library, "%s", dlerror());
+    fake_cuda *(*driver_state)(void);
+    fake_nvrtc *(*compiler_state)(void);
+    *(void **)&driver_state = dlsym(library, "fake_cuda_state");
+    *(void **)&compiler_state = dlsym(library, "fake_nvrtc_state");
+    CHECK(driver_state && compiler_state);
+    driver_state()->device.sm_count = WORKERS;
+    compiler_state()->emulates = true;
+}
+
+/* The shipped model with two of its six layers: as sure of its tokens as the whole, and faster to emulate. */
+static void make_model(void) {
+    static char text[4096];
+    folder = path_in(scratch, "model");
+    FILE *file = fopen(path_in(tiny.text, "config.json").text, "rb");
+    CHECK(file && fread(text, 1, sizeof text - 1, file) > 0 && fclose(file) == 0);
+    char *layers = strstr(text, "\"num_hidden_layers\": 6");
+    CHECK(layers && mkdir(folder.text, 0700) == 0);
+    layers[strlen("\"num_hidden_layers\": ")] = '2';
+    file = fopen(path_in(folder.text, "config.json").text, "wb");
+    CHECK(file && fputs(text, file) >= 0 && fclose(file) == 0);
+    CHECK(symlink(path_in(tiny.text, "model.safetensors").text, path_in(folder.text, "model.safetensors").text) == 0);
+    CHECK_OK(perk_model_open(&model, folder.text, false, 0, &err));
+    CHECK_OK(perk_config_resolve(&config, model->max_positions, &err));
+}
+
+static perk_executor *open_executor(perk_gpu_alter_plan alter) {
+    perk_executor *gpu;
+    const perk_gpu_options options = {.many_steps = true,
+                                      .portable = getenv("PERK_TEST_PORTABLE") != NULL,
+                                      .wait_limit_ms = alter ? 20 : 0,
+                                      .alter = alter,
+                                      .cache_folder = cache.text};
+    CHECK_OK(perk_gpu_create(&gpu, model->graph, model->checkpoint, &config, &options, NULL, &err));
+    return gpu;
+}
+
+/* ---- requests, and what they get by single steps ---- */
+
+typedef struct test_request {
+    int32_t prompt[POSITIONS], prompt_length, limit;
+    int32_t wanted[POSITIONS], wanted_count;
+    int32_t got[POSITIONS], got_count, end, slot;
+    bool cancelled;
+} test_request;
+
+static int draw(uint64_t seed, uint64_t *place, int low, int high) {
+    return low + (int)(perk_uniform(seed, (*place)++) * (high - low + 1));
+}
+
+/* Half of the prompts begin alike. */
+static void draw_requests(test_request *requests, int count, uint64_t seed) {
+    uint64_t place = 0;
+    for (int i = 0; i < count; i++) {
+        test_request *r = &requests[i];
+        *r = (test_request){.slot = -1};
+        r->prompt_length = i == 0 ? 1 : draw(seed, &place, i % 2 ? 18 : 1, 22);
+        r->limit = i == 0 ? 12 : r->prompt_length + draw(seed, &place, 1, 4);
+        for (int t = 0; t < r->prompt_length; t++)
+            r->prompt[t] =
+                i % 2 && t < 20 ? (t * 37 + 11) % model->vocab_size : draw(seed, &place, 0, model->vocab_size - 1);
+    }
+}
+
+/* All at once, over the host's schedule. */
+static void run_single_steps(perk_executor *gpu, test_request *requests, int count) {
+    perk_request *handles[REQUESTS];
+    perk_scheduler *scheduler;
+    perk_step_result result;
+    const perk_batch *batch;
+    bool want_logits;
+    CHECK_OK(perk_scheduler_create(&scheduler, &config, model->vocab_size, NULL, 0, false, &err));
+    for (int i = 0; i < count; i++) {
+        const perk_sampling sampling = {.max_tokens = requests[i].limit - requests[i].prompt_length};
+        CHECK_OK(perk_scheduler_submit(scheduler, requests[i].prompt, (size_t)requests[i].prompt_length, &sampling,
+                                       &handles[i], &err));
+    }
+    while (perk_scheduler_unfinished(scheduler)) {
+        CHECK_OK(perk_scheduler_fill(scheduler, &batch, &want_logits, &err));
+        CHECK_OK(gpu->type->step(gpu, batch, false, &result, &err));
+        CHECK_OK(perk_scheduler_commit(scheduler, &result, &err));
+    }
+    for (int i = 0; i < count; i++) {
+        size_t answer;
+        const int32_t *tokens = perk_request_tokens(handles[i], &answer);
+        requests[i].wanted_count = (int32_t)answer;
+        memcpy(requests[i].wanted, tokens, answer * sizeof *tokens);
+    }
+    perk_scheduler_free(scheduler);
+}
+
+/* ---- the same by many steps ---- */
+
+static perk_status submit(perk_executor *gpu, test_request *r, bool share) {
+    const perk_gpu_arrival arrival = {
+        .prompt = r->prompt, .prompt_length = r->prompt_length, .limit = r->limit, .share_prefix = share};
+    r->got_count = r->end = 0;
+    return perk_gpu_many_submit(gpu, &arrival, &r->slot, &err);
+}
+
+/* Returns how many requests ended. */
+static int read_tokens(perk_executor *gpu, test_request *requests, int count) {
+    perk_token_record records[7];
+    int ended = 0;
+    for (size_t got; (got = perk_gpu_many_read(gpu, records, PERK_COUNT(records))) > 0;)
+        for (size_t i = 0; i < got; i++) {
+            int r = 0;
+            while (r < count && (requests[r].slot != records[i].slot || requests[r].end)) r++;
+            CHECK(r < count, "a token of nobody, slot %d", records[i].slot);
+            if (records[i].token >= 0) requests[r].got[requests[r].got_count++] = records[i].token;
+            CHECK(requests[r].got_count <= POSITIONS && (records[i].token >= 0 || records[i].end));
+            requests[r].end = records[i].end;
+            ended += records[i].end != PERK_END_NONE;
+        }
+    return ended;
+}
+
+static void check_answers(const test_request *requests, int count) {
+    for (int i = 0; i < count; i++) {
+        const test_request *r = &requests[i];
+        bool whole = r->end == PERK_END_LENGTH;
+        CHECK(whole ? r->got_count == r->wanted_count : r->cancelled && r->got_count <= r->wanted_count,
+              "request %d ended for %d with %d of %d tokens", i, r->end, r->got_count, r->wanted_count);
+        CHECK(memcmp(r->got, r->wanted, (size_t)r->got_count * sizeof *r->got) == 0,
+              "request %d: other tokens than by single steps", i);
+    }
+}
+
+/* The kernel's pages and requests, recounted. Slots are the host's: those of requests that ended count as free. Returns
+ * how many positions were found in pages of others so far. */
+static uint64_t check_pages(perk_executor *gpu) {
+    perk_schedule schedule;
+    perk_schedule_limits limits = perk_plan_schedule_limits(perk_gpu_plan(gpu));
+    uint64_t *block = calloc(perk_schedule_lay_out(&limits).words, sizeof *block);
+    CHECK(block);
+    CHECK_OK(perk_gpu_many_schedule(gpu, block, &err));
+    perk_schedule_bind(&schedule, &limits, block);
+    for (int32_t slot = 0; slot < limits.slots; slot++) {
+        perk_slot *r = &schedule.slots[slot];
+        if (r->state != PERK_SLOT_WAITING && r->state != PERK_SLOT_RUNNING) r->state = PERK_SLOT_FREE;
+    }
+    schedule.state->free_slots = limits.slots - schedule.state->unfinished;
+    check_schedule(&schedule, 0);
+    uint64_t found = schedule.state->found_tokens;
+    free(block);
+    return found;
+}
+
+static perk_gpu_many_result run(perk_executor *gpu, uint32_t max_steps, uint32_t idle_limit_ms) {
+    const perk_gpu_many_options options = {.max_steps = max_steps, .idle_limit_ms = idle_limit_ms};
+    perk_gpu_many_result result;
+    CHECK_OK(perk_gpu_many_run(gpu, &options, &result, &err));
+    return result;
+}
+
+/* One launch; then launches of a few steps, where requests that begin alike share pages. */
+static void test_completion(perk_executor *gpu, test_request *requests) {
+    for (int i = 0; i < REQUESTS; i++) CHECK_OK(submit(gpu, &requests[i], false));
+    perk_gpu_many_result result = run(gpu, 0, 0);
+    CHECK(result.end == PERK_LAUNCH_IDLE && result.unfinished == 0 && result.undealt == 0, "%u", result.end);
+    CHECK(read_tokens(gpu, requests, REQUESTS) == REQUESTS);
+    check_answers(requests, REQUESTS);
+    CHECK(check_pages(gpu) == 0);
+    fprintf(stderr, "%u steps in one launch\n", result.steps);
+
+    for (int i = 0; i < REQUESTS; i++) CHECK_OK(submit(gpu, &requests[i], true));
+    for (int ended = 0; ended < REQUESTS; check_pages(gpu)) {
+        result = run(gpu, 7, 0);
+        ended += read_tokens(gpu, requests, REQUESTS);
+        CHECK(result.end == PERK_LAUNCH_IDLE ? ended == REQUESTS
+                                             : result.end == PERK_LAUNCH_STEPS && result.steps == 7);
+    }
+    check_answers(requests, REQUESTS);
+    CHECK(check_pages(gpu) > 0, "no pages were shared");
+}
+
+/* ---- online ---- */
+
+/* The thread that launches, and launches again, until it is told to stop. */
+typedef struct launcher {
+    perk_executor *gpu;
+    uint32_t idle_limit_ms;
+    int launches, idle_ends;
+    bool stop; /* atomic */
+    pthread_t thread;
+} launcher;
+
+static void *launch_again(void *argument) {
+    launcher *l = argument;
+    perk_gpu_many_result result = {0};
+    do {
+        bool last = __atomic_load_n(&l->stop, __ATOMIC_ACQUIRE);
+        result = run(l->gpu, 0, l->idle_limit_ms);
+        l->launches++;
+        l->idle_ends += result.end == PERK_LAUNCH_IDLE;
+        if (last && result.unfinished == 0 && result.undealt == 0) break;
+    } while (result.end == PERK_LAUNCH_IDLE || result.end == PERK_LAUNCH_STOPPED);
+    return NULL;
+}
+
+/* Requests come while the launch runs, in any slot that is free, and some are taken back. */
+static void test_online(perk_executor *gpu, test_request *requests, uint64_t seed, uint32_t idle_limit_ms) {
+    launcher l = {.gpu = gpu, .idle_limit_ms = idle_limit_ms};
+    uint64_t place = 0;
+    int submitted = 0, ended = 0;
+    for (int i = 0; i < REQUESTS; i++) requests[i].slot = -1, requests[i].end = 0;
+    CHECK(pthread_create(&l.thread, NULL, launch_again, &l) == 0);
+    while (ended < REQUESTS) {
+        if (submitted < REQUESTS && submit(gpu, &requests[submitted], seed % 2) == PERK_OK) submitted++;
+        ended += read_tokens(gpu, requests, submitted);
+        for (int i = 1; i < submitted; i++)
+            if (draw(seed, &place, 0, 60) == 0 && !requests[i].end) {
+                requests[i].cancelled = true;
+                perk_gpu_many_cancel(gpu, requests[i].slot);
+            }
+        usleep((useconds_t)draw(seed, &place, 0, 30000));
+    }
+    __atomic_store_n(&l.stop, true, __ATOMIC_RELEASE);
+    perk_gpu_many_command(gpu, PERK_COMMAND_DRAIN);
+    pthread_join(l.thread, NULL);
+    perk_gpu_many_command(gpu, PERK_COMMAND_NONE);
+    CHECK(read_tokens(gpu, requests, REQUESTS) == 0);
+    check_answers(requests, REQUESTS);
+    check_pages(gpu);
+    fprintf(stderr, "online, seed %llu: %d launches, %d ended idle\n", (unsigned long long)seed, l.launches,
+            l.idle_ends);
+}
+
+/* A launch that is stopped goes on later as if nothing had been; submitting too much is refused. */
+static void test_stop(perk_executor *gpu, test_request *requests) {
+    for (int i = 0; i < REQUESTS; i++) {
+        requests[i].cancelled = false;
+        CHECK_OK(submit(gpu, &requests[i], true));
+    }
+    test_request more = requests[0];
+    CHECK(submit(gpu, &more, true) == PERK_LIMIT);
+    run(gpu, 3, 0);
+    perk_gpu_many_command(gpu, PERK_COMMAND_STOP);
+    perk_gpu_many_result result = run(gpu, 0, 0);
+    CHECK(result.end == PERK_LAUNCH_STOPPED && result.steps == 0 && result.unfinished > 0, "%u", result.end);
+    perk_gpu_many_command(gpu, PERK_COMMAND_NONE);
+    CHECK(run(gpu, 0, 0).end == PERK_LAUNCH_IDLE && read_tokens(gpu, requests, REQUESTS) == REQUESTS);
+    check_answers(requests, REQUESTS);
+    result = run(gpu, 0, 1);
+    CHECK(result.end == PERK_LAUNCH_IDLE && result.steps == 0);
+    more.prompt_length = 0;
+    CHECK(submit(gpu, &more, true) == PERK_INVALID_ARGUMENT);
+}
+
+/* ---- plans that are wrong ---- */
+
+static int last_stage_of(const perk_plan *plan, const char *name) {
+    int found = -1;
+    for (int i = 0; i < plan->stage_count; i++)
+        if (strstr(plan->stages[i].name, name)) found = i;
+    CHECK(found >= 0);
+    return found;
+}
+
+/* A stage in the middle waits for more than there is. */
+static void want_too_much(perk_plan *plan, void *user) {
+    int stage = last_stage_of(plan, ".gate_up"), task = 0;
+    (void)user;
+    while (plan->tasks[task].stage != stage) task++;
+    plan->waits[plan->tasks[task].wait_begin].needed++;
+}
+
+/* The end of a step wants more signals than there are. */
+static void never_end(perk_plan *plan, void *user) {
+    int counters[PERK_RECORD_WAITS];
+    (void)user;
+    CHECK(perk_plan_step_end(plan, counters) >= 1);
+    plan->counter_per_step[counters[0]]++;
+}
+
+static void test_hang(perk_gpu_alter_plan alter, const char *waiter, test_request *requests) {
+    perk_executor *gpu = open_executor(alter);
+    const perk_gpu_many_options options = {0};
+    perk_gpu_many_result result;
+    CHECK_OK(submit(gpu, &requests[0], false));
+    CHECK_FAILS(perk_gpu_many_run(gpu, &options, &result, &err), PERK_HANG, waiter);
+    fprintf(stderr, "%s\n", err.message);
+    CHECK_FAILS(perk_gpu_many_run(gpu, &options, &result, &err), PERK_HANG, "waited more than");
+    gpu->type->free(gpu);
+}
+
+/* The first tasks of a step wait for one counter less of the step before. */
+static void test_check(void) {
+    perk_device_desc device;
+    perk_plan *plan;
+    int counters[PERK_RECORD_WAITS];
+    CHECK_OK(perk_device_describe_arch("sm_90a", &device, &err));
+    CHECK_OK(perk_plan_create(&plan, model->graph, &device, &config, &err));
+    CHECK(perk_plan_step_end(plan, counters) >= 1);
+    plan->many_steps = true;
+    CHECK_OK(perk_plan_check(plan, &err));
+    for (int lost = 0; lost < perk_plan_step_end(plan, counters); lost++) {
+        perk_plan copy = *plan;
+        copy.waits = malloc((size_t)plan->wait_count * sizeof *copy.waits);
+        CHECK(copy.waits);
+        memcpy(copy.waits, plan->waits, (size_t)plan->wait_count * sizeof *copy.waits);
+        for (int i = 0; i < plan->wait_count; i++)
+            if (copy.waits[i].needed == 0 && copy.waits[i].counter == counters[lost]) copy.waits[i].needed = INT32_MIN;
+        perk_status status = perk_plan_check(&copy, &err);
+        fprintf(stderr, "without %s: %s\n", plan->stages[counters[lost]].name, err.message);
+        CHECK(status == PERK_UNSAFE_PLAN);
+        free(copy.waits);
+    }
+    perk_plan_free(plan);
+}
+
+/* ---- an engine ---- */
+
+enum { ENGINE_REQUESTS = 4 };
+
+/* Tokens of all requests, one after the other. The first `sampled` of them sample, though hardly: they make the engine
+ * fall back to single steps. Returns how many calls it took. */
+static int run_engine(int sampled, int32_t *tokens) {
+    const perk_engine_options options = {
+        .backend = PERK_BACKEND_GPU, .config = config, .cache_folder = cache.text, .steps_a_launch = 5};
+    perk_request *requests[ENGINE_REQUESTS];
+    perk_engine *engine;
+    int32_t running = 1;
+    int calls;
+    CHECK_OK(perk_engine_open(&engine, folder.text, &options, &err));
+    for (int i = 0; i < ENGINE_REQUESTS; i++) {
+        const perk_sampling sampling = {
+            .max_tokens = 3 + i, .temperature = i < sampled ? 1e-4f : 0.0f, .seed = 3, .ignore_eos = 1};
+        const int32_t prompt[] = {5 + i, 9, 200};
+        CHECK_OK(perk_engine_submit(engine, prompt, 3, &sampling, &requests[i], &err));
+    }
+    for (calls = 0; running > 0; calls++) CHECK_OK(perk_engine_step(engine, &running, &err));
+    for (int i = 0; i < ENGINE_REQUESTS; i++) {
+        size_t count;
+        const int32_t *answer = perk_request_tokens(requests[i], &count);
+        CHECK(perk_request_finish(requests[i]) == PERK_FINISH_LENGTH && count == (size_t)(3 + i));
+        for (size_t t = 0; t < count; t++) *tokens++ = answer[t];
+    }
+    perk_engine_free(engine);
+    return calls;
+}
+
+static void test_engine(void) {
+    int32_t wanted[64] = {0}, got[64] = {0};
+    int single_calls = run_engine(ENGINE_REQUESTS, wanted);
+    for (int sampled = 0; sampled < 2; sampled++) {
+        int calls = run_engine(sampled, got);
+        fprintf(stderr, "an engine: %d calls instead of %d\n", calls, single_calls);
+        CHECK(memcmp(wanted, got, sizeof got) == 0, "other tokens than by single steps");
+        CHECK(sampled ? calls > 3 && calls < single_calls : calls <= 3);
+    }
+}
+
+int main(int argc, char **argv) {
+    if (strstr(EMULATOR_CXX, "NOTFOUND") && !getenv("PERK_TEST_GPU")) {
+        fprintf(stderr, "skipped: no C++ compiler was found\n");
+        return TEST_SKIP;
+    }
+    static test_request requests[REQUESTS];
+    make_scratch();
+    if (!getenv("PERK_TEST_GPU")) open_fake();
+    cache = path_in(scratch, "cache");
+    char *root = realpath(argc > 1 ? argv[1] : PERK_SOURCE_DIR, NULL); /* links lead there */
+    CHECK(root, "%s", argc > 1 ? argv[1] : PERK_SOURCE_DIR);
+    tiny = path_in(root, "examples/tiny");
+    free(root);
+    make_model();
+    draw_requests(requests, REQUESTS, 5);
+    test_check();
+    perk_executor *gpu = open_executor(NULL);
+    run_single_steps(gpu, requests, REQUESTS);
+    test_completion(gpu, requests);
+    test_stop(gpu, requests);
+    test_online(gpu, requests, 1, 100000);
+    test_online(gpu, requests, 2, 2);
+    test_engine();
+    test_hang(want_too_much, "waited more than 20 ms for counter", requests);
+    test_hang(never_end, "the end of the step waited more than 20 ms for counter", requests);
+    gpu->type->free(gpu);
+    perk_model_free(model);
+    return 0;
+}
