@@ -278,7 +278,7 @@ static const struct {
      false,
      false},
     {"experts are streamed before they are picked",
-     {{"worker.cuh", "if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), w.args.step + 1);", ""}},
+     {{"worker.cuh", "if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), w.step() + 1);", ""}},
      false,
      false},
     {"half of the warp goes another way",
