@@ -48,8 +48,8 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
     for (size_t i = 0; i < PERK_COUNT(constants); i++)
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
     if (plan->wide_tokens > 0)
-        perk_buffer_printf(out, "constexpr uint32_t wide_tokens = %d, input_slots = %d;\n", plan->wide_tokens,
-                           plan->input_slots);
+        perk_buffer_printf(out, "constexpr uint32_t wide_tokens = %d, input_slots = %d, slot_slices = %d;\n",
+                           plan->wide_tokens, plan->input_slots, plan->slot_slices);
     perk_buffer_printf(out, "constexpr bool waits_are_limited = %s;\n", plan->unlimited_waits ? "false" : "true");
     perk_buffer_printf(out, "} // namespace program\n\n");
 }
@@ -80,8 +80,9 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
     emit_constants(plan, source);
     perk_buffer_printf(source,
                        "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
-                       "#include \"linear.cuh\"\n%s#include \"attention.cuh\"\n\n",
-                       plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "");
+                       "#include \"linear.cuh\"\n%s%s#include \"attention.cuh\"\n\n",
+                       plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "",
+                       perk_plan_is_batched(plan) ? "#include \"batched.cuh\"\n" : "");
     emit_switch(plan, source);
     perk_buffer_printf(source,
                        "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
@@ -144,6 +145,8 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
         record.stream_blocks = (uint32_t)stage->stream.blocks_per_tile;
         record.stream_together = (uint32_t)stage->stream.together;
         record.share_tokens = (uint32_t)(plan->wide_tokens / PERK_MAX(1, stage->stream.shares));
+        bool is_of_tokens = plan->graph->ops[stage->op]->output->row_kind == PERK_ROWS_TOKENS;
+        record.rows_word = is_of_tokens ? PERK_BATCH_NUM_TOKENS : PERK_BATCH_NUM_LOGIT_ROWS;
     }
     return record;
 }

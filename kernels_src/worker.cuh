@@ -16,7 +16,8 @@ struct SharedMap {
     static constexpr uint32_t ring = 0;
     static constexpr uint32_t inputs = program::ring_slots * PERK_CHUNK_BYTES;
 #if PERK_WIDE
-    static constexpr uint32_t input_bytes = program::wide_tokens * PERK_SLICE_ROW_BYTES; // of a slot
+    static constexpr uint32_t slice_bytes = program::wide_tokens * PERK_SLICE_ROW_BYTES;
+    static constexpr uint32_t input_bytes = program::slot_slices * slice_bytes; // of a slot
     static constexpr uint32_t staging = inputs + program::input_slots * input_bytes;
 #else
     static constexpr uint32_t staging = inputs;
@@ -33,6 +34,9 @@ struct SharedMap {
     static constexpr uint32_t bytes = barriers + 2 * 8 * program::ring_slots;
 #endif
 };
+#if PERK_WIDE
+static_assert(program::slot_slices <= 2, "the feeder copies one slice or two into a slot");
+#endif
 static_assert(SharedMap::bytes <= program::shared_bytes, "the plan and the kernel disagree about shared memory");
 
 struct Worker {
@@ -41,7 +45,7 @@ struct Worker {
     uint32_t shared;   // address of dynamic shared memory
     uint32_t position; // of the running task in the worker's list
 #if PERK_WIDE
-    uint32_t slices = 0; // of inputs of wide linears, that this role has come by
+    uint32_t slices = 0; // of inputs of wide linears, that this role has come by: slots of them
 #endif
 
     __device__ __forceinline__ uint32_t index() const { return blockIdx.x; } // of this worker
@@ -195,20 +199,21 @@ __device__ __forceinline__ void init_ring(const Worker &w) {
 // critical path (counters, activations); but more for a worker whose consumers have read nearly all that it has, so
 // that those who are behind get more of the bandwidth, and all reach the end of a stage together. docs/performance.md
 // has the measurements.
-__device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
+__device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk, uint32_t in_flight) {
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
     // Where all lanes copy, one that decides otherwise would wait at a __syncwarp for those that wait for its copies.
     if (PERK_PORTABLE) is_behind = __any_sync(0xffffffffu, is_behind);
-    if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
+    if (!is_behind) wait_full<true>(w, chunk - in_flight);
 }
 
 // Until the chunk's slot may be filled.
-__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk) {
+__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk,
+                                           uint32_t in_flight = program::chunks_in_flight) {
     const uint32_t round = chunk / program::ring_slots;
     if (round > 0) wait_slot<true>(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
-    await_flight(w, chunk);
+    await_flight(w, chunk, in_flight);
 }
 
 // Starts the copy of one chunk.
@@ -309,12 +314,15 @@ __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const Stre
         const uint32_t round = tile / gridDim.x, lane_in_round = tile % gridDim.x;
         const uint32_t width = min(gridDim.x, task.tiles - round * gridDim.x);
         const uint32_t base = task.base + round * gridDim.x * task.blocks; // in blocks
+        // Where the stream is all that takes time, slots that are not full make up for it by their number.
+        const bool is_small = program::slot_slices > 1 && tiles * slot_blocks < PERK_CHUNK_BLOCKS;
+        const uint32_t in_flight = program::chunks_in_flight + is_small;
         for (uint32_t block = 0; block < task.blocks; block += slot_blocks, chunk++) {
             const uint32_t in_chunk = block % PERK_CHUNK_BLOCKS, chunk_begin = block - in_chunk;
             const uint32_t chunk_blocks = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - chunk_begin);
             const uint32_t place = base + width * chunk_begin + lane_in_round * chunk_blocks + in_chunk;
             const uint32_t bytes = min(slot_blocks, task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
-            await_room(w, chunk);
+            await_room(w, chunk, in_flight);
             if (w.lane == 0) mbarrier_arrive_expect(w.full_barrier(chunk), bytes * tiles);
             __syncwarp();
             if (w.lane < tiles)
@@ -353,7 +361,7 @@ __device__ __forceinline__ void produce(Worker &w) {
 
 #if PERK_WIDE
 // Brings the slices of a wide linear's input, as often as it goes over them: once for all tiles that it works on
-// together. `rows` are the step's tokens.
+// together. `rows` are those that the step has.
 __device__ __forceinline__ void feed_task(Worker &w, const perk_task_record *record, uint32_t rows) {
     const uint8_t *input = w.args.activations + uint64_t(__ldg(&record->operand[0])) * 256;
     const uint32_t slices = (__ldg(&record->stream_blocks) + PERK_SLICE_BLOCKS - 1) / PERK_SLICE_BLOCKS;
@@ -362,14 +370,19 @@ __device__ __forceinline__ void feed_task(Worker &w, const perk_task_record *rec
     const uint32_t bytes = (rows > first_token ? min(rows - first_token, share_tokens) : 0) * PERK_SLICE_ROW_BYTES;
     input += first_token * PERK_SLICE_ROW_BYTES;
     for (uint32_t first = 0; first < __ldg(&record->count); first += __ldg(&record->stream_together))
-        for (uint32_t s = 0; s < slices; s++, w.slices++) {
+        for (uint32_t s = 0; s < slices; s += program::slot_slices, w.slices++) {
             const uint32_t turn = w.slices / program::input_slots;
             if (turn > 0) wait_slot<true>(w, w.input_empty(w.slices), (turn - 1) & 1, PERK_ROLE_INPUT_EMPTY, w.slices);
+            const bool has_second = program::slot_slices > 1 && s + 1 < slices; // in the slot
             if (w.lane == 0) {
-                mbarrier_arrive_expect(w.input_full(w.slices), bytes);
+                mbarrier_arrive_expect(w.input_full(w.slices), has_second ? bytes * 2 : bytes);
                 if (bytes > 0)
                     copy_bulk(w.input_slot(w.slices), input + uint64_t(s) * program::max_tokens * PERK_SLICE_ROW_BYTES,
                               bytes, w.input_full(w.slices));
+                if (has_second && bytes > 0)
+                    copy_bulk(w.input_slot(w.slices) + SharedMap::slice_bytes,
+                              input + uint64_t(s + 1) * program::max_tokens * PERK_SLICE_ROW_BYTES, bytes,
+                              w.input_full(w.slices));
             }
             __syncwarp();
         }
@@ -386,7 +399,8 @@ __device__ __forceinline__ void feed(Worker &w) {
                          w.args.step * __ldg(&record->wait_per_step[w.lane]) + __ldg(&record->wait_needed[w.lane]));
         __syncwarp();
         fence_copies();
-        feed_task(w, record, w.num_tokens());
+        feed_task(w, record,
+                  w.batch_word(program::slot_slices > 1 ? __ldg(&record->rows_word) : PERK_BATCH_NUM_TOKENS));
     }
 }
 #endif

@@ -39,7 +39,7 @@ int perk_lower_scratch(perk_lowering *lowering, const char *name, perk_space spa
  * is not a linear's fp32 output. */
 int perk_lower_candidates(perk_lowering *lowering, const perk_tensor *logits);
 
-/* True when the linears over tokens of this plan are wide (kernels_src/wide.cuh) and `linear` is one of them. */
+/* True when linears of this plan are on wgmma (kernels_src/wide.cuh, batched.cuh) and `linear` is one of them: wide. */
 bool perk_lower_is_wide(const perk_lowering *lowering, const perk_op *linear);
 /* The input of wide linears that holds this activation; made on first use, by whoever is to write it. -1 on failure. */
 int perk_lower_wide_input(perk_lowering *lowering, const perk_tensor *tensor);

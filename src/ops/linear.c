@@ -217,7 +217,8 @@ static perk_stage *begin_narrow(perk_lowering *l, const perk_op *op, const linea
 static void arrange_input(perk_lowering *l, const perk_op *op, const perk_tensor *x) {
     if (perk_lower_has_wide_input(l, x)) return;
     perk_stage *stage =
-        perk_lower_begin(l, op, ".arrange", "arrange_input<%d>(worker, task);", (int)PERK_ROW_STRIDE(x->cols));
+        perk_lower_begin(l, op, ".arrange", "arrange_input<Rows::%s, %d>(worker, task);",
+                         x->row_kind == PERK_ROWS_TOKENS ? "tokens" : "logits", (int)PERK_ROW_STRIDE(x->cols));
     if (!stage) return;
     stage->work = PERK_WORK_ARRANGE;
     stage->operands[0] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);
@@ -243,20 +244,50 @@ static wide_deal deal_of(const perk_plan *plan, int tiles, int shares) {
     return deal;
 }
 
+static int tile_count(const perk_op *op, const linear_form *form) {
+    int64_t outputs = op->inputs[PERK_IN_WEIGHT]->rows / (form->gate ? 2 : 1);
+    return (int)perk_ceil_div((uint64_t)outputs, (uint64_t)form->tile_width);
+}
+
 /* The one that brings less from L2, which is what wide linears wait for. Where halves would leave nothing to the second
  * one, there are none. */
 static wide_deal choose_deal(const perk_lowering *l, const perk_op *op, const linear_form *form) {
     const perk_plan *plan = l->plan;
-    int64_t outputs = op->inputs[PERK_IN_WEIGHT]->rows / (form->gate ? 2 : 1);
-    int tiles = (int)perk_ceil_div((uint64_t)outputs, (uint64_t)form->tile_width);
+    int tiles = tile_count(op, form);
     wide_deal whole = deal_of(plan, tiles, 1);
     if (plan->device.worker_count < 2 || plan->config.max_num_batched_tokens <= plan->wide_tokens / 2) return whole;
     wide_deal halves = deal_of(plan, tiles, 2);
     return halves.bytes < whole.bytes ? halves : whole;
 }
 
+/* Batched linears wait for the stream: few passes over x, and none of a tile or two beside full ones. */
+static int batched_together(const perk_plan *plan, int tiles) {
+    int each = (int)perk_ceil_div((uint64_t)tiles, (uint64_t)plan->device.worker_count);
+    int passes = (each + PERK_WIDE_TILES - 1) / PERK_WIDE_TILES, rest = each % PERK_WIDE_TILES;
+    if (each <= PERK_WIDE_TILES / 2) return PERK_WIDE_TILES / 2;
+    return passes > 1 && (rest == 1 || rest == 2) ? (each + passes - 1) / passes : PERK_WIDE_TILES;
+}
+
+static perk_stage *begin_batched(perk_lowering *l, const perk_op *op, const linear_form *form) {
+    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
+    int together = batched_together(l->plan, tile_count(op, form));
+    arrange_input(l, op, form->x);
+    if (l->error.status != PERK_OK) return NULL;
+    perk_stage *stage = perk_lower_begin(
+        l, op, "",
+        "chunk = BatchedLinear<Rows::%s, %d, %d, %d, Epilogue::%s, Activation::%s, %s, %s>::run(worker, task, chunk);",
+        op->output->row_kind == PERK_ROWS_TOKENS ? "tokens" : "logits", (int)weight->cols, (int)weight->rows, together,
+        form->epilogue, perk_activation_name(form->activation), op->inputs[PERK_IN_BIAS] ? "true" : "false",
+        perk_lower_writes_input(l, form->out) ? "true" : "false");
+    if (!stage) return NULL;
+    stage->stream.together = together;
+    stage->stream.shares = 1;
+    return stage;
+}
+
 static perk_stage *begin_wide(perk_lowering *l, const perk_op *op, const linear_form *form) {
     const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
+    if (perk_plan_is_batched(l->plan)) return begin_batched(l, op, form);
     wide_deal deal = choose_deal(l, op, form);
     arrange_input(l, op, form->x);
     if (l->error.status != PERK_OK) return NULL;
