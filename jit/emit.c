@@ -88,7 +88,7 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
                        "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
                        "(const __grid_constant__ perk_kernel_args args) {\n"
                        "    perk::worker_main(args, [](perk::Worker &worker, const perk::TaskView &task, uint32_t "
-                       "chunk) { return perk::run_task(worker, task, chunk); });\n"
+                       "chunk) __attribute__((always_inline)) { return perk::run_task(worker, task, chunk); });\n"
                        "}\n");
     return source->failed ? perk_fail_memory(err, "the program's source") : PERK_OK;
 }

@@ -18,11 +18,13 @@ struct BatchedLinear {
     static constexpr uint32_t kGroupWarps = PERK_CONSUMER_WARPS / 2; // of a warpgroup
     using Output = WideOutput<kOut, kEpilogue, kActivation, kHasBias, kOutIsInput>;
     using Finish = typename Output::Finish;
+    using Outputs = typename Output::Outputs;
 
     // Tokens of a product, and of the half that is finished at a time.
     static constexpr uint32_t kColumns = program::wide_tokens, kPart = kColumns / 2;
     using Sums = float[kColumns / 2];
     using PartSums = float[kPart / 2];
+    using Residuals = typename Output::template Residuals<kPart / 8>;
 
     // What a warp does in one pass over the input: a row tile, or none, beside the others of its warpgroup.
     struct Pass {
@@ -31,6 +33,7 @@ struct BatchedLinear {
         bool has_tile;
         uint32_t tile;
         bool is_split; // both warpgroups have the same tiles, and take units in turn
+        __device__ __forceinline__ uint32_t step() const { return is_split ? 2 : 1; }
     };
 
     // ---- the products ----
@@ -38,6 +41,7 @@ struct BatchedLinear {
     // The left operand of a slice: four fragments.
     struct Weights {
         Vec16 of[4];
+        __device__ __forceinline__ uint32_t last() const { return of[1].w ^ of[3].w; } // the second block need not be
     };
 
     static __device__ __forceinline__ void load_weights(const Worker &w, const Pass &pass, uint32_t slot,
@@ -57,68 +61,96 @@ struct BatchedLinear {
     static __device__ __forceinline__ bool ends_slot(const Pass &pass, uint32_t slice) {
         return slice % pass.slot_slices == pass.slot_slices - 1 || slice == kSlices - 1;
     }
-    static __device__ __forceinline__ void wait_input(const Worker &w) {
-        wait_slot<false>(w, w.input_full(w.slices), w.slices / program::input_slots & 1, PERK_ROLE_INPUT_FULL,
-                         w.slices);
+    // A unit's slot of x.
+    static __device__ __forceinline__ void wait_input(const Worker &w, uint32_t unit) {
+        const uint32_t number = w.slices + unit;
+        wait_slot<false>(w, w.input_full(number), number / program::input_slots & 1, PERK_ROLE_INPUT_FULL, number);
+    }
+    static __device__ __forceinline__ void release_input(const Worker &w, uint32_t unit) {
+        mbarrier_arrive_after(w.input_empty(w.slices + unit), w.lane, 0);
+    }
+    static __device__ __forceinline__ void leave_input(const Worker &w, uint32_t unit) {
+        wait_input(w, unit);
+        release_input(w, unit);
     }
 
-    // Adds the products of one unit. Returns the chunk of the next.
-    static __device__ __forceinline__ uint32_t multiply_unit(const Worker &w, const Pass &pass, uint32_t unit,
-                                                             uint32_t chunk, Sums &sums) {
-        Weights weights[kUnitSlices];
+    // Loads a unit's weights, zeros where there are none: what is not defined on all ways keeps its registers through
+    // all tasks. Returns the chunk of the next.
+    static __device__ __forceinline__ uint32_t load_unit(const Worker &w, const Pass &pass, uint32_t unit,
+                                                         uint32_t chunk, Weights (&weights)[kUnitSlices]) {
 #pragma unroll
         for (uint32_t i = 0; i < kUnitSlices; i++) {
             const uint32_t slice = unit * kUnitSlices + i;
-            if (!is_there(slice)) break;
-            if (slice % pass.slot_slices == 0 || i == 0) wait_full(w, chunk);
+            if (slice < kSlices && (i == 0 || !pass.is_split)) wait_full(w, chunk);
             load_weights(w, pass, w.ring_slot(chunk), slice, weights[i]);
-            if (ends_slot(pass, slice))
-                release_chunk(w, chunk++,
-                              weights[i].of[1].w ^ weights[i].of[3].w); // the second block need not be there
+            if (slice < kSlices && ends_slot(pass, slice)) release_chunk(w, chunk++, weights[i].last());
         }
-        wait_input(w);
-        const uint64_t x = wgmma_operand(w.input_slot(w.slices));
+        return chunk;
+    }
+
+    // A unit whose weights are the other warpgroup's. Slots are given back by all warps, and none may do so before they
+    // are full: it could do it twice before others have done it once. What the warp has loaded before is in its
+    // products.
+    static __device__ __forceinline__ uint32_t leave_unit(const Worker &w, const Pass &pass, uint32_t unit,
+                                                          uint32_t chunk) {
+        const uint32_t slice = min(unit * kUnitSlices + kUnitSlices - 1, kSlices - 1); // a unit lies in one slot
+        if (!ends_slot(pass, slice)) return chunk;
+        wait_full(w, chunk);
+        release_chunk(w, chunk, 0);
+        return chunk + 1;
+    }
+
+    static __device__ __forceinline__ void begin_products(const Worker &w, uint32_t unit,
+                                                          const Weights (&weights)[kUnitSlices], Sums &sums) {
+        wait_input(w, unit);
+        const uint64_t x = wgmma_operand(w.input_slot(w.slices + unit));
         wgmma_fence();
 #pragma unroll
         for (uint32_t i = 0; i < kUnitSlices; i++) {
             if (!is_there(unit * kUnitSlices + i)) break;
 #pragma unroll
             for (uint32_t j = 0; j < 4; j++)
-                wgmma<kColumns>(sums, weights[i].of[j], x + i * (kColumns * PERK_SLICE_ROW_BYTES / 16) + j * 2);
+                wgmma<kColumns>(sums, weights[i].of[j], x + i * (SharedMap::slice_bytes / 16) + j * 2);
         }
         wgmma_commit();
+    }
+    static __device__ __forceinline__ void end_products(const Worker &w, uint32_t unit, Sums &sums) {
         wgmma_wait<0>();
         wgmma_keep(sums);
+        release_input(w, unit);
+    }
+
+    // Adds the products of a unit. While they are made, the weights of the warpgroup's next one are loaded.
+    static __device__ __forceinline__ uint32_t multiply_unit(const Worker &w, const Pass &pass, uint32_t unit,
+                                                             uint32_t chunk, const Weights (&weights)[kUnitSlices],
+                                                             Weights (&next)[kUnitSlices], Sums &sums) {
+        const bool has_other = pass.is_split && unit + 1 < kUnits;
+        begin_products(w, unit, weights, sums);
+        if (has_other) chunk = leave_unit(w, pass, unit + 1, chunk);
+        chunk = load_unit(w, pass, unit + pass.step(), chunk, next);
+        if (has_other) leave_input(w, unit + 1);
+        end_products(w, unit, sums);
         return chunk;
     }
 
-    // A unit of the other warpgroup. Slots are given back by all warps, and none may do so before they are full: it
-    // could do it twice before others have done it once.
-    static __device__ __forceinline__ uint32_t leave_unit(const Worker &w, const Pass &pass, uint32_t unit,
-                                                          uint32_t chunk) {
-#pragma unroll
-        for (uint32_t i = 0; i < kUnitSlices; i++) {
-            const uint32_t slice = unit * kUnitSlices + i;
-            if (!is_there(slice)) break;
-            if (!ends_slot(pass, slice)) continue;
-            wait_full(w, chunk);
-            release_chunk(w, chunk++, 0); // what the warp has loaded from it is in its products
-        }
-        wait_input(w);
-        return chunk;
-    }
-
+    // The products of a pass.
     static __device__ __forceinline__ uint32_t multiply(Worker &w, const Pass &pass, uint32_t chunk, Sums &sums) {
-        const uint32_t other = pass.is_split ? 1 - w.warp / kGroupWarps : 2; // who has unit % 2 for its own
-#pragma unroll 1
-        for (uint32_t unit = 0; unit < kUnits; unit++) {
-            if (unit % 2 != other)
-                chunk = multiply_unit(w, pass, unit, chunk, sums);
-            else
-                chunk = leave_unit(w, pass, unit, chunk);
-            mbarrier_arrive_after(w.input_empty(w.slices), w.lane, 0);
-            w.slices++;
+        uint32_t unit = pass.is_split ? w.warp / kGroupWarps : 0; // the warpgroup's first
+        Weights weights[kUnitSlices], next[kUnitSlices];
+        if (unit > 0) {
+            chunk = leave_unit(w, pass, 0, chunk);
+            leave_input(w, 0);
         }
+        chunk = load_unit(w, pass, unit, chunk, weights);
+#pragma unroll 1
+        while (unit < kUnits) {
+            chunk = multiply_unit(w, pass, unit, chunk, weights, next, sums);
+            unit += pass.step();
+            if (unit >= kUnits) break;
+            chunk = multiply_unit(w, pass, unit, chunk, next, weights, sums);
+            unit += pass.step();
+        }
+        w.slices += kUnits;
         return chunk;
     }
 
@@ -184,11 +216,15 @@ struct BatchedLinear {
         return pass;
     }
 
+    static __device__ __forceinline__ Residuals load_residuals(const Worker &w, const Finish &f, const Pass &pass,
+                                                               uint32_t part) {
+        return Residuals(Outputs(w, f, pass.tile, pass.has_tile, part * kPart), 0);
+    }
+
     // One part of the tokens.
     static __device__ __forceinline__ void finish(const Worker &w, const Finish &f, const Pass &pass, uint32_t part,
-                                                  const PartSums &sums,
-                                                  const typename Output::template Residuals<kPart / 8> &residuals) {
-        const typename Output::Outputs outputs(w, f, pass.tile, pass.has_tile, part * kPart);
+                                                  const PartSums &sums, const Residuals &residuals) {
+        const Outputs outputs(w, f, pass.tile, pass.has_tile, part * kPart);
 #pragma unroll
         for (uint32_t i = 0; i < kPart / 8; i++) {
             const float *sum = sums + i * 4;
@@ -205,11 +241,10 @@ struct BatchedLinear {
     // `tiles` of them from the worker's `first` on.
     static __device__ __forceinline__ uint32_t run_pass(Worker &w, const TaskView &task, uint32_t first, uint32_t tiles,
                                                         const Finish &f, uint32_t chunk) {
-        using Outputs = typename Output::Outputs;
-        using Residuals = typename Output::template Residuals<kPart / 8>;
         const Pass pass = make_pass(w, task, first, tiles);
         uint32_t part = pass.is_split ? w.warp / kGroupWarps : 0;
-        Residuals residuals(Outputs(w, f, pass.tile, pass.has_tile, part * kPart), 0); // early: in flight meanwhile
+        const uint32_t end = pass.is_split ? part + 1 : 2;
+        Residuals residuals = load_residuals(w, f, pass, part); // early: in flight while the products are made
         Sums sums = {};
         PartSums mine;
         chunk = multiply(w, pass, chunk, sums);
@@ -218,15 +253,14 @@ struct BatchedLinear {
             take_part(sums, 1 - part, mine);
             give_part(w, mine);
             named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-            take_part(sums, part, mine);
-            add_given(w, mine);
-            finish(w, f, pass, part, mine, residuals);
-            return chunk;
         }
-        take_part(sums, 0, mine);
-        finish(w, f, pass, 0, mine, residuals);
-        take_part(sums, 1, mine);
-        finish(w, f, pass, 1, mine, Residuals(Outputs(w, f, pass.tile, pass.has_tile, kPart), 0));
+#pragma unroll 1
+        for (; part < end; part++) {
+            take_part(sums, part, mine);
+            if (pass.is_split) add_given(w, mine);
+            finish(w, f, pass, part, mine, residuals);
+            if (part + 1 < end) residuals = load_residuals(w, f, pass, part + 1);
+        }
         return chunk;
     }
 

@@ -10,13 +10,13 @@
 
 /* The ring keeps at least this many slots, if shared memory allows: 8 x 16 KB is about 6 us of stream on an H100. */
 enum { RING_SLOTS_WANTED = 8, RING_SLOTS_MIN = 3, RING_SLOTS_MAX = 12, SLOT_BYTES = PERK_CHUNK_BYTES + 16 };
-enum { MAX_ROWS = 64 };            /* rows of x that one pass over the weights serves with mma */
-enum { MIN_WIDE_TOKENS = 9 };      /* from so many on wgmma is worth it, */
-enum { MAX_WIDE_TOKENS = 256 };    /* and serves so many */
-enum { INPUT_BYTES = 96 << 10 };   /* slices of inputs of wide linears: three of 256 tokens, */
-enum { BATCHED_COLUMNS = 16 };     /* and of batched ones, for multiples of so many tokens: what the ring leaves, */
-enum { BATCHED_INPUT_SLOTS = 12 }; /* but not more than it takes to have enough under way */
-enum { SPACE_ALIGNMENT = 256 };    /* operands are addressed in units of 256 bytes */
+enum { MAX_ROWS = 64 };          /* rows of x that one pass over the weights serves with mma */
+enum { MIN_WIDE_TOKENS = 9 };    /* from so many on wgmma is worth it, */
+enum { MAX_WIDE_TOKENS = 256 };  /* and serves so many */
+enum { INPUT_BYTES = 96 << 10 }; /* slices of inputs of wide linears: three of 256 tokens, */
+enum { BATCHED_COLUMNS = 16 };   /* and of batched ones, for multiples of so many tokens: what the ring leaves, */
+enum { BATCHED_INPUT_BYTES = 64 << 10 }; /* but not much more than it takes to have enough under way */
+enum { SPACE_ALIGNMENT = 256 };          /* operands are addressed in units of 256 bytes */
 
 int perk_linear_staged_bytes(int rows, int64_t cols) {
     return (int)perk_round_up((uint64_t)cols, PERK_BLOCK_COLS * PERK_CONSUMER_WARPS) * 2 * rows;
@@ -450,9 +450,11 @@ static perk_status plan_shared_memory(perk_lowering *l) {
     }
     int batch = perk_plan_batch_shared_bytes(plan);
     int fixed = reduction + batch + PERK_TASK_SLOTS_BYTES, room = plan->device.shared_memory - fixed;
-    if (perk_plan_is_batched(plan))
-        plan->input_slots = PERK_MAX(
-            2, PERK_MIN(BATCHED_INPUT_SLOTS, (room - RING_SLOTS_WANTED * SLOT_BYTES) / input_slot_bytes(plan)));
+    if (perk_plan_is_batched(plan)) {
+        int most = (room - RING_SLOTS_WANTED * SLOT_BYTES) / input_slot_bytes(plan);
+        int enough = PERK_MAX(5, BATCHED_INPUT_BYTES / input_slot_bytes(plan));
+        plan->input_slots = PERK_MAX(3, PERK_MIN(enough, most));
+    }
     fixed += plan->input_slots * input_slot_bytes(plan);
     room = plan->device.shared_memory - fixed;
     int slots_wanted = PERK_MIN(RING_SLOTS_WANTED, PERK_MAX(RING_SLOTS_MIN, room * 3 / 4 / SLOT_BYTES));
