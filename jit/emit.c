@@ -144,7 +144,7 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
         record.stream_tiles = (uint32_t)stage->stream.tile_count;
         record.stream_blocks = (uint32_t)stage->stream.blocks_per_tile;
         record.stream_together = (uint32_t)stage->stream.together;
-        record.share_tokens = (uint32_t)(plan->wide_tokens / PERK_MAX(1, stage->stream.shares));
+        record.share_tokens = (uint32_t)stage->stream.share_tokens;
         bool is_of_tokens = plan->graph->ops[stage->op]->output->row_kind == PERK_ROWS_TOKENS;
         record.rows_word = is_of_tokens ? PERK_BATCH_NUM_TOKENS : PERK_BATCH_NUM_LOGIT_ROWS;
     }

@@ -133,8 +133,8 @@ struct WideOutput {
     }
 };
 
-template <uint32_t kIn, uint32_t kOut, uint32_t kTogether, uint32_t kShares, Epilogue kEpilogue, Activation kActivation,
-          bool kHasBias, bool kOutIsInput>
+template <uint32_t kIn, uint32_t kOut, uint32_t kTogether, uint32_t kShareTokens, Epilogue kEpilogue,
+          Activation kActivation, bool kHasBias, bool kOutIsInput>
 struct WideLinear {
     static constexpr uint32_t kBlocks = (kIn + PERK_BLOCK_COLS - 1) / PERK_BLOCK_COLS; // of a tile
     static constexpr uint32_t kSlices = (kBlocks + PERK_SLICE_BLOCKS - 1) / PERK_SLICE_BLOCKS;
@@ -217,17 +217,17 @@ struct WideLinear {
     // `tiles` of them from the worker's `first` on.
     static __device__ __forceinline__ uint32_t run_pass(Worker &w, const TaskView &task, uint32_t first, uint32_t tiles,
                                                         const Finish &f, uint32_t chunk) {
-        constexpr bool kIsHalf = kShares == 2; // of the tokens: one part for all
+        constexpr bool kIsHalf = kShareTokens == kPartColumns; // one part for both warpgroups
         const uint32_t places = kIsHalf || tiles > PERK_WIDE_TILES / 2 ? PERK_WIDE_TILES : PERK_WIDE_TILES / 2;
-        const uint32_t unit = task.first(), share = kIsHalf && unit >= Output::kTiles ? 1 : 0;
+        const uint32_t unit = task.first(), share = unit / Output::kTiles, share_token = share * kShareTokens;
         Pass pass;
         pass.slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
         pass.has_tile = w.warp % places < tiles;
         pass.place = min(w.warp % places, tiles - 1);
         pass.tile = unit - share * Output::kTiles + (first + pass.place) * task.stride();
-        pass.parts = !kIsHalf && places == PERK_WIDE_TILES && f.rows > kPartColumns ? 2 : 1;
+        pass.parts = !kIsHalf && places == PERK_WIDE_TILES && f.rows > share_token + kPartColumns ? 2 : 1;
         pass.first_row = w.warp / places * kPartColumns;
-        pass.first_token = pass.first_row + share * kPartColumns;
+        pass.first_token = pass.first_row + share_token;
         float sums[2][kPartColumns / 2] = {};
         chunk = multiply(w, pass, chunk, sums);
 #pragma unroll
@@ -243,6 +243,7 @@ struct WideLinear {
                        w.args.activations + task.operand(kOutput), w.num_tokens(), nullptr};
         const uint32_t count = task.count();
         await_inputs(w, task);
+        if (!has_share(task.first() / Output::kTiles * kShareTokens, f.rows)) return chunk;
 #pragma unroll 1
         for (uint32_t first = 0; first < count; first += kTogether) {
             const uint32_t tiles = min(kTogether, count - first);

@@ -275,6 +275,7 @@ struct StreamTask {
     uint32_t base, tiles, blocks; // packed weights of the stage; tiles 0: it streams nothing
 #if PERK_WIDE
     uint32_t together; // tiles side by side, of a wide linear
+    uint32_t share_tokens;
 #endif
 };
 __device__ __forceinline__ StreamTask load_stream_task(const Worker &w, uint32_t position) {
@@ -284,6 +285,7 @@ __device__ __forceinline__ StreamTask load_stream_task(const Worker &w, uint32_t
                     __ldg(&record->stream_blocks)};
 #if PERK_WIDE
     task.together = __ldg(&record->stream_together);
+    task.share_tokens = __ldg(&record->share_tokens);
 #endif
     return task;
 }
@@ -305,8 +307,15 @@ __device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTas
 }
 
 #if PERK_WIDE
+// A wide linear's task works on a share of the program's tokens. Where a step is so short that it has none of them, all
+// roles pass the task over; the first share is always worked on.
+__device__ __forceinline__ bool has_share(uint32_t first_token, uint32_t rows) {
+    return first_token == 0 || first_token < rows;
+}
+
 // Streams up to `together` tiles of one stage side by side, and then the next so many: a lane copies for a tile.
 __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
+    if (!has_share(task.lane_in_round / task.tiles * task.share_tokens, w.num_tokens())) return chunk;
     for (uint32_t first = 0; first < task.rounds; first += task.together) {
         const uint32_t tiles = min(task.together, task.rounds - first), slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
         const uint32_t unit = task.lane_in_round + (first + min(w.lane, tiles - 1)) * task.workers;
@@ -367,7 +376,8 @@ __device__ __forceinline__ void feed_task(Worker &w, const perk_task_record *rec
     const uint32_t slices = (__ldg(&record->stream_blocks) + PERK_SLICE_BLOCKS - 1) / PERK_SLICE_BLOCKS;
     const uint32_t share_tokens = __ldg(&record->share_tokens);
     const uint32_t first_token = __ldg(&record->first) / __ldg(&record->stream_tiles) * share_tokens;
-    const uint32_t bytes = (rows > first_token ? min(rows - first_token, share_tokens) : 0) * PERK_SLICE_ROW_BYTES;
+    if (!has_share(first_token, rows)) return;
+    const uint32_t bytes = min(rows - first_token, share_tokens) * PERK_SLICE_ROW_BYTES; // of no rows: 0
     input += first_token * PERK_SLICE_ROW_BYTES;
     for (uint32_t first = 0; first < __ldg(&record->count); first += __ldg(&record->stream_together))
         for (uint32_t s = 0; s < slices; s += program::slot_slices, w.slices++) {

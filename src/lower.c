@@ -10,9 +10,10 @@
 
 /* The ring keeps at least this many slots, if shared memory allows: 8 x 16 KB is about 6 us of stream on an H100. */
 enum { RING_SLOTS_WANTED = 8, RING_SLOTS_MIN = 3, RING_SLOTS_MAX = 12, SLOT_BYTES = PERK_CHUNK_BYTES + 16 };
-enum { MAX_ROWS = 64 };          /* rows of x that one pass over the weights serves with mma */
-enum { MIN_WIDE_TOKENS = 9 };    /* from so many on wgmma is worth it, */
-enum { MAX_WIDE_TOKENS = 256 };  /* and serves so many */
+enum { MAX_ROWS = 64 };         /* rows of x that one pass over the weights serves with mma */
+enum { MIN_WIDE_TOKENS = 9 };   /* from so many on wgmma is worth it, */
+enum { MAX_WIDE_TOKENS = 256 }; /* and serves so many at once; a step may have */
+enum { MAX_STEP_TOKENS = 1024 };
 enum { INPUT_BYTES = 96 << 10 }; /* slices of inputs of wide linears: three of 256 tokens, */
 enum { BATCHED_COLUMNS = 16 };   /* and of batched ones, for multiples of so many tokens: what the ring leaves, */
 enum { BATCHED_INPUT_BYTES = 64 << 10 }; /* but not much more than it takes to have enough under way */
@@ -727,14 +728,14 @@ static perk_status sort_by_worker(perk_lowering *l) {
 static perk_status check_limits(perk_lowering *l) {
     const perk_config *config = &l->plan->config;
     bool is_wide = has_wgmma(&l->plan->device);
-    int most = is_wide ? MAX_WIDE_TOKENS : MAX_ROWS;
+    int most = is_wide ? MAX_STEP_TOKENS : MAX_ROWS;
     if (config->max_num_batched_tokens > most || config->max_num_logit_rows > MAX_ROWS)
         return perk_fail(
             &l->error, PERK_UNSUPPORTED,
             "max_num_batched_tokens %d, max_num_logit_rows %d: a step of %s%s takes at most %d rows%s, and "
             "logits of at most %d; longer prompts enter in chunks",
             config->max_num_batched_tokens, config->max_num_logit_rows, l->plan->device.arch,
-            l->plan->device.portable ? ", portable," : "", most, is_wide ? "" : " (sm_90a, not portable: 256)",
+            l->plan->device.portable ? ", portable," : "", most, is_wide ? "" : " (sm_90a, not portable: 1024)",
             (int)MAX_ROWS);
     if (l->plan->device.worker_count < 1 || l->graph->op_count < 1)
         return perk_fail(&l->error, PERK_INVALID_ARGUMENT, "a plan needs at least one worker and one op");

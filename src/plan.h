@@ -90,8 +90,9 @@ typedef struct perk_stream {
     int tile_count;      /* row tiles */
     int blocks_per_tile; /* 1 KB blocks of 16 rows x 32 columns */
     int together;        /* wide linears: a worker's tiles that are streamed side by side, at most; 0: one by one */
-    int shares;          /* wide linears: 2: each tile is streamed twice, unit tile for the first half of the tokens and
-                            unit tile_count + tile for the others; else 0 or 1 */
+    int shares;          /* wide linears: the step's tokens are cut in so many shares of share_tokens, and each tile is
+                            streamed once a share: unit share * tile_count + tile; else 0 */
+    int share_tokens;
 } perk_stream;
 
 enum { PERK_STAGE_OPERANDS = 6 };

@@ -167,7 +167,7 @@ static void each_tile_region(perk_lowering *l, int tensor, int width, const tile
 static void add_tiles(perk_lowering *l, const perk_stage *stage, int worker, int first, int stride, int share,
                       int tile_width) {
     int tiles = stage->stream.tile_count, rows = l->plan->tensors[stage->operands[IN]].rows;
-    int share_rows = stage->stream.shares == 2 ? l->plan->wide_tokens / 2 : rows;
+    int share_rows = stage->stream.shares > 1 ? stage->stream.share_tokens : rows;
     tile_run task = {.first = first,
                      .stride = stride,
                      .count = (tiles - first + stride - 1) / stride,
@@ -228,19 +228,20 @@ static void arrange_input(perk_lowering *l, const perk_op *op, const perk_tensor
     perk_lower_end(l);
 }
 
-/* How a wide linear is dealt: in whole tiles, or in halves of the tokens to half of the workers each. */
+/* How a wide linear is dealt: the tokens in shares, each to as many workers, in tiles. */
 typedef struct wide_deal {
-    int shares, together;
+    int shares, share_tokens, together;
     int64_t bytes; /* of weights and of x, that a worker gets for 64 columns */
 } wide_deal;
 
-static wide_deal deal_of(const perk_plan *plan, int tiles, int shares) {
+static wide_deal deal_of(const perk_plan *plan, int tiles, int share_tokens) {
+    int shares = (int)perk_ceil_div((uint64_t)plan->config.max_num_batched_tokens, (uint64_t)share_tokens);
     int each = (int)perk_ceil_div((uint64_t)tiles, (uint64_t)(plan->device.worker_count / shares));
-    wide_deal deal = {.shares = shares, .together = PERK_WIDE_TILES};
-    if (shares == 1 && each <= PERK_WIDE_TILES / 2) deal.together = PERK_WIDE_TILES / 2;
+    wide_deal deal = {.shares = shares, .share_tokens = share_tokens, .together = PERK_WIDE_TILES};
+    if (share_tokens == plan->wide_tokens && each <= PERK_WIDE_TILES / 2) deal.together = PERK_WIDE_TILES / 2;
     int64_t passes = (each + deal.together - 1) / deal.together;
-    deal.bytes = (int64_t)each * PERK_SLICE_BLOCKS * PERK_WEIGHT_BLOCK_BYTES +
-                 passes * plan->wide_tokens / shares * PERK_SLICE_ROW_BYTES;
+    deal.bytes =
+        (int64_t)each * PERK_SLICE_BLOCKS * PERK_WEIGHT_BLOCK_BYTES + passes * share_tokens * PERK_SLICE_ROW_BYTES;
     return deal;
 }
 
@@ -249,14 +250,15 @@ static int tile_count(const perk_op *op, const linear_form *form) {
     return (int)perk_ceil_div((uint64_t)outputs, (uint64_t)form->tile_width);
 }
 
-/* The one that brings less from L2, which is what wide linears wait for. Where halves would leave nothing to the second
- * one, there are none. */
+/* Shares of as many tokens as a slot of x holds, or of half of them: the one that brings less from L2, which is what
+ * wide linears wait for. */
 static wide_deal choose_deal(const perk_lowering *l, const perk_op *op, const linear_form *form) {
     const perk_plan *plan = l->plan;
-    int tiles = tile_count(op, form);
-    wide_deal whole = deal_of(plan, tiles, 1);
-    if (plan->device.worker_count < 2 || plan->config.max_num_batched_tokens <= plan->wide_tokens / 2) return whole;
-    wide_deal halves = deal_of(plan, tiles, 2);
+    int tiles = tile_count(op, form), half = plan->wide_tokens / 2;
+    wide_deal whole = deal_of(plan, tiles, plan->wide_tokens);
+    uint64_t halves_count = perk_ceil_div((uint64_t)plan->config.max_num_batched_tokens, (uint64_t)half);
+    if (halves_count == 1 || halves_count > (uint64_t)plan->device.worker_count) return whole;
+    wide_deal halves = deal_of(plan, tiles, half);
     return halves.bytes < whole.bytes ? halves : whole;
 }
 
@@ -282,6 +284,7 @@ static perk_stage *begin_batched(perk_lowering *l, const perk_op *op, const line
     if (!stage) return NULL;
     stage->stream.together = together;
     stage->stream.shares = 1;
+    stage->stream.share_tokens = l->plan->wide_tokens;
     return stage;
 }
 
@@ -294,12 +297,13 @@ static perk_stage *begin_wide(perk_lowering *l, const perk_op *op, const linear_
     perk_stage *stage = perk_lower_begin(
         l, op, "",
         "chunk = WideLinear<%d, %d, %d, %d, Epilogue::%s, Activation::%s, %s, %s>::run(worker, task, chunk);",
-        (int)weight->cols, (int)weight->rows, deal.together, deal.shares, form->epilogue,
+        (int)weight->cols, (int)weight->rows, deal.together, deal.share_tokens, form->epilogue,
         perk_activation_name(form->activation), op->inputs[PERK_IN_BIAS] ? "true" : "false",
         perk_lower_writes_input(l, form->out) ? "true" : "false");
     if (!stage) return NULL;
     stage->stream.together = deal.together;
     stage->stream.shares = deal.shares;
+    stage->stream.share_tokens = deal.share_tokens;
     return stage;
 }
 
