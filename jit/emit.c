@@ -70,8 +70,8 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
     for (size_t i = 0; i < PERK_COUNT(constants); i++)
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
     if (plan->wide_tokens > 0)
-        perk_buffer_printf(out, "constexpr uint32_t wide_tokens = %d, input_slots = %d;\n", plan->wide_tokens,
-                           plan->input_slots);
+        perk_buffer_printf(out, "constexpr uint32_t wide_tokens = %d, input_slots = %d, slot_slices = %d;\n",
+                           plan->wide_tokens, plan->input_slots, plan->slot_slices);
     perk_buffer_printf(out, "constexpr bool waits_are_limited = %s, has_experts = %s, many_steps = %s;\n",
                        plan->unlimited_waits ? "false" : "true", has_experts ? "true" : "false",
                        plan->many_steps ? "true" : "false");
@@ -105,15 +105,16 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
     emit_constants(plan, source);
     perk_buffer_printf(source,
                        "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
-                       "#include \"linear.cuh\"\n%s#include \"attention.cuh\"\n#include \"moe.cuh\"\n%s\n",
+                       "#include \"linear.cuh\"\n%s%s#include \"attention.cuh\"\n#include \"moe.cuh\"\n%s\n",
                        plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "",
+                       perk_plan_is_batched(plan) ? "#include \"batched.cuh\"\n" : "",
                        plan->many_steps ? "#include \"mail.h\"\n#include \"many_steps.cuh\"\n" : "");
     emit_switch(plan, source);
     perk_buffer_printf(source,
                        "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
                        "(const __grid_constant__ perk_kernel_args args) {\n"
                        "    perk::%s(args, [](perk::Worker &worker, const perk::TaskView &task, uint32_t "
-                       "chunk) { return perk::run_task(worker, task, chunk); });\n"
+                       "chunk) __attribute__((always_inline)) { return perk::run_task(worker, task, chunk); });\n"
                        "}\n",
                        plan->many_steps ? "many_steps_main" : "worker_main");
     return source->failed ? perk_fail_memory(err, "the program's source") : PERK_OK;
@@ -170,7 +171,9 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
         record.stream_tiles = (uint32_t)stage->stream.tile_count;
         record.stream_blocks = (uint32_t)stage->stream.blocks_per_tile;
         record.stream_together = (uint32_t)stage->stream.together;
-        record.share_tokens = (uint32_t)(plan->wide_tokens / PERK_MAX(1, stage->stream.shares));
+        record.share_tokens = (uint32_t)stage->stream.share_tokens;
+        bool is_of_tokens = plan->graph->ops[stage->op]->output->row_kind == PERK_ROWS_TOKENS;
+        record.rows_word = is_of_tokens ? PERK_BATCH_NUM_TOKENS : PERK_BATCH_NUM_LOGIT_ROWS;
     }
     if (stage->stream.tensor >= 0 && stage->stream.deal != PERK_DEAL_NONE) {
         record.routing_experts = (uint32_t)stage->stream.experts;

@@ -70,17 +70,19 @@ enum { PERK_ROUTING_HITS = 0, PERK_ROUTING_HEADER = 4 };
     (PERK_ROUTING_HEADER + 2 * (hits) + 1 + 2 * (pairs)) /* at most so many of each */
 
 /* ---- inputs of wide linears ----
- * A program for more than 64 tokens a step multiplies whole slices of 64 columns of its linears' inputs, as wgmma takes
- * them. Such an input lies in memory as it will lie in shared memory, so that one copy brings a slice: slice after
- * slice, in a slice a row of 128 bytes for each of the program's tokens. Columns of a block of 32 are dealt as those of
- * the weights are: lane q's j-th pair is the q-th word of the j-th 16 bytes of the block's 64. Of the eight 16 bytes of
- * a row, number i stands at i ^ row % 8: the 128-byte swizzle, which keeps the banks of shared memory apart.
+ * Programs for more than 8 tokens a step multiply whole slices of 64 columns of their linears' inputs, as wgmma takes
+ * them, on GPUs that have it. Such an input lies in memory as it will lie in shared memory, so that one copy brings a
+ * slice: slice after slice, in a slice a row of 128 bytes for each of the program's tokens. Columns of a block of 32
+ * are dealt as those of the weights are: lane q's j-th pair is the q-th word of the j-th 16 bytes of the block's 64. Of
+ * the eight 16 bytes of a row, number i stands at i ^ row % 8: the 128-byte swizzle, which keeps the banks of shared
+ * memory apart.
  */
 enum {
     PERK_SLICE_COLS = 64,
     PERK_SLICE_BLOCKS = 2,
     PERK_SLICE_ROW_BYTES = 128,
-    PERK_WIDE_TILES = 8, /* row tiles that a worker may work on at once: one a consumer warp */
+    PERK_WIDE_TILES = 8,          /* row tiles that a worker may work on at once: one a consumer warp */
+    PERK_BATCHED_SLOT_SLICES = 2, /* of x in a slot of shared memory, in programs for at most 64 tokens */
 };
 /* Tiles that are worked on at once share ring slots: so many blocks of each are in one. */
 #define PERK_WIDE_SLOT_BLOCKS(tiles) ((tiles) > 4 ? 2 : (tiles) > 2 ? 4 : (tiles) > 1 ? 8 : 16)
@@ -122,6 +124,7 @@ typedef struct perk_task_record {
                                          other */
             uint32_t share_tokens;    /* wide linears: unit u is row tile u % stream_tiles for the tokens from
                                          u / stream_tiles * share_tokens on, so many of them */
+            uint32_t rows_word;       /* batched linears: which word of the batch has the number of rows */
         };
         /* Where the weights are those of experts: stream_tiles are those of one expert, and the step's routing says
          * whose the task's units are. */

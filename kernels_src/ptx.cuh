@@ -311,9 +311,10 @@ __device__ __forceinline__ void wgmma_keep(float (&sums)[kSums]) {
 template <uint32_t kColumns>
 __device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const Vec16 &a, uint64_t b);
 
-#define PERK_REGISTERS_32                                                                                              \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                           \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PERK_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define PERK_REGISTERS_16 PERK_REGISTERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define PERK_REGISTERS_24 PERK_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define PERK_REGISTERS_32 PERK_REGISTERS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define PERK_REGISTERS_64                                                                                              \
     PERK_REGISTERS_32 ", "                                                                                             \
                       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "               \
@@ -321,7 +322,9 @@ __device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const Vec16 &
 #define PERK_SUMS_8(i)                                                                                                 \
     "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]),      \
         "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define PERK_SUMS_32(i) PERK_SUMS_8(i), PERK_SUMS_8(i + 8), PERK_SUMS_8(i + 16), PERK_SUMS_8(i + 24)
+#define PERK_SUMS_16(i) PERK_SUMS_8(i), PERK_SUMS_8(i + 8)
+#define PERK_SUMS_24(i) PERK_SUMS_16(i), PERK_SUMS_8(i + 16)
+#define PERK_SUMS_32(i) PERK_SUMS_24(i), PERK_SUMS_8(i + 24)
 #define PERK_SUMS_64(i) PERK_SUMS_32(i), PERK_SUMS_32(i + 32)
 // Behind the sums: the left operand, the right one.
 #define PERK_WGMMA(columns, count, a0, a1, a2, a3, b)                                                                  \
@@ -333,6 +336,9 @@ __device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const Vec16 &
                      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(operand)                                            \
                      : "memory");                                                                                      \
     }
+PERK_WGMMA(16, 8, "%8", "%9", "%10", "%11", "%12")
+PERK_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20")
+PERK_WGMMA(48, 24, "%24", "%25", "%26", "%27", "%28")
 PERK_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
 PERK_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68")
 

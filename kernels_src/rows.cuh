@@ -31,9 +31,9 @@ __device__ __forceinline__ void store_wide8(uint8_t *out, uint32_t row, uint32_t
 
 // Rows to an input, where whoever writes them cannot do so itself. A task copies the column groups of 8 first, first +
 // stride, ... of every row. Operands: 0 rows, 1 the input.
-template <uint32_t kStride>
+template <Rows kRows, uint32_t kStride>
 __device__ void arrange_input(Worker &w, const TaskView &task) {
-    const uint32_t rows = w.num_tokens(), first = task.first(), stride = task.stride(), count = task.count();
+    const uint32_t rows = row_count<kRows>(w), first = task.first(), stride = task.stride(), count = task.count();
     const uint8_t *x = w.args.activations + task.operand(0);
     uint8_t *out = w.args.activations + task.operand(1);
     await_inputs(w, task);

@@ -18,7 +18,8 @@ struct SharedMap {
     static constexpr uint32_t ring = 0;
     static constexpr uint32_t inputs = program::ring_slots * PERK_CHUNK_BYTES;
 #if PERK_WIDE
-    static constexpr uint32_t input_bytes = program::wide_tokens * PERK_SLICE_ROW_BYTES; // of a slot
+    static constexpr uint32_t slice_bytes = program::wide_tokens * PERK_SLICE_ROW_BYTES;
+    static constexpr uint32_t input_bytes = program::slot_slices * slice_bytes; // of a slot
     static constexpr uint32_t staging = inputs + program::input_slots * input_bytes;
 #else
     static constexpr uint32_t staging = inputs;
@@ -37,6 +38,9 @@ struct SharedMap {
     static constexpr uint32_t bytes = barriers + 2 * 8 * program::ring_slots;
 #endif
 };
+#if PERK_WIDE
+static_assert(program::slot_slices <= 2, "the feeder copies one slice or two into a slot");
+#endif
 static_assert(SharedMap::bytes <= program::shared_bytes, "the plan and the kernel disagree about shared memory");
 
 struct Worker {
@@ -46,7 +50,7 @@ struct Worker {
     uint32_t position; // of the running task in the worker's list
     uint32_t laps = 0; // of the list that the producer has streamed in a launch of many steps
 #if PERK_WIDE
-    uint32_t slices = 0; // of inputs of wide linears, that this role has come by
+    uint32_t slices = 0; // of inputs of wide linears, that this role has come by: slots of them
 #endif
 
     __device__ __forceinline__ uint32_t index() const { return blockIdx.x; } // of this worker
@@ -243,24 +247,25 @@ __device__ __forceinline__ void await_begin(const Worker &w, uint32_t chunk) {
 // critical path (counters, activations); but more for a worker whose consumers have read nearly all that it has, so
 // that those who are behind get more of the bandwidth, and all reach the end of a stage together. docs/performance.md
 // has the measurements.
-__device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
+__device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk, uint32_t in_flight) {
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
     // Where all lanes copy, share what they know of experts, or vote on the end of a launch of many steps, one that
     // decides otherwise would leave the others waiting for it.
     if (PERK_PORTABLE || program::has_experts || program::many_steps) is_behind = __any_sync(0xffffffffu, is_behind);
-    if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
+    if (!is_behind) wait_full<true>(w, chunk - in_flight);
 }
 
 // Until the chunk's slot may be filled.
-__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk) {
+__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk,
+                                           uint32_t in_flight = program::chunks_in_flight) {
     const uint32_t round = chunk / program::ring_slots;
     if (program::many_steps && round > 0)
         await_room(w, chunk, (round - 1) & 1);
     else if (round > 0)
         wait_slot<true>(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
-    await_flight(w, chunk);
+    await_flight(w, chunk, in_flight);
 }
 
 // Starts the copy of one chunk.
@@ -322,6 +327,7 @@ struct StreamTask {
     uint32_t base, tiles, blocks; // packed weights of the stage; tiles 0: it streams nothing
 #if PERK_WIDE
     uint32_t together; // tiles side by side, of a wide linear
+    uint32_t share_tokens;
 #endif
 };
 __device__ __forceinline__ StreamTask load_stream_task(const Worker &w, uint32_t position) {
@@ -331,6 +337,7 @@ __device__ __forceinline__ StreamTask load_stream_task(const Worker &w, uint32_t
                     __ldg(&record->stream_blocks)};
 #if PERK_WIDE
     task.together = __ldg(&record->stream_together);
+    task.share_tokens = __ldg(&record->share_tokens);
 #endif
     return task;
 }
@@ -409,8 +416,24 @@ __device__ __forceinline__ uint32_t stream_experts(const Worker &w, const Stream
 }
 
 #if PERK_WIDE
+// A wide linear's task works on a share of the program's tokens. Where a step is so short that it has none of them, all
+// roles pass the task over; the first share is always worked on.
+__device__ __forceinline__ bool has_share(uint32_t first_token, uint32_t rows) {
+    return first_token == 0 || first_token < rows;
+}
+
+// For roles that do not pass the gate of a step of many: the batch that shared memory has may be the one before.
+__device__ __forceinline__ uint32_t rows_of_batch(const Worker &w, uint32_t word) {
+    return program::many_steps ? load_coherent4(w.args.batch + word) : w.batch_word(word);
+}
+
 // Streams up to `together` tiles of one stage side by side, and then the next so many: a lane copies for a tile.
 __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
+    const uint32_t first_token = task.lane_in_round / task.tiles * task.share_tokens;
+    if (first_token > 0) {
+        await_begin(w, chunk); // how many tokens it has
+        if (!has_share(first_token, rows_of_batch(w, PERK_BATCH_NUM_TOKENS))) return chunk;
+    }
     for (uint32_t first = 0; first < task.rounds; first += task.together) {
         const uint32_t tiles = min(task.together, task.rounds - first), slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
         const uint32_t unit = task.lane_in_round + (first + min(w.lane, tiles - 1)) * task.workers;
@@ -418,12 +441,15 @@ __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const Stre
         const uint32_t round = tile / gridDim.x, lane_in_round = tile % gridDim.x;
         const uint32_t width = min(gridDim.x, task.tiles - round * gridDim.x);
         const uint32_t base = task.base + round * gridDim.x * task.blocks; // in blocks
+        // Where the stream is all that takes time, slots that are not full make up for it by their number.
+        const bool is_small = program::slot_slices > 1 && tiles * slot_blocks < PERK_CHUNK_BLOCKS;
+        const uint32_t in_flight = program::chunks_in_flight + is_small;
         for (uint32_t block = 0; block < task.blocks; block += slot_blocks, chunk++) {
             const uint32_t in_chunk = block % PERK_CHUNK_BLOCKS, chunk_begin = block - in_chunk;
             const uint32_t chunk_blocks = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - chunk_begin);
             const uint32_t place = base + width * chunk_begin + lane_in_round * chunk_blocks + in_chunk;
             const uint32_t bytes = min(slot_blocks, task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
-            await_room(w, chunk);
+            await_room(w, chunk, in_flight);
             if (w.lane == 0) mbarrier_arrive_expect(w.full_barrier(chunk), bytes * tiles);
             __syncwarp();
             if (w.lane < tiles)
@@ -466,23 +492,29 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
 
 #if PERK_WIDE
 // Brings the slices of a wide linear's input, as often as it goes over them: once for all tiles that it works on
-// together. `rows` are the step's tokens.
+// together. `rows` are those that the step has.
 __device__ __forceinline__ void feed_task(Worker &w, const perk_task_record *record, uint32_t rows) {
     const uint8_t *input = w.args.activations + uint64_t(__ldg(&record->operand[0])) * 256;
     const uint32_t slices = (__ldg(&record->stream_blocks) + PERK_SLICE_BLOCKS - 1) / PERK_SLICE_BLOCKS;
     const uint32_t share_tokens = __ldg(&record->share_tokens);
     const uint32_t first_token = __ldg(&record->first) / __ldg(&record->stream_tiles) * share_tokens;
-    const uint32_t bytes = (rows > first_token ? min(rows - first_token, share_tokens) : 0) * PERK_SLICE_ROW_BYTES;
+    if (!has_share(first_token, rows)) return;
+    const uint32_t bytes = min(rows - first_token, share_tokens) * PERK_SLICE_ROW_BYTES; // of no rows: 0
     input += first_token * PERK_SLICE_ROW_BYTES;
     for (uint32_t first = 0; first < __ldg(&record->count); first += __ldg(&record->stream_together))
-        for (uint32_t s = 0; s < slices; s++, w.slices++) {
+        for (uint32_t s = 0; s < slices; s += program::slot_slices, w.slices++) {
             const uint32_t turn = w.slices / program::input_slots;
             if (turn > 0) wait_slot<true>(w, w.input_empty(w.slices), (turn - 1) & 1, PERK_ROLE_INPUT_EMPTY, w.slices);
+            const bool has_second = program::slot_slices > 1 && s + 1 < slices; // in the slot
             if (w.lane == 0) {
-                mbarrier_arrive_expect(w.input_full(w.slices), bytes);
+                mbarrier_arrive_expect(w.input_full(w.slices), has_second ? bytes * 2 : bytes);
                 if (bytes > 0)
                     copy_bulk(w.input_slot(w.slices), input + uint64_t(s) * program::max_tokens * PERK_SLICE_ROW_BYTES,
                               bytes, w.input_full(w.slices));
+                if (has_second && bytes > 0)
+                    copy_bulk(w.input_slot(w.slices) + SharedMap::slice_bytes,
+                              input + uint64_t(s + 1) * program::max_tokens * PERK_SLICE_ROW_BYTES, bytes,
+                              w.input_full(w.slices));
             }
             __syncwarp();
         }
@@ -500,7 +532,7 @@ __device__ __forceinline__ void feed(Worker &w) {
         __syncwarp();
         fence_copies();
         feed_task(w, record,
-                  program::many_steps ? load_coherent4(w.args.batch + PERK_BATCH_NUM_TOKENS) : w.num_tokens());
+                  rows_of_batch(w, program::slot_slices > 1 ? __ldg(&record->rows_word) : PERK_BATCH_NUM_TOKENS));
     }
 }
 #endif

@@ -107,8 +107,10 @@ static perk_status check_stream(const perk_plan *plan, const perk_stage *stage, 
     if (stream->together < 0 || stream->together > PERK_WIDE_TILES || (stream->together > 0 && plan->wide_tokens == 0))
         return UNSAFE(err, "stage %.*s: %d tiles cannot be streamed side by side", NAME_LENGTH, stage->name,
                       stream->together);
-    if (stream->shares < 0 || stream->shares > 2 || (stream->shares > 0 && stream->together == 0))
-        return UNSAFE(err, "stage %.*s: %d shares of the tokens", NAME_LENGTH, stage->name, stream->shares);
+    if ((stream->shares > 0) != (stream->together > 0) || stream->shares < 0 || stream->share_tokens < 0 ||
+        (stream->shares > 0 && (int64_t)stream->shares * stream->share_tokens < plan->config.max_num_batched_tokens))
+        return UNSAFE(err, "stage %.*s: %d shares of %d tokens", NAME_LENGTH, stage->name, stream->shares,
+                      stream->share_tokens);
     if (stream->tensor == -1 && stream->together == 0) return PERK_OK;
     if (stream->tensor < 0 || stream->tensor >= plan->tensor_count)
         return UNSAFE(err, "stage %.*s: it streams tensor %d of %d", NAME_LENGTH, stage->name, stream->tensor,

@@ -10,10 +10,14 @@
 
 /* The ring keeps at least this many slots, if shared memory allows: 8 x 16 KB is about 6 us of stream on an H100. */
 enum { RING_SLOTS_WANTED = 8, RING_SLOTS_MIN = 3, RING_SLOTS_MAX = 12, SLOT_BYTES = PERK_CHUNK_BYTES + 16 };
-enum { MAX_ROWS = 64 };          /* rows of x that one pass over the weights serves with mma */
-enum { MAX_WIDE_TOKENS = 256 };  /* and with wgmma */
-enum { INPUT_BYTES = 96 << 10 }; /* slices of inputs of wide linears: three of 256 tokens */
-enum { SPACE_ALIGNMENT = 256 };  /* operands are addressed in units of 256 bytes */
+enum { MAX_ROWS = 64 };         /* rows of x that one pass over the weights serves with mma */
+enum { MIN_WIDE_TOKENS = 9 };   /* from so many on wgmma is worth it, */
+enum { MAX_WIDE_TOKENS = 256 }; /* and serves so many at once; a step may have */
+enum { MAX_STEP_TOKENS = 1024 };
+enum { INPUT_BYTES = 96 << 10 }; /* slices of inputs of wide linears: three of 256 tokens, */
+enum { BATCHED_COLUMNS = 16 };   /* and of batched ones, for multiples of so many tokens: what the ring leaves, */
+enum { BATCHED_INPUT_BYTES = 64 << 10 }; /* but not much more than it takes to have enough under way */
+enum { SPACE_ALIGNMENT = 256 };          /* operands are addressed in units of 256 bytes */
 
 int perk_linear_staged_bytes(int rows, int64_t cols) {
     return (int)perk_round_up((uint64_t)cols, PERK_BLOCK_COLS * PERK_CONSUMER_WARPS) * 2 * rows;
@@ -155,8 +159,9 @@ int perk_lower_routing(perk_lowering *l, const perk_tensor *experts) {
 /* ---- inputs of wide linears ---- */
 
 bool perk_lower_is_wide(const perk_lowering *l, const perk_op *linear) {
-    return l->plan->wide_tokens > 0 && linear->type == &perk_op_linear &&
-           linear->output->row_kind == PERK_ROWS_TOKENS && linear->output->dtype == PERK_BF16;
+    if (l->plan->wide_tokens == 0 || linear->type != &perk_op_linear) return false;
+    return perk_plan_is_batched(l->plan) ||
+           (linear->output->row_kind == PERK_ROWS_TOKENS && linear->output->dtype == PERK_BF16);
 }
 
 static int find_wide_input(const perk_lowering *l, const perk_tensor *tensor, char name[96]) {
@@ -176,7 +181,8 @@ int perk_lower_wide_input(perk_lowering *l, const perk_tensor *tensor) {
     int index = find_wide_input(l, tensor, name);
     if (index >= 0 || l->error.status != PERK_OK) return index;
     perk_plan_tensor described =
-        describe_rows(PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, tensor), tensor->cols, PERK_BF16);
+        describe_rows(PERK_SPACE_ACTIVATIONS, l->plan->config.max_num_batched_tokens, tensor->cols, PERK_BF16);
+    described.rows = perk_lower_rows(l, tensor); /* a slice has room for all tokens */
     described.graph_tensor = -1;
     described.layout = PERK_LAYOUT_WIDE_INPUT;
     snprintf(described.name, sizeof described.name, "%s", name);
@@ -358,12 +364,11 @@ static bool norm_is_foldable(const perk_lowering *l, const perk_op *norm) {
     const perk_tensor *out = norm->output;
     int rows = perk_lower_rows(l, out), readers = 0;
     if (out->kept || perk_linear_staged_bytes(rows, out->cols) > l->staging_limit) return false;
-    if (l->plan->wide_tokens > 0 && out->row_kind == PERK_ROWS_TOKENS) return false; /* nobody stages there */
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
         for (int j = 0; j < PERK_OP_INPUTS_MAX; j++) {
             if (op->inputs[j] != out) continue;
-            if (!is_linear(op) || j != PERK_IN_X) return false;
+            if (!is_linear(op) || j != PERK_IN_X || perk_lower_is_wide(l, op)) return false; /* those stage nothing */
             readers++;
         }
     }
@@ -442,21 +447,40 @@ int perk_plan_batch_shared_bytes(const perk_plan *plan) {
 
 /* ---- shared memory ---- */
 
-/* More tokens a step than mma serves: in a pass of wgmma, which sm_90a has. */
+static bool has_wgmma(const perk_device_desc *device) { return !device->portable && !strcmp(device->arch, "sm_90a"); }
+
+static bool has_experts(const perk_graph *graph) {
+    for (int i = 0; i < graph->op_count; i++)
+        if (graph->ops[i]->type == &perk_op_moe_linear) return true;
+    return false;
+}
+
+/* Many tokens a step: in a pass of wgmma. */
 static void plan_wide(perk_plan *plan) {
     int tokens = plan->config.max_num_batched_tokens;
-    if (tokens <= MAX_ROWS) return;
+    if (tokens < MIN_WIDE_TOKENS || !has_wgmma(&plan->device) || has_experts(plan->graph)) return;
+    if (tokens <= MAX_ROWS) {
+        plan->wide_tokens = (int)perk_round_up((uint64_t)tokens, BATCHED_COLUMNS);
+        plan->slot_slices = PERK_BATCHED_SLOT_SLICES;
+        return; /* input_slots follow when the ring has its own */
+    }
     plan->wide_tokens = tokens <= MAX_WIDE_TOKENS / 2 ? MAX_WIDE_TOKENS / 2 : MAX_WIDE_TOKENS;
+    plan->slot_slices = 1;
     plan->input_slots = INPUT_BYTES / (plan->wide_tokens * PERK_SLICE_ROW_BYTES);
 }
 
-static int input_bytes(const perk_plan *plan) {
-    return plan->input_slots * (plan->wide_tokens * PERK_SLICE_ROW_BYTES + 16);
+static int input_slot_bytes(const perk_plan *plan) {
+    return plan->slot_slices * plan->wide_tokens * PERK_SLICE_ROW_BYTES + 16;
+}
+
+/* Batched linears: the halves of the sums that their warpgroups give each other. */
+static int batched_reduction_bytes(const perk_plan *plan) {
+    return perk_plan_is_batched(plan) ? plan->wide_tokens * PERK_CONSUMER_THREADS : 0;
 }
 
 static int reduction_bytes_of(const perk_lowering *l, const perk_op *op) {
-    if (op->type == &perk_op_linear && !perk_lower_is_wide(l, op))
-        return perk_linear_reduction_bytes(perk_lower_rows(l, op->output));
+    if (perk_lower_is_wide(l, op)) return batched_reduction_bytes(l->plan);
+    if (op->type == &perk_op_linear) return perk_linear_reduction_bytes(perk_lower_rows(l, op->output));
     if (op->type == &perk_op_attention) return perk_attention_reduction_bytes(op);
     if (op->type == &perk_op_moe_route) return perk_moe_route_bytes(l, op);
     return op->type == &perk_op_moe_linear ? perk_moe_linear_bytes(l, op) : 0;
@@ -468,8 +492,14 @@ static perk_status plan_shared_memory(perk_lowering *l) {
     for (int i = 0; i < l->graph->op_count; i++)
         reduction = PERK_MAX(reduction, reduction_bytes_of(l, l->graph->ops[i]));
     int batch = perk_plan_batch_shared_bytes(plan);
-    int fixed = reduction + batch + PERK_TASK_SLOTS_BYTES + input_bytes(plan);
-    int room = plan->device.shared_memory - fixed;
+    int fixed = reduction + batch + PERK_TASK_SLOTS_BYTES, room = plan->device.shared_memory - fixed;
+    if (perk_plan_is_batched(plan)) {
+        int most = (room - RING_SLOTS_WANTED * SLOT_BYTES) / input_slot_bytes(plan);
+        int enough = PERK_MAX(5, BATCHED_INPUT_BYTES / input_slot_bytes(plan));
+        plan->input_slots = PERK_MAX(3, PERK_MIN(enough, most));
+    }
+    fixed += plan->input_slots * input_slot_bytes(plan);
+    room = plan->device.shared_memory - fixed;
     int slots_wanted = PERK_MIN(RING_SLOTS_WANTED, PERK_MAX(RING_SLOTS_MIN, room * 3 / 4 / SLOT_BYTES));
     l->staging_limit = PERK_MAX(0, (room - slots_wanted * SLOT_BYTES) / 128 * 128);
     int staging = 0, small = l->staging_limit;
@@ -737,17 +767,10 @@ static perk_status sort_by_worker(perk_lowering *l) {
 
 /* ---- the whole ---- */
 
-static bool has_experts(const perk_graph *graph) {
-    for (int i = 0; i < graph->op_count; i++)
-        if (graph->ops[i]->type == &perk_op_moe_linear) return true;
-    return false;
-}
-
 static perk_status check_limits(perk_lowering *l) {
     const perk_config *config = &l->plan->config;
-    bool has_wgmma = !l->plan->device.portable && !strcmp(l->plan->device.arch, "sm_90a");
-    bool experts = has_experts(l->graph);
-    int most = has_wgmma && !experts ? MAX_WIDE_TOKENS : MAX_ROWS;
+    bool experts = has_experts(l->graph), is_wide = has_wgmma(&l->plan->device) && !experts;
+    int most = is_wide ? MAX_STEP_TOKENS : MAX_ROWS;
     if (config->max_num_batched_tokens > most || config->max_num_logit_rows > MAX_ROWS)
         return perk_fail(
             &l->error, PERK_UNSUPPORTED,
@@ -755,9 +778,9 @@ static perk_status check_limits(perk_lowering *l) {
             "logits of at most %d; longer prompts enter in chunks",
             config->max_num_batched_tokens, config->max_num_logit_rows, l->plan->device.arch,
             l->plan->device.portable ? ", portable," : "", most,
-            experts     ? " with experts"
-            : has_wgmma ? ""
-                        : " (sm_90a, not portable: 256)",
+            experts   ? " with experts"
+            : is_wide ? ""
+                      : " (sm_90a, not portable: 1024)",
             (int)MAX_ROWS);
     if (l->plan->device.worker_count < 1 || l->graph->op_count < 1)
         return perk_fail(&l->error, PERK_INVALID_ARGUMENT, "a plan needs at least one worker and one op");

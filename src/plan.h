@@ -99,13 +99,14 @@ typedef struct perk_stream {
     int tile_count;      /* row tiles; of one expert */
     int blocks_per_tile; /* 1 KB blocks of 16 rows x 32 columns */
     int together;        /* wide linears: a worker's tiles that are streamed side by side, at most; 0: one by one */
-    int shares;          /* wide linears: 2: each tile is streamed twice, unit tile for the first half of the tokens and
-                            unit tile_count + tile for the others; else 0 or 1 */
-    perk_deal deal;      /* of experts' weights; else PERK_DEAL_NONE, and the rest means nothing */
-    int experts;         /* matrices */
-    int most_hits;       /* of them, in a step */
-    int routing;         /* plan tensor of the routing (kernels_src/abi.h), which one task writes */
-    perk_wait routed;    /* what the producer waits for before it reads that */
+    int shares;          /* wide linears: the step's tokens are cut in so many shares of share_tokens, and each tile is
+                            streamed once a share: unit share * tile_count + tile; else 0 */
+    int share_tokens;
+    perk_deal deal;   /* of experts' weights; else PERK_DEAL_NONE, and the rest means nothing */
+    int experts;      /* matrices */
+    int most_hits;    /* of them, in a step */
+    int routing;      /* plan tensor of the routing (kernels_src/abi.h), which one task writes */
+    perk_wait routed; /* what the producer waits for before it reads that */
 } perk_stream;
 
 enum { PERK_STAGE_OPERANDS = 6 };
@@ -173,9 +174,9 @@ typedef struct perk_plan {
 
     /* shared memory of a block */
     int ring_slots, staging_bytes, reduction_bytes, shared_bytes;
-    /* linears over tokens on wgmma, where a step may have more than 64 tokens: the columns that shared memory has room
-     * for (0: there are none), and the slices of their inputs that are in it at a time */
-    int wide_tokens, input_slots;
+    /* linears on wgmma, where a step may have more than 8 tokens: the columns that shared memory has room for (0: there
+     * are none), the slots of it for slices of their inputs, and the slices in one */
+    int wide_tokens, input_slots, slot_slices;
     /* attention; all 0 in a graph without any. The KV tensors of the plan have a row for each token of a step, for the
      * checker: which cells of which page a token takes is data, but no two tokens share one. */
     int attention_parts; /* workers that share a KV head */
@@ -190,6 +191,10 @@ perk_config perk_config_for_steps(const perk_config *config, int32_t tokens);
 perk_status perk_plan_create(perk_plan **out, const perk_graph *graph, const perk_device_desc *device,
                              const perk_config *config, perk_error *err);
 void perk_plan_free(perk_plan *plan);
+
+/* Whether linears on wgmma are those of kernels_src/batched.cuh, for at most 64 rows of tokens or logits; else they are
+ * those of kernels_src/wide.cuh, over tokens alone. */
+static inline bool perk_plan_is_batched(const perk_plan *plan) { return plan->slot_slices > 1; }
 
 /* Where the arrays of the step's batch lie in device memory; the part of a block's shared memory that a copy of it
  * takes (0: it is too large for one); the pages that a request of max_seq_length has. */

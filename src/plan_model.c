@@ -160,13 +160,14 @@ static void run_linear(const machine_run *run, worker *w, const perk_stage *stag
 static void run_wide_linear(const machine_run *run, worker *w, const perk_stage *stage, const perk_task *task) {
     const perk_plan *plan = run->plan;
     int blocks = stage->stream.blocks_per_tile, together = stage->stream.together;
-    int shares = PERK_MAX(1, stage->stream.shares);
-    int rows = PERK_MIN(run->load.requests * run->load.tokens, plan->wide_tokens / shares);
+    int share_tokens = stage->stream.share_tokens, begin = task->first / stage->stream.tile_count * share_tokens;
+    int rows = PERK_MIN(run->load.requests * run->load.tokens - begin, share_tokens);
+    if (begin > 0 && rows <= 0) return; /* as the device code does */
     double input = (double)rows * PERK_SLICE_ROW_BYTES / machine.slice_input;
     for (int first = 0; first < task->count; first += together) {
         int tiles = PERK_MIN(together, task->count - first), slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
-        double products =
-            machine.slice * plan->wide_tokens / 256 * (shares == 1 && tiles > PERK_WIDE_TILES / 2 ? 2 : 1);
+        double products = machine.slice * plan->wide_tokens / 256 *
+                          (share_tokens == plan->wide_tokens && tiles > PERK_WIDE_TILES / 2 ? 2 : 1);
         for (int block = 0; block < blocks; block += slot_blocks) {
             int count = PERK_MIN(slot_blocks, blocks - block);
             double slices = (double)perk_ceil_div((uint64_t)count, PERK_SLICE_BLOCKS);

@@ -86,6 +86,7 @@ static void test_wide(void) {
         {.op = "linear", .rows = 256, .live = 70, .in = 64, .out = 40},
         {.op = "mlp", .rows = 256, .live = 200, .in = 136, .out = 150},
         {.op = "mlp", .rows = 65, .in = 320, .out = 250},
+        {.op = "linear", .rows = 530, .live = 270, .in = 64, .out = 130},
         {.op = "vocabulary", .rows = 80, .in = 96, .out = 300},
         {.op = "decoder",
          .rows = 128,

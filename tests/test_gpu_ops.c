@@ -32,6 +32,8 @@ static const perk_op_case wide[] = {
     {.op = "linear", .rows = 100, .in = 1100, .out = 999, .bias = true, .residual = true},
     {.op = "mlp", .rows = 256, .in = 4096, .out = 12288},
     {.op = "mlp", .rows = 200, .live = 129, .in = 1000, .out = 3000},
+    {.op = "linear", .rows = 1024, .in = 4096, .out = 4096, .residual = true},
+    {.op = "mlp", .rows = 700, .live = 300, .in = 1000, .out = 3000},
     {.op = "vocabulary", .rows = 128, .in = 1024, .out = 32000},
     {.op = "decoder",
      .rows = 256,

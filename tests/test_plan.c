@@ -146,6 +146,7 @@ int main(int argc, char **argv) {
         {"bench/configs/qwen3-0.6b", 1, 1, false},
         {"bench/configs/qwen3-8b", 16, 8, true},
         {"bench/configs/qwen3-8b", 256, 8, true},
+        {"bench/configs/qwen3-8b", 1024, 8, true},
         {"tests/fixtures/qwen3/bias", 100, 4, false},
         {"bench/configs/qwen3-32b", 64, 8, true},
     };

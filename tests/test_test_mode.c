@@ -478,10 +478,10 @@ static void test_without_gpu(void) {
     perk_silu_mul(perk_test_graph(test), "y", perk_input(perk_test_graph(test), "x", 40));
     CHECK_FAILS(perk_test_run(test, &err), PERK_UNSUPPORTED, "8.0");
     perk_test_free(test);
-    o = (perk_test_options){.rows = 257};
+    o = (perk_test_options){.rows = 1025};
     test = create(&o);
     perk_silu_mul(perk_test_graph(test), "y", perk_input(perk_test_graph(test), "x", 40));
-    CHECK_FAILS(perk_test_run(test, &err), PERK_UNSUPPORTED, "at most 256 rows");
+    CHECK_FAILS(perk_test_run(test, &err), PERK_UNSUPPORTED, "at most 1024 rows");
     perk_test_free(test);
     o = (perk_test_options){.rows = 65, .arch = "sm_100a"};
     test = create(&o);

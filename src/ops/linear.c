@@ -163,7 +163,7 @@ void perk_lower_tiles(perk_lowering *l, int tensor, int width, const perk_tile_r
 static void add_tiles(perk_lowering *l, const perk_stage *stage, int worker, int first, int stride, int share,
                       int tile_width) {
     int tiles = stage->stream.tile_count, rows = l->plan->tensors[stage->operands[IN]].rows;
-    int share_rows = stage->stream.shares == 2 ? l->plan->wide_tokens / 2 : rows;
+    int share_rows = stage->stream.shares > 1 ? stage->stream.share_tokens : rows;
     perk_tile_run task = {.first = first,
                           .stride = stride,
                           .count = (tiles - first + stride - 1) / stride,
@@ -213,7 +213,8 @@ static perk_stage *begin_narrow(perk_lowering *l, const perk_op *op, const perk_
 static void arrange_input(perk_lowering *l, const perk_op *op, const perk_tensor *x) {
     if (perk_lower_has_wide_input(l, x)) return;
     perk_stage *stage =
-        perk_lower_begin(l, op, ".arrange", "arrange_input<%d>(worker, task);", (int)PERK_ROW_STRIDE(x->cols));
+        perk_lower_begin(l, op, ".arrange", "arrange_input<Rows::%s, %d>(worker, task);",
+                         x->row_kind == PERK_ROWS_TOKENS ? "tokens" : "logits", (int)PERK_ROW_STRIDE(x->cols));
     if (!stage) return;
     stage->work = PERK_WORK_ARRANGE;
     stage->operands[0] = perk_lower_tensor(l, x, PERK_LAYOUT_ROWS);
@@ -223,48 +224,82 @@ static void arrange_input(perk_lowering *l, const perk_op *op, const perk_tensor
     perk_lower_end(l);
 }
 
-/* How a wide linear is dealt: in whole tiles, or in halves of the tokens to half of the workers each. */
+/* How a wide linear is dealt: the tokens in shares, each to as many workers, in tiles. */
 typedef struct wide_deal {
-    int shares, together;
+    int shares, share_tokens, together;
     int64_t bytes; /* of weights and of x, that a worker gets for 64 columns */
 } wide_deal;
 
-static wide_deal deal_of(const perk_plan *plan, int tiles, int shares) {
+static wide_deal deal_of(const perk_plan *plan, int tiles, int share_tokens) {
+    int shares = (int)perk_ceil_div((uint64_t)plan->config.max_num_batched_tokens, (uint64_t)share_tokens);
     int each = (int)perk_ceil_div((uint64_t)tiles, (uint64_t)(plan->device.worker_count / shares));
-    wide_deal deal = {.shares = shares, .together = PERK_WIDE_TILES};
-    if (shares == 1 && each <= PERK_WIDE_TILES / 2) deal.together = PERK_WIDE_TILES / 2;
+    wide_deal deal = {.shares = shares, .share_tokens = share_tokens, .together = PERK_WIDE_TILES};
+    if (share_tokens == plan->wide_tokens && each <= PERK_WIDE_TILES / 2) deal.together = PERK_WIDE_TILES / 2;
     int64_t passes = (each + deal.together - 1) / deal.together;
-    deal.bytes = (int64_t)each * PERK_SLICE_BLOCKS * PERK_WEIGHT_BLOCK_BYTES +
-                 passes * plan->wide_tokens / shares * PERK_SLICE_ROW_BYTES;
+    deal.bytes =
+        (int64_t)each * PERK_SLICE_BLOCKS * PERK_WEIGHT_BLOCK_BYTES + passes * share_tokens * PERK_SLICE_ROW_BYTES;
     return deal;
 }
 
-/* The one that brings less from L2, which is what wide linears wait for. Where halves would leave nothing to the second
- * one, there are none. */
+static int tile_count(const perk_op *op, const perk_linear_form *form) {
+    int64_t outputs = op->inputs[PERK_IN_WEIGHT]->rows / (form->gate ? 2 : 1);
+    return (int)perk_ceil_div((uint64_t)outputs, (uint64_t)form->tile_width);
+}
+
+/* Shares of as many tokens as a slot of x holds, or of half of them: the one that brings less from L2, which is what
+ * wide linears wait for. */
 static wide_deal choose_deal(const perk_lowering *l, const perk_op *op, const perk_linear_form *form) {
     const perk_plan *plan = l->plan;
-    int64_t outputs = op->inputs[PERK_IN_WEIGHT]->rows / (form->gate ? 2 : 1);
-    int tiles = (int)perk_ceil_div((uint64_t)outputs, (uint64_t)form->tile_width);
-    wide_deal whole = deal_of(plan, tiles, 1);
-    if (plan->device.worker_count < 2 || plan->config.max_num_batched_tokens <= plan->wide_tokens / 2) return whole;
-    wide_deal halves = deal_of(plan, tiles, 2);
+    int tiles = tile_count(op, form), half = plan->wide_tokens / 2;
+    wide_deal whole = deal_of(plan, tiles, plan->wide_tokens);
+    uint64_t halves_count = perk_ceil_div((uint64_t)plan->config.max_num_batched_tokens, (uint64_t)half);
+    if (halves_count == 1 || halves_count > (uint64_t)plan->device.worker_count) return whole;
+    wide_deal halves = deal_of(plan, tiles, half);
     return halves.bytes < whole.bytes ? halves : whole;
+}
+
+/* Batched linears wait for the stream: few passes over x, and none of a tile or two beside full ones. */
+static int batched_together(const perk_plan *plan, int tiles) {
+    int each = (int)perk_ceil_div((uint64_t)tiles, (uint64_t)plan->device.worker_count);
+    int passes = (each + PERK_WIDE_TILES - 1) / PERK_WIDE_TILES, rest = each % PERK_WIDE_TILES;
+    if (each <= PERK_WIDE_TILES / 2) return PERK_WIDE_TILES / 2;
+    return passes > 1 && (rest == 1 || rest == 2) ? (each + passes - 1) / passes : PERK_WIDE_TILES;
+}
+
+static perk_stage *begin_batched(perk_lowering *l, const perk_op *op, const perk_linear_form *form) {
+    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
+    int together = batched_together(l->plan, tile_count(op, form));
+    arrange_input(l, op, form->x);
+    if (l->error.status != PERK_OK) return NULL;
+    perk_stage *stage = perk_lower_begin(
+        l, op, "",
+        "chunk = BatchedLinear<Rows::%s, %d, %d, %d, Epilogue::%s, Activation::%s, %s, %s>::run(worker, task, chunk);",
+        op->output->row_kind == PERK_ROWS_TOKENS ? "tokens" : "logits", (int)weight->cols, (int)weight->rows, together,
+        form->epilogue, perk_activation_name(form->activation), op->inputs[PERK_IN_BIAS] ? "true" : "false",
+        perk_lower_writes_input(l, form->out) ? "true" : "false");
+    if (!stage) return NULL;
+    stage->stream.together = together;
+    stage->stream.shares = 1;
+    stage->stream.share_tokens = l->plan->wide_tokens;
+    return stage;
 }
 
 static perk_stage *begin_wide(perk_lowering *l, const perk_op *op, const perk_linear_form *form) {
     const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
+    if (perk_plan_is_batched(l->plan)) return begin_batched(l, op, form);
     wide_deal deal = choose_deal(l, op, form);
     arrange_input(l, op, form->x);
     if (l->error.status != PERK_OK) return NULL;
     perk_stage *stage = perk_lower_begin(
         l, op, "",
         "chunk = WideLinear<%d, %d, %d, %d, Epilogue::%s, Activation::%s, %s, %s>::run(worker, task, chunk);",
-        (int)weight->cols, (int)weight->rows, deal.together, deal.shares, form->epilogue,
+        (int)weight->cols, (int)weight->rows, deal.together, deal.share_tokens, form->epilogue,
         perk_activation_name(form->activation), op->inputs[PERK_IN_BIAS] ? "true" : "false",
         perk_lower_writes_input(l, form->out) ? "true" : "false");
     if (!stage) return NULL;
     stage->stream.together = deal.together;
     stage->stream.shares = deal.shares;
+    stage->stream.share_tokens = deal.share_tokens;
     return stage;
 }
 

@@ -150,7 +150,7 @@ static int choose_share(linear_run *run) {
     const perk_stream *stream = &t->stage->stream;
     run->rows = perk_sim_rows(t, t->op->output->row_kind);
     if (stream->shares < 2) return t->task->first;
-    int share = t->task->first / stream->tile_count, rows = t->sim->plan->wide_tokens / stream->shares;
+    int share = t->task->first / stream->tile_count, rows = stream->share_tokens;
     run->first_row = PERK_MIN(share * rows, run->rows);
     run->rows = PERK_MIN(run->first_row + rows, run->rows);
     return t->task->first % stream->tile_count;

@@ -20,7 +20,7 @@ void perk_sim_gather(perk_sim_task *t) {
 
 /* Elements have their names, whatever their places are. */
 void perk_sim_arrange(perk_sim_task *t) {
-    int rows = perk_sim_rows(t, PERK_ROWS_TOKENS);
+    int rows = perk_sim_rows(t, t->op->output->row_kind);
     for (int row = 0; row < rows; row++)
         for (int i = 0; i < t->task->count; i++) {
             int64_t col = (int64_t)perk_sim_unit(t, i) * 8;
