@@ -48,8 +48,8 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
     for (size_t i = 0; i < PERK_COUNT(constants); i++)
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
     if (plan->wide_tokens > 0)
-        perk_buffer_printf(out, "constexpr uint32_t wide_tokens = %d, input_slots = %d;\n", plan->wide_tokens,
-                           plan->input_slots);
+        perk_buffer_printf(out, "constexpr uint32_t wide_tokens = %d, input_slots = %d, prompt_tokens = %d;\n",
+                           plan->wide_tokens, plan->input_slots, plan->prompt_slice);
     perk_buffer_printf(out, "constexpr bool waits_are_limited = %s;\n", plan->unlimited_waits ? "false" : "true");
     perk_buffer_printf(out, "} // namespace program\n\n");
 }
@@ -80,14 +80,15 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
     emit_constants(plan, source);
     perk_buffer_printf(source,
                        "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
-                       "#include \"linear.cuh\"\n%s#include \"attention.cuh\"\n\n",
-                       plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "");
+                       "#include \"linear.cuh\"\n%s#include \"attention.cuh\"\n%s\n",
+                       plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "",
+                       plan->prompt_slice > 0 ? "#include \"prompt_attention.cuh\"\n" : "");
     emit_switch(plan, source);
     perk_buffer_printf(source,
                        "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
                        "(const __grid_constant__ perk_kernel_args args) {\n"
                        "    perk::worker_main(args, [](perk::Worker &worker, const perk::TaskView &task, uint32_t "
-                       "chunk) { return perk::run_task(worker, task, chunk); });\n"
+                       "chunk) __attribute__((always_inline)) { return perk::run_task(worker, task, chunk); });\n"
                        "}\n");
     return source->failed ? perk_fail_memory(err, "the program's source") : PERK_OK;
 }
@@ -129,7 +130,8 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
                                .stride = (uint32_t)task->stride,
                                .count = (uint32_t)task->count,
                                .signal_counter = (uint32_t)plan->signals[task->signal_begin].counter,
-                               .scalar = (uint32_t)stage->scalar};
+                               .scalar = (uint32_t)stage->scalar,
+                               .takes_inputs = stage->takes_inputs};
     for (int i = 0; i < task->wait_end - task->wait_begin; i++) {
         const perk_wait *wait = &plan->waits[task->wait_begin + i];
         record.wait_counter[i] = (uint32_t)wait->counter;

@@ -176,10 +176,17 @@ __device__ __forceinline__ void copy_async4(uint32_t shared, const void *global)
 // Until all earlier copy_async of this thread have landed.
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-#if PERK_PORTABLE
 __device__ __forceinline__ void copy_async16(uint32_t shared, const void *global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
+// Earlier copies of this thread that belong to no group yet are one; and until all but the last kPending have landed.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <uint32_t kPending>
+__device__ __forceinline__ void copy_async_wait_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#if PERK_PORTABLE
 // The barrier gets one arrival of this thread once all its earlier copy_async16 have landed.
 __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
@@ -247,6 +254,7 @@ __device__ __forceinline__ void wgmma_keep(float (&sums)[kSums]) {
 template <uint32_t kColumns>
 __device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const Vec16 &a, uint64_t b);
 
+#define PERK_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define PERK_REGISTERS_32                                                                                              \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                           \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -257,6 +265,7 @@ __device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const Vec16 &
 #define PERK_SUMS_8(i)                                                                                                 \
     "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]),      \
         "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define PERK_SUMS_16(i) PERK_SUMS_8(i), PERK_SUMS_8(i + 8)
 #define PERK_SUMS_32(i) PERK_SUMS_8(i), PERK_SUMS_8(i + 8), PERK_SUMS_8(i + 16), PERK_SUMS_8(i + 24)
 #define PERK_SUMS_64(i) PERK_SUMS_32(i), PERK_SUMS_32(i + 32)
 // Behind the sums: the left operand, the right one.
@@ -269,6 +278,7 @@ __device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const Vec16 &
                      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(operand)                                            \
                      : "memory");                                                                                      \
     }
+PERK_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20")
 PERK_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
 PERK_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68")
 
