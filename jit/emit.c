@@ -70,8 +70,10 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
     for (size_t i = 0; i < PERK_COUNT(constants); i++)
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
     if (plan->wide_tokens > 0)
-        perk_buffer_printf(out, "constexpr uint32_t wide_tokens = %d, input_slots = %d, slot_slices = %d;\n",
-                           plan->wide_tokens, plan->input_slots, plan->slot_slices);
+        perk_buffer_printf(out,
+                           "constexpr uint32_t wide_tokens = %d, input_slots = %d, slot_slices = %d;\n"
+                           "[[maybe_unused]] constexpr uint32_t prompt_tokens = %d;\n",
+                           plan->wide_tokens, plan->input_slots, plan->slot_slices, plan->prompt_slice);
     perk_buffer_printf(out, "constexpr bool waits_are_limited = %s, has_experts = %s, many_steps = %s;\n",
                        plan->unlimited_waits ? "false" : "true", has_experts ? "true" : "false",
                        plan->many_steps ? "true" : "false");
@@ -105,9 +107,10 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
     emit_constants(plan, source);
     perk_buffer_printf(source,
                        "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
-                       "#include \"linear.cuh\"\n%s%s#include \"attention.cuh\"\n#include \"moe.cuh\"\n%s\n",
+                       "#include \"linear.cuh\"\n%s%s#include \"attention.cuh\"\n%s#include \"moe.cuh\"\n%s\n",
                        plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "",
                        perk_plan_is_batched(plan) ? "#include \"batched.cuh\"\n" : "",
+                       plan->prompt_slice > 0 ? "#include \"prompt_attention.cuh\"\n" : "",
                        plan->many_steps ? "#include \"mail.h\"\n#include \"many_steps.cuh\"\n" : "");
     emit_switch(plan, source);
     perk_buffer_printf(source,
@@ -157,7 +160,8 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
                                .stride = (uint32_t)task->stride,
                                .count = (uint32_t)task->count,
                                .signal_counter = (uint32_t)plan->signals[task->signal_begin].counter,
-                               .scalar = (uint32_t)stage->scalar};
+                               .scalar = (uint32_t)stage->scalar,
+                               .takes_inputs = stage->takes_inputs};
     for (int i = 0; i < task->wait_end - task->wait_begin; i++) {
         const perk_wait *wait = &plan->waits[task->wait_begin + i];
         record.wait_counter[i] = (uint32_t)wait->counter;

@@ -89,8 +89,10 @@ enum {
 
 /* ---- attention ---- */
 enum {
-    PERK_QUERY_ROWS = 8, /* rows of a query tile */
-    PERK_KV_UNIT = 16,   /* positions that a warp works on at a time */
+    PERK_QUERY_ROWS = 8,   /* rows of a query tile */
+    PERK_KV_UNIT = 16,     /* positions that a warp works on at a time */
+    PERK_PROMPT_ROWS = 64, /* rows of a query tile of a prompt (kernels_src/prompt_attention.cuh): in wide programs, */
+    PERK_PROMPT_TOKENS = 16, /* of requests with that many tokens in the step */
 };
 
 /* ---- tasks ---- */
@@ -102,7 +104,7 @@ enum {
 };
 
 #define PERK_TASK_SLOTS_BYTES                                                                                          \
-    (2 * PERK_RECORD_WORDS * 4 + 16) /* of shared memory: this task's record, the next, a flag */
+    (2 * PERK_RECORD_WORDS * 4 + 32) /* of shared memory: this task's record, the next, eight words of worker.cuh */
 
 /* One task of one worker, 128 bytes: a warp reads it with one load, a word a lane. */
 typedef struct perk_task_record {
@@ -125,6 +127,7 @@ typedef struct perk_task_record {
             uint32_t share_tokens;    /* wide linears: unit u is row tile u % stream_tiles for the tokens from
                                          u / stream_tiles * share_tokens on, so many of them */
             uint32_t rows_word;       /* batched linears: which word of the batch has the number of rows */
+            uint32_t takes_inputs;    /* 1: the task has the slots of wide linears' inputs for itself */
         };
         /* Where the weights are those of experts: stream_tiles are those of one expert, and the step's routing says
          * whose the task's units are. */
@@ -151,13 +154,14 @@ enum { PERK_BATCH_NUM_TOKENS = 0, PERK_BATCH_NUM_LOGIT_ROWS = 2, PERK_BATCH_NUM_
 /* A batch of up to this size is copied to shared memory at the start of a launch. */
 #define PERK_BATCH_SHARED_MAX 8192
 
-/* A query tile: up to 8 rows (token, query head of the group) of one request that share a KV head. */
+/* A query tile: up to 8 rows (token, query head of the group) of one request that share a KV head. A prompt's has up to
+ * 64, and no items: a worker takes it over the whole KV range. */
 typedef struct perk_query_tile {
     int32_t request, first_token, token_count;
     int32_t first_item, item_count;      /* its splits over the KV range */
     int32_t fresh_token, fresh_position; /* the request's first token in this step, and its position: keys and values
                                             from there on are not in the cache yet */
-    int32_t reserved;
+    int32_t is_prompt;
 } perk_query_tile;
 
 /* One warp's piece of attention: a query tile against KV positions [kv_begin, kv_end), all in the cache, or all fresh

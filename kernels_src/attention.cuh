@@ -526,6 +526,24 @@ struct Attention {
         }
     }
 
+#if PERK_WIDE
+    // The same without the wait: of programs that have more to do in the stage (prompt_attention.cuh).
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ void attend_items(Worker &w, const TaskView &task, float scale, uint32_t window,
+                                                        float eps) {
+        static_assert(!kLoadsAhead, "nothing has been loaded ahead");
+        const uint32_t items = w.num_attention_items();
+        Unit unit;
+#pragma unroll 1
+        for (uint32_t i = 0; i < task.count(); i++) {
+            const uint32_t number = task.first() + i;
+#pragma unroll 1
+            for (uint32_t item = number % kParts + kParts * w.warp; item < items; item += kParts * PERK_CONSUMER_WARPS)
+                attend_item<kQNorm, kKNorm>(w, task, number / kParts, item, unit, scale, window, eps);
+        }
+    }
+#endif
+
     // ---- merge ----
 
     static constexpr uint32_t kLaneDims = kHeadDim / 32;
@@ -636,6 +654,15 @@ struct Attention {
             target[w.lane + 32 * e] = to_bf16(__fdividef(merged.total[e], merged.sum));
     }
 
+    // Whether there is something to merge: prompts have been finished before.
+    static __device__ __forceinline__ bool has_pieces(const Worker &w, uint32_t token) {
+#if PERK_WIDE
+        return load_tile(w, w.batch_word(program::batch_token_query_tile + token)).info.item_count > 0;
+#else
+        return true;
+#endif
+    }
+
     // Unit (part, head) = part * kHeads + head merges the tokens of slice `part` of kSlices, kRowWarps warps a row.
     // Operands: 0 partials, 1 out, which may be an input of wide linears.
     template <uint32_t kSlices, uint32_t kRowWarps, bool kOutIsInput>
@@ -645,13 +672,16 @@ struct Attention {
         const uint64_t partials = task.operand(0);
         uint8_t *out = w.args.activations + task.operand(1);
         await_inputs(w, task);
+#if PERK_WIDE
+        if (w.num_attention_items() == 0) return;
+#endif
         for (uint32_t i = 0; i < count; i++) {
             const uint32_t unit = first + i * stride;
             const TokenSlice slice = token_slice(w, unit / kHeads, kSlices);
             for (uint32_t j = 0; j < slice.count; j += kGroups) {
                 const uint32_t mine = j + w.warp / kRowWarps;
                 merge_row<kRowWarps, kOutIsInput>(w, partials, out, slice.first + mine, unit % kHeads,
-                                                  mine < slice.count);
+                                                  mine < slice.count && has_pieces(w, slice.first + mine));
             }
         }
     }

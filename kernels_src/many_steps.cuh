@@ -129,6 +129,9 @@ __device__ __forceinline__ void finish_batch(const Worker &w, const perk_batch &
     perk_attention_cut cut{};
     if constexpr (program::max_attention_items > 0) {
         cut.tokens_per_tile = program::tokens_per_query_tile;
+#if PERK_WIDE
+        cut.prompt_slice = program::prompt_tokens;
+#endif
         cut.max_items = program::max_attention_items;
         cut.max_positions = program::max_seq_length;
         cut.tiles = reinterpret_cast<perk_query_tile *>(words + program::batch_query_tiles);

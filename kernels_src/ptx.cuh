@@ -240,10 +240,17 @@ __device__ __forceinline__ void copy_async4(uint32_t shared, const void *global)
 // Until all earlier copy_async of this thread have landed.
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-#if PERK_PORTABLE
 __device__ __forceinline__ void copy_async16(uint32_t shared, const void *global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
+// Earlier copies of this thread that belong to no group yet are one; and until all but the last kPending have landed.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <uint32_t kPending>
+__device__ __forceinline__ void copy_async_wait_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#if PERK_PORTABLE
 // The barrier gets one arrival of this thread once all its earlier copy_async16 have landed.
 __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");

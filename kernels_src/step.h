@@ -41,27 +41,31 @@ PERK_SHARED_CODE void perk_batch_put(perk_batch *batch, int32_t request, const i
 
 typedef struct perk_attention_cut {
     int32_t tokens_per_tile, max_items, max_positions; /* of the program */
+    int32_t prompt_slice; /* the same: tokens of the step that a prompt's tiles lie in, so many each; 0: no such tiles */
     perk_query_tile *tiles;                            /* filled, and the two below */
     perk_attention_item *items;                        /* [max_items] */
     int32_t *token_query_tile;                         /* [tokens] */
     int32_t tile_count, item_count;
 } perk_attention_cut;
 
-/* Cuts every request's tokens into query tiles. */
+/* Cuts every request's tokens into query tiles; a prompt's end where slices of the step's tokens end. */
 PERK_SHARED_CODE void perk_cut_query_tiles(const perk_batch *batch, perk_attention_cut *cut) {
     cut->tile_count = 0;
     for (int32_t first = 0, end; first < batch->num_tokens; first = end) {
         int32_t request = batch->token_request[first];
         end = first + batch->token_count[request];
-        for (int32_t token = first; token < end; token += cut->tokens_per_tile) {
+        int32_t is_prompt = cut->prompt_slice > 0 && end - first >= PERK_PROMPT_TOKENS;
+        for (int32_t token = first, next; token < end; token = next) {
             perk_query_tile *tile = &cut->tiles[cut->tile_count];
+            next = token + (is_prompt ? cut->prompt_slice - token % cut->prompt_slice : cut->tokens_per_tile);
+            next = perk_lesser(next, end);
             tile->request = request;
             tile->first_token = token;
-            tile->token_count = perk_lesser(cut->tokens_per_tile, end - token);
+            tile->token_count = next - token;
             tile->fresh_token = first;
             tile->fresh_position = batch->positions[first];
-            tile->reserved = 0;
-            for (int32_t i = 0; i < tile->token_count; i++) cut->token_query_tile[token + i] = cut->tile_count;
+            tile->is_prompt = is_prompt;
+            for (int32_t i = token; i < next; i++) cut->token_query_tile[i] = cut->tile_count;
             cut->tile_count++;
         }
     }
@@ -76,7 +80,7 @@ PERK_SHARED_CODE int32_t perk_query_tile_length(const perk_batch *batch, const p
 PERK_SHARED_CODE int perk_cut_fits(const perk_attention_cut *cut, int32_t units, int64_t most) {
     int64_t count = 0;
     for (int32_t i = 0; i < cut->tile_count && count <= most; i++)
-        count += perk_pieces(cut->tiles[i].fresh_position, units * PERK_KV_UNIT);
+        if (!cut->tiles[i].is_prompt) count += perk_pieces(cut->tiles[i].fresh_position, units * PERK_KV_UNIT);
     return count <= most;
 }
 
@@ -93,6 +97,7 @@ PERK_SHARED_CODE int32_t perk_cut_choose_piece(const perk_batch *batch, const pe
     int64_t cached = 0, most = cut->max_items;
     for (int32_t i = 0; i < cut->tile_count; i++) {
         int32_t fresh = cut->tiles[i].fresh_position;
+        if (cut->tiles[i].is_prompt) continue;
         cached += fresh;
         most -= perk_pieces(perk_query_tile_length(batch, &cut->tiles[i]) - fresh, PERK_KV_UNIT);
     }
@@ -130,8 +135,10 @@ PERK_SHARED_CODE void perk_cut_attention(const perk_batch *batch, perk_attention
     for (int32_t i = 0; i < cut->tile_count; i++) {
         perk_query_tile *tile = &cut->tiles[i];
         tile->first_item = cut->item_count;
-        perk_cut_add_items(cut, i, 0, tile->fresh_position, piece);
-        perk_cut_add_items(cut, i, tile->fresh_position, perk_query_tile_length(batch, tile), PERK_KV_UNIT);
+        if (!tile->is_prompt) {
+            perk_cut_add_items(cut, i, 0, tile->fresh_position, piece);
+            perk_cut_add_items(cut, i, tile->fresh_position, perk_query_tile_length(batch, tile), PERK_KV_UNIT);
+        }
         tile->item_count = cut->item_count - tile->first_item;
     }
 }

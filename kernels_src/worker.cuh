@@ -30,6 +30,7 @@ struct SharedMap {
     static constexpr uint32_t given_up = tasks + 2 * sizeof(perk_task_record); // a word: a wait exceeded its limit
     static constexpr uint32_t step = given_up + 4;                             // and three of many_steps.cuh
     static constexpr uint32_t told = step + 4, served = told + 4;
+    static constexpr uint32_t wait_limit = served + 4;
     static constexpr uint32_t barriers = tasks + PERK_TASK_SLOTS_BYTES;
 #if PERK_WIDE
     static constexpr uint32_t input_barriers = barriers + 2 * 8 * program::ring_slots;
@@ -140,11 +141,21 @@ struct Patience {
     uint64_t start = 0;
 
     // True when the limit has passed, here or elsewhere.
-    __device__ __forceinline__ bool is_over(const perk_kernel_args &args) {
+    __device__ __forceinline__ bool is_over(const Worker &w) {
         if (!program::waits_are_limited || ++polls % kPollsPerClockRead != 0) return false;
         const uint64_t now = global_timer();
         if (start == 0) start = now;
-        return now - start > args.wait_limit_ns || load_coherent4(args.hang_claim) != 0;
+        return now - start > wait_limit(w) || load_coherent4(w.args.hang_claim) != 0;
+    }
+
+    // In wide programs from shared memory: an argument would be kept in a register ahead of the wait, and spilled.
+    static __device__ __forceinline__ uint64_t wait_limit(const Worker &w) {
+#if PERK_WIDE
+        const uint32_t address = w.shared + SharedMap::wait_limit;
+        return load_shared4(address) | uint64_t(load_shared4(address + 4)) << 32;
+#else
+        return w.args.wait_limit_ns;
+#endif
     }
 };
 
@@ -156,7 +167,7 @@ __device__ __forceinline__ void wait_counter(const Worker &w, uint32_t counter, 
     Patience patience;
     uint32_t seen;
     while (static_cast<int32_t>((seen = load_acquire_gpu(w.args.counters + counter)) - target) < 0)
-        if (patience.is_over(w.args)) {
+        if (patience.is_over(w)) {
             report_hang(w, role, counter, seen, target);
             store_shared4(w.shared + SharedMap::given_up, 1);
             target = seen;
@@ -169,7 +180,7 @@ __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uin
                                           uint32_t chunk) {
     Patience patience;
     while (!mbarrier_test(barrier, parity))
-        if (patience.is_over(w.args)) {
+        if (patience.is_over(w)) {
             report_hang(w, role, chunk, 0, 1);
             if (kEndsLate) exit_thread();
             store_shared4(w.shared + SharedMap::given_up, 1);
@@ -206,6 +217,10 @@ __device__ __forceinline__ void init_ring(const Worker &w) {
 #endif
         fence_mbarrier_init();
         store_shared4(w.shared + SharedMap::given_up, 0);
+#if PERK_WIDE
+        store_shared4(w.shared + SharedMap::wait_limit, uint32_t(w.args.wait_limit_ns));
+        store_shared4(w.shared + SharedMap::wait_limit + 4, uint32_t(w.args.wait_limit_ns >> 32));
+#endif
     }
     __syncthreads();
 }
@@ -222,7 +237,7 @@ __device__ __forceinline__ void land_chunks(const Worker &w, uint32_t end) {
 }
 // Room for a chunk of a launch of many steps: no limit, since consumers may idle, and whoever is stuck says so himself.
 // Where the launch has ended meanwhile, so does the producer.
-__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk, uint32_t parity) {
+__device__ __forceinline__ void await_room_or_end(const Worker &w, uint32_t chunk, uint32_t parity) {
     while (!__any_sync(0xffffffffu, mbarrier_test_briefly(w.empty_barrier(chunk), parity)))
         if (has_ended(w)) {
             land_chunks(w, chunk);
@@ -262,7 +277,7 @@ __device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk,
                                            uint32_t in_flight = program::chunks_in_flight) {
     const uint32_t round = chunk / program::ring_slots;
     if (program::many_steps && round > 0)
-        await_room(w, chunk, (round - 1) & 1);
+        await_room_or_end(w, chunk, (round - 1) & 1);
     else if (round > 0)
         wait_slot<true>(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
     await_flight(w, chunk, in_flight);
@@ -520,11 +535,37 @@ __device__ __forceinline__ void feed_task(Worker &w, const perk_task_record *rec
         }
 }
 
+// A task may have all the slots for itself: they go through the consumers' hands as slices do, with nothing in them.
+__device__ __forceinline__ void lend_inputs(Worker &w) {
+#pragma unroll 1
+    for (uint32_t i = 0; i < program::input_slots; i++, w.slices++) {
+        const uint32_t turn = w.slices / program::input_slots;
+        if (turn > 0) wait_slot<true>(w, w.input_empty(w.slices), (turn - 1) & 1, PERK_ROLE_INPUT_EMPTY, w.slices);
+        if (w.lane == 0) mbarrier_arrive_expect(w.input_full(w.slices), 0);
+        __syncwarp();
+    }
+}
+__device__ __forceinline__ void take_inputs(const Worker &w) {
+#pragma unroll 1
+    for (uint32_t i = 0; i < program::input_slots; i++) {
+        const uint32_t number = w.slices + i;
+        wait_slot<false>(w, w.input_full(number), number / program::input_slots & 1, PERK_ROLE_INPUT_FULL, number);
+    }
+}
+__device__ __forceinline__ void give_inputs(Worker &w) {
+    fence_copies(); // what this thread has stored there comes before the copies that follow
+    __syncwarp();
+#pragma unroll 1
+    for (uint32_t i = 0; i < program::input_slots; i++, w.slices++)
+        mbarrier_arrive_after(w.input_empty(w.slices), w.lane, 0);
+}
+
 // The third role, of wide programs: it waits for the counters of every wide linear by itself, ahead of the consumers.
 __device__ __forceinline__ void feed(Worker &w) {
     for (w.position = 0;; w.position++) {
         const perk_task_record *record = record_at(w, w.position);
         if (__ldg(&record->kind) == PERK_TASK_END) break;
+        if (__ldg(&record->takes_inputs) != 0) lend_inputs(w);
         if (__ldg(&record->stream_together) == 0) continue;
         if (w.lane < PERK_RECORD_WAITS && __ldg(&record->wait_per_step[w.lane]) != 0)
             wait_counter(w, __ldg(&record->wait_counter[w.lane]),

@@ -138,6 +138,7 @@ typedef struct perk_stage {
     int task_count, unit_count;
     int operands[PERK_STAGE_OPERANDS]; /* plan tensors whose addresses the device code gets, by role; -1: none */
     int scalar;                        /* one number for the device code (the layer in the KV cache) */
+    bool takes_inputs; /* its tasks use the slots of wide linears' inputs as they like */
     perk_stream stream;
 } perk_stage;
 
@@ -181,6 +182,8 @@ typedef struct perk_plan {
      * checker: which cells of which page a token takes is data, but no two tokens share one. */
     int attention_parts; /* workers that share a KV head */
     int max_attention_items, max_query_tiles, tokens_per_query_tile;
+    int prompt_slice;        /* tokens of the step that a worker takes together where they are a prompt's (wide programs
+                                alone; 0: it does not) */
     uint64_t kv_layer_bytes; /* of one layer, all pages */
 } perk_plan;
 
@@ -202,7 +205,7 @@ perk_batch_layout perk_plan_batch_layout(const perk_plan *plan);
 int perk_plan_batch_shared_bytes(const perk_plan *plan);
 int perk_plan_pages_per_request(const perk_config *config);
 /* Attention items that a query tile has at least: one over the cache, and one for each unit of what the step adds. */
-int perk_plan_items_per_query_tile(const perk_config *config);
+int perk_plan_items_per_query_tile(const perk_plan *plan);
 
 /* The checker (src/check.c): proves that every pair of conflicting accesses is ordered by the plan's own lists and
  * counters, within a step and between a step and the next, that every read sees the tensor it means, that nothing waits

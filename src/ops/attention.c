@@ -220,7 +220,9 @@ perk_status perk_attention_plan_shape(perk_lowering *l, const perk_op *op, perk_
     plan->attention_parts = PERK_MAX(1, plan->device.worker_count / p->num_kv_heads);
     plan->tokens_per_query_tile = per_tile;
     plan->max_query_tiles = PERK_MIN(tokens, tokens / per_tile + plan->config.max_num_batched_requests);
-    plan->max_attention_items = PERK_MAX(plan->max_query_tiles * perk_plan_items_per_query_tile(&plan->config),
+    if (plan->wide_tokens > 0 && !perk_plan_is_batched(plan) && (p->head_dim == 64 || p->head_dim == 128))
+        plan->prompt_slice = PERK_PROMPT_ROWS / group;
+    plan->max_attention_items = PERK_MAX(plan->max_query_tiles * perk_plan_items_per_query_tile(plan),
                                          plan->attention_parts * PERK_CONSUMER_WARPS);
     plan->kv_layer_bytes = (uint64_t)plan->config.max_num_pages * (uint64_t)p->num_kv_heads *
                            (uint64_t)plan->config.page_size * (uint64_t)p->head_dim * 2 * 2;
@@ -275,6 +277,23 @@ static void read_turn_operands(perk_lowering *l, const attention_lowering *a) {
         if (a->stage->operands[role] >= 0) perk_lower_read(l, perk_lower_whole(l, a->stage->operands[role]));
 }
 
+/* Slice number `turn` of a part, as the device code deals them. */
+static int prompt_slice_of(const attention_lowering *a, int part, int turn) {
+    return turn * a->parts + (turn % 2 ? a->parts - 1 - part : part);
+}
+
+/* What a unit writes of prompts: all of the tokens in its slices, for the head's queries. */
+static void write_prompts(perk_lowering *l, const attention_lowering *a, int unit) {
+    int dim = a->p->head_dim, group = a->p->num_heads / a->p->num_kv_heads, slice = l->plan->prompt_slice;
+    int tokens = l->plan->config.max_num_batched_tokens;
+    for (int turn = 0; slice > 0 && turn * a->parts * slice < tokens; turn++) {
+        perk_region out = perk_lower_columns(l, a->out, unit / a->parts * group * dim, group * dim, group * dim, 1);
+        out.row_begin = prompt_slice_of(a, unit % a->parts, turn) * slice;
+        out.row_end = PERK_MIN(out.row_begin + slice, tokens);
+        if (!is_empty(&out)) perk_lower_write(l, out);
+    }
+}
+
 static void add_partial(perk_lowering *l, void *user, int worker, int first, int count) {
     const attention_lowering *a = user;
     int dim = a->p->head_dim, group = a->p->num_heads / a->p->num_kv_heads, floats = partial_floats(a->p);
@@ -293,6 +312,7 @@ static void add_partial(perk_lowering *l, void *user, int worker, int first, int
         region.row_begin = head;
         region.row_end = head + 1;
         if (items > 0) perk_lower_write(l, region);
+        write_prompts(l, a, unit);
     }
 }
 
@@ -330,8 +350,11 @@ static void add_append(perk_lowering *l, void *user, int worker, int first, int 
 static bool begin_stage(perk_lowering *l, const perk_op *op, attention_lowering *a, const char *suffix,
                         const char *call) {
     const perk_attention_params *p = a->p;
-    a->stage = perk_lower_begin(l, op, suffix, "Attention<%d, %d, %d, %d>::%s;", p->num_heads, p->num_kv_heads,
-                                p->head_dim, a->parts, call);
+    const char *out_is_input = perk_lower_writes_input(l, op->output) ? ", true" : ", false";
+    bool has_prompts = l->plan->prompt_slice > 0 && !strcmp(suffix, ".partial");
+    a->stage =
+        perk_lower_begin(l, op, suffix, "%sAttention<%d, %d, %d, %d%s>::%s;", has_prompts ? "Prompt" : "", p->num_heads,
+                         p->num_kv_heads, p->head_dim, a->parts, has_prompts ? out_is_input : "", call);
     if (a->stage) a->stage->scalar = op->kv_layer;
     return a->stage != NULL;
 }
@@ -355,6 +378,8 @@ static void lower_partial(perk_lowering *l, const perk_op *op, attention_lowerin
     a->stage->work = PERK_WORK_PARTIAL;
     a->stage->operands[0] = a->qkv;
     a->stage->operands[1] = a->partials;
+    if (l->plan->prompt_slice > 0) a->stage->operands[5] = a->out;
+    a->stage->takes_inputs = l->plan->prompt_slice > 0;
     set_turn_operands(l, a, p->q_norm);
     perk_lower_runs(l, p->num_kv_heads * a->parts, add_partial, a);
     perk_lower_end(l);

@@ -171,35 +171,88 @@ static bool attend_positions(const piece *p, int begin, int count) {
     return true;
 }
 
+/* Scratch of a piece, and its queries. */
+static bool begin_piece(piece *p) {
+    const perk_attention_params *params = &p->t->op->attention;
+    size_t floats = (size_t)partial_floats(params), queries = (size_t)PERK_QUERY_ROWS * (size_t)params->head_dim;
+    size_t dim = (size_t)params->head_dim;
+    p->maximum = perk_sim_scratch(p->t, floats + queries + dim + PERK_KV_UNIT * dim);
+    p->rows = p->tile.token_count * group_of(params);
+    if (!p->maximum) return false;
+    memset(p->maximum, 0, floats * sizeof *p->maximum);
+    for (int row = 0; row < PERK_QUERY_ROWS; row++) p->maximum[row] = -INFINITY;
+    p->sum = p->maximum + PERK_QUERY_ROWS;
+    p->out = p->sum + PERK_QUERY_ROWS;
+    p->q = p->maximum + floats;
+    p->vector = p->q + queries;
+    p->fresh_keys = (uint16_t *)(void *)(p->vector + dim);
+    p->fresh_values = p->fresh_keys + PERK_KV_UNIT * dim;
+    p->scale = (float)((double)params->scale * 1.4426950408889634);
+    return load_queries(p);
+}
+
+static bool attend_range(const piece *p, int begin, int end) {
+    for (; begin < end; begin += PERK_KV_UNIT)
+        if (!attend_positions(p, begin, PERK_MIN((int)PERK_KV_UNIT, end - begin))) return false;
+    return true;
+}
+
 static void attend_item(perk_sim_task *t, int head, int item) {
-    const perk_attention_params *params = &t->op->attention;
     perk_attention_item info;
     memcpy(&info, t->words + t->sim->layout.attention_items + (size_t)item * (sizeof info / 4), sizeof info);
     piece p = {.t = t, .tile = load_tile(t, info.query_tile), .head = head};
-    size_t floats = (size_t)partial_floats(params), queries = (size_t)PERK_QUERY_ROWS * (size_t)params->head_dim;
-    size_t dim = (size_t)params->head_dim;
-    p.maximum = perk_sim_scratch(t, floats + queries + dim + PERK_KV_UNIT * dim);
-    p.rows = p.tile.token_count * group_of(params);
-    if (!p.maximum) return;
-    memset(p.maximum, 0, floats * sizeof *p.maximum);
-    for (int row = 0; row < PERK_QUERY_ROWS; row++) p.maximum[row] = -INFINITY;
-    p.sum = p.maximum + PERK_QUERY_ROWS;
-    p.out = p.sum + PERK_QUERY_ROWS;
-    p.q = p.maximum + floats;
-    p.vector = p.q + queries;
-    p.fresh_keys = (uint16_t *)(void *)(p.vector + dim);
-    p.fresh_values = p.fresh_keys + PERK_KV_UNIT * dim;
-    p.scale = (float)((double)params->scale * 1.4426950408889634);
-    if (!load_queries(&p)) return;
-    for (int begin = info.kv_begin; begin < info.kv_end; begin += PERK_KV_UNIT)
-        if (!attend_positions(&p, begin, PERK_MIN((int)PERK_KV_UNIT, info.kv_end - begin))) return;
-    store_piece(&p, item);
+    if (begin_piece(&p) && attend_range(&p, info.kv_begin, info.kv_end)) store_piece(&p, item);
+}
+
+/* ---- prompts: a query tile as a whole, as kernels_src/prompt_attention.cuh ---- */
+
+static void store_rows(const piece *p) {
+    const perk_attention_params *params = &p->t->op->attention;
+    int dim = params->head_dim, group = group_of(params);
+    for (int row = 0; row < p->rows; row++) {
+        int64_t column = (int64_t)(p->head * group + row % group) * dim;
+        uint16_t *out = perk_sim_write(p->t, 5, PERK_BF16, p->tile.first_token + row / group, column, dim);
+        for (int d = 0; out && d < dim; d++) out[d] = perk_f32_to_bf16(p->out[row * dim + d] / p->sum[row]);
+    }
+}
+
+/* Up to PERK_QUERY_ROWS rows at a time: a row's result does not depend on its neighbours. */
+static void attend_prompt(perk_sim_task *t, int head, const perk_query_tile *tile) {
+    enum { POSITIONS = 64 }; /* where the device begins to read is a multiple of it */
+    int window = t->op->attention.window, tokens = PERK_QUERY_ROWS / group_of(&t->op->attention);
+    for (int first = 0; first < tile->token_count && !t->status; first += tokens) {
+        piece p = {.t = t, .tile = *tile, .head = head};
+        p.tile.first_token += first;
+        p.tile.token_count = PERK_MIN(tokens, tile->token_count - first);
+        int limit = tile->fresh_position + p.tile.first_token - tile->fresh_token, fresh = tile->fresh_position;
+        int seen = window > 0 && limit >= window ? limit + 1 - window : 0;
+        if (begin_piece(&p) && attend_range(&p, seen / POSITIONS * POSITIONS, fresh) &&
+            attend_range(&p, fresh + PERK_MAX(0, seen - fresh) / PERK_KV_UNIT * PERK_KV_UNIT,
+                         limit + p.tile.token_count))
+            store_rows(&p);
+    }
+}
+
+static void attend_prompts(perk_sim_task *t, int unit) {
+    const perk_plan *plan = t->sim->plan;
+    int parts = plan->attention_parts, part = unit % parts, slice = plan->prompt_slice;
+    int tokens = perk_sim_rows(t, PERK_ROWS_TOKENS);
+    for (int turn = 0; slice > 0 && turn * parts * slice < tokens; turn++) {
+        int token = (turn * parts + (turn % 2 ? parts - 1 - part : part)) * slice;
+        int end = PERK_MIN(token + slice, tokens);
+        while (token < end && !t->status) {
+            perk_query_tile tile = load_tile(t, t->words[t->sim->layout.token_query_tile + token]);
+            if (tile.item_count == 0) attend_prompt(t, unit / parts, &tile);
+            token = tile.first_token + tile.token_count;
+        }
+    }
 }
 
 void perk_sim_partial(perk_sim_task *t) {
     int parts = t->sim->plan->attention_parts, items = t->words[PERK_BATCH_NUM_ATTENTION_ITEMS];
     for (int i = 0; i < t->task->count; i++) {
         int unit = perk_sim_unit(t, i);
+        attend_prompts(t, unit);
         for (int item = unit % parts; item < items && !t->status; item += parts) attend_item(t, unit / parts, item);
     }
 }
@@ -242,6 +295,7 @@ static void merge_row(perk_sim_task *t, int token, int query_head) {
     perk_query_tile tile = load_tile(t, t->words[t->sim->layout.token_query_tile + token]);
     merging m = {t, query_head / group, (token - tile.first_token) * group + query_head % group, tile.first_item,
                  tile.item_count};
+    if (tile.item_count == 0) return; /* a prompt's, which is finished */
     float sum, *total = perk_sim_scratch(t, (size_t)dim);
     if (!total || !merge_pieces(&m, total, &sum)) return;
     uint16_t *out = perk_sim_write(t, 1, PERK_BF16, token, (int64_t)query_head * dim, dim);

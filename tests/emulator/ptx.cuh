@@ -116,15 +116,29 @@ static inline uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
 static inline void copy_async4(uint32_t shared, const void *global) {
     self->copies.push_back(begin_copy(shared, global, 4));
 }
-static inline void copy_async_wait() {
-    land(self->copies);
-    self->copies.clear();
-    yield_sometimes();
-}
-#if PERK_PORTABLE
 static inline void copy_async16(uint32_t shared, const void *global) {
     self->copies.push_back(begin_copy(shared, global, 16));
 }
+static inline void copy_async_commit() {
+    self->copy_groups.push_back(std::move(self->copies));
+    self->copies.clear();
+}
+// Copies land as late as they may.
+template <uint32_t kPending>
+static void copy_async_wait_but() {
+    std::vector<std::vector<Copy>> &groups = self->copy_groups;
+    while (groups.size() > kPending) {
+        land(groups.front());
+        groups.erase(groups.begin());
+    }
+    yield_sometimes();
+}
+static inline void copy_async_wait() {
+    copy_async_wait_but<0>();
+    land(self->copies);
+    self->copies.clear();
+}
+#if PERK_PORTABLE
 static inline void copy_async_arrive(uint32_t address) {
     fly(std::move(self->copies), address, 1, 0);
     self->copies.clear();
