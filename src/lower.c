@@ -435,17 +435,13 @@ static int batched_reduction_bytes(const perk_plan *plan) {
     return perk_plan_is_batched(plan) ? plan->wide_tokens * PERK_CONSUMER_THREADS : 0;
 }
 
-static int linear_reduction_bytes(const perk_lowering *l, const perk_op *op) {
-    return perk_lower_is_wide(l, op) ? batched_reduction_bytes(l->plan)
-                                     : perk_linear_reduction_bytes(perk_lower_rows(l, op->output->row_kind));
-}
-
 static perk_status plan_shared_memory(perk_lowering *l) {
     perk_plan *plan = l->plan;
-    int reduction = 256;
+    int reduction = PERK_MAX(256, batched_reduction_bytes(plan));
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
-        if (is_linear(op)) reduction = PERK_MAX(reduction, linear_reduction_bytes(l, op));
+        if (is_linear(op) && !perk_lower_is_wide(l, op))
+            reduction = PERK_MAX(reduction, perk_linear_reduction_bytes(perk_lower_rows(l, op->output->row_kind)));
         if (op->type == &perk_op_attention) reduction = PERK_MAX(reduction, perk_attention_reduction_bytes(op));
     }
     int batch = perk_plan_batch_shared_bytes(plan);
