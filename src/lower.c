@@ -481,8 +481,8 @@ static int batched_reduction_bytes(const perk_plan *plan) {
 }
 
 static int reduction_bytes_of(const perk_lowering *l, const perk_op *op) {
-    if (perk_lower_is_wide(l, op)) return batched_reduction_bytes(l->plan);
-    if (op->type == &perk_op_linear) return perk_linear_reduction_bytes(perk_lower_rows(l, op->output));
+    if (op->type == &perk_op_linear && !perk_lower_is_wide(l, op))
+        return perk_linear_reduction_bytes(perk_lower_rows(l, op->output));
     if (op->type == &perk_op_attention) return perk_attention_reduction_bytes(op);
     if (op->type == &perk_op_moe_route) return perk_moe_route_bytes(l, op);
     return op->type == &perk_op_moe_linear ? perk_moe_linear_bytes(l, op) : 0;
@@ -490,7 +490,7 @@ static int reduction_bytes_of(const perk_lowering *l, const perk_op *op) {
 
 static perk_status plan_shared_memory(perk_lowering *l) {
     perk_plan *plan = l->plan;
-    int reduction = 256;
+    int reduction = PERK_MAX(256, batched_reduction_bytes(plan));
     for (int i = 0; i < l->graph->op_count; i++)
         reduction = PERK_MAX(reduction, reduction_bytes_of(l, l->graph->ops[i]));
     int batch = perk_plan_batch_shared_bytes(plan);

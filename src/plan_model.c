@@ -15,6 +15,9 @@ static const struct {
     double input;       /* bytes: activations, from L2 */
     double slice; /* wide linears, not measured: 64 columns of four row tiles by 256 tokens, at 60 % of the peak */
     double slice_input; /* bytes, the same: slices from L2, which all workers share */
+    double unit;        /* batched linears, not measured: the products with two slices, of two warpgroups in turn */
+    double unit_input;  /* bytes, the same: slices from L2, beside the stream of weights */
+    double pass;        /* the same: finishing all tiles of a pass */
     double kv_share;    /* the part of its share of the bandwidth at which a task of attention reads keys and values */
 } machine = {.begin = 0.4,
              .signal = 0.63,
@@ -26,6 +29,9 @@ static const struct {
              .input = 13e3,
              .slice = 0.5,
              .slice_input = 45e3,
+             .unit = 0.12,
+             .unit_input = 33e3,
+             .pass = 0.4,
              .kv_share = 0.67};
 
 /* The fixed part of a task, by its op and by the end of its stage's name. The first row that fits. */
@@ -160,20 +166,23 @@ static void run_linear(const machine_run *run, worker *w, const perk_stage *stag
 static void run_wide_linear(const machine_run *run, worker *w, const perk_stage *stage, const perk_task *task) {
     const perk_plan *plan = run->plan;
     int blocks = stage->stream.blocks_per_tile, together = stage->stream.together;
+    bool is_batched = perk_plan_is_batched(plan);
+    bool is_of_tokens = plan->graph->ops[stage->op]->output->row_kind == PERK_ROWS_TOKENS;
     int share_tokens = stage->stream.share_tokens, begin = task->first / stage->stream.tile_count * share_tokens;
-    int rows = PERK_MIN(run->load.requests * run->load.tokens - begin, share_tokens);
+    int rows = PERK_MIN(run->load.requests * (is_of_tokens ? run->load.tokens : 1) - begin, share_tokens);
     if (begin > 0 && rows <= 0) return; /* as the device code does */
-    double input = (double)rows * PERK_SLICE_ROW_BYTES / machine.slice_input;
+    double input = (double)rows * PERK_SLICE_ROW_BYTES / (is_batched ? machine.unit_input : machine.slice_input);
     for (int first = 0; first < task->count; first += together) {
         int tiles = PERK_MIN(together, task->count - first), slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
         double products = machine.slice * plan->wide_tokens / 256 *
                           (share_tokens == plan->wide_tokens && tiles > PERK_WIDE_TILES / 2 ? 2 : 1);
+        if (is_batched) products = machine.unit / plan->slot_slices * (tiles > PERK_WIDE_TILES / 2 ? 2 : 1);
         for (int block = 0; block < blocks; block += slot_blocks) {
             int count = PERK_MIN(slot_blocks, blocks - block);
             double slices = (double)perk_ceil_div((uint64_t)count, PERK_SLICE_BLOCKS);
             take_chunk(run, w, (double)tiles * count * PERK_WEIGHT_BLOCK_BYTES, slices * PERK_MAX(products, input));
         }
-        w->now += machine.tile * tiles;
+        w->now += is_batched ? machine.pass : machine.tile * tiles;
     }
 }
 

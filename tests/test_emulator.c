@@ -77,10 +77,26 @@ static void test_ops(void) {
     fprintf(stderr, "%d cases of ops\n", ran);
 }
 
-/* More than 64 rows: linears on wgmma, with one to eight row tiles together, cut ones, odd numbers of blocks, rows that
+/* More than 8 rows: linears on wgmma, with one to eight row tiles together, cut ones, odd numbers of blocks, rows that
  * the step does not have. */
 static void test_wide(void) {
     static const perk_op_case cases[] = {
+        {.op = "linear", .rows = 9, .in = 2080, .out = 33, .bias = true},
+        {.op = "linear", .rows = 64, .in = 200, .out = 380, .residual = true},
+        {.op = "linear", .rows = 33, .live = 20, .in = 544, .out = 489, .bias = true, .residual = true},
+        {.op = "linear", .rows = 48, .in = 64, .out = 190, .residual = true},
+        {.op = "mlp", .rows = 32, .live = 17, .in = 320, .out = 250},
+        {.op = "vocabulary", .rows = 20, .in = 96, .out = 590},
+        {.op = "decoder",
+         .rows = 40,
+         .live = 33,
+         .in = 72,
+         .out = 100,
+         .heads = 3,
+         .kv_heads = 1,
+         .head_dim = 32,
+         .context = 40,
+         .requests = 3},
         {.op = "linear", .rows = 128, .in = 200, .out = 90, .bias = true, .residual = true},
         {.op = "linear", .rows = 100, .in = 544, .out = 489, .residual = true},
         {.op = "linear", .rows = 256, .live = 70, .in = 64, .out = 40},
@@ -208,7 +224,7 @@ static int compute_logits(const char *folder, perk_backend backend, int rows, fl
 static void test_model(void) {
     static float wanted[TOKENS * VOCABULARY], got[TOKENS * VOCABULARY];
     compute_logits(TINY, PERK_BACKEND_REFERENCE, 8, wanted);
-    for (int rows = 1; rows <= 8; rows += 7) {
+    for (int rows = 1; rows <= 20; rows += rows == 1 ? 7 : 12) {
         double difference = 0, norm = 0;
         compute_logits(TINY, PERK_BACKEND_GPU, rows, got);
         for (int i = 0; i < TOKENS * VOCABULARY; i++) {
@@ -255,73 +271,104 @@ static void test_expert_models(void) {
 
 /* ---- device code that is wrong ---- */
 
+typedef enum linears { NARROW, BATCHED, WIDE } linears; /* up to 8, 64, 256 */
+
 static const struct {
     const char *what;
     fake_edit edits[FAKE_EDITS];
     bool passes;  /* stays right: what the others are held against */
-    bool is_wide; /* in programs for more than 64 tokens a step */
+    linears form; /* of the program's linears, by its tokens a step */
 } faults[] = {
-    {"nothing wrong", {{"linear.cuh", "// the products need the slot no more", "//"}}, true, false},
+    {"nothing wrong", {{"linear.cuh", "// the products need the slot no more", "//"}}, true, NARROW},
     {"a ring slot is given back before it was read",
      {{"linear.cuh", "if (in_chunk == 0) wait_full(w, chunk);",
        "if (in_chunk == 0) wait_full(w, chunk);\nif (in_chunk + kGroupBlocks == kShare) release_chunk(w, chunk, 0);"},
       {"linear.cuh", "release_chunk(w, chunk, b[kGroupBlocks - 1].w);", ";"}},
      false,
-     false},
-    {"a chunk is not waited for", {{"linear.cuh", "if (in_chunk == 0) wait_full(w, chunk);", ""}}, false, false},
+     NARROW},
+    {"a chunk is not waited for", {{"linear.cuh", "if (in_chunk == 0) wait_full(w, chunk);", ""}}, false, NARROW},
     {"outputs are signalled before all warps have stored them",
      {{"worker.cuh", "    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);\n    if (w.thread == 0 && !given_up",
        "    if (w.thread == 0 && !given_up"}},
      false,
-     false},
+     NARROW},
     {"inputs are not waited for",
      {{"worker.cuh", "if (w.lane < PERK_RECORD_WAITS && per_step != 0) wait_counter(w, counter, target);", ""}},
      false,
-     false},
+     NARROW},
     {"experts are streamed before they are picked",
      {{"worker.cuh", "if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), w.step() + 1);", ""}},
      false,
-     false},
+     NARROW},
     {"half of the warp goes another way",
      {{"rows.cuh", "int offset = 16; offset", "int offset = w_half(); offset"},
       {"rows.cuh", "// Sum over the 32 lanes",
        "__device__ inline int w_half() { return threadIdx.x % 2 ? 16 : 8; }\n//"}},
      false,
-     false},
+     NARROW},
     {"a store outside of shared memory",
      {{"linear.cuh", "store_shared16(base + (piece", "store_shared16(base + (1u << 20) + (piece"}},
      false,
-     false},
-    {"nothing wrong, wide", {{"wide.cuh", "// Adds the products of one slice.", "//"}}, true, true},
+     NARROW},
+    {"nothing wrong, wide", {{"wide.cuh", "// Adds the products of one slice.", "//"}}, true, WIDE},
     {"a slice is not waited for",
      {{"wide.cuh", "wait_slot<false>(w, w.input_full(number)", "if (0) wait_slot<false>(w, 0"}},
      false,
-     true},
+     WIDE},
     {"a slice is given back before its products are done",
      {{"wide.cuh", "wgmma_wait<0>();", "mbarrier_arrive_after(w.input_empty(number), w.lane, 0);wgmma_wait<0>();"},
       {"wide.cuh", "wgmma_keep(sums[1]);\n        mbarrier_arrive_after(w.input_empty(number), w.lane, 0);", ""}},
      false,
-     true},
-    {"sums are read before they are there", {{"wide.cuh", "wgmma_wait<0>();", ""}}, false, true},
+     WIDE},
+    {"sums are read before they are there", {{"wide.cuh", "wgmma_wait<0>();", ""}}, false, WIDE},
     {"slices are brought before they are written",
      {{"worker.cuh", "if (w.lane < PERK_RECORD_WAITS && __ldg(&record->wait_per_step[w.lane]) != 0)", "if (0)"}},
      false,
-     true},
+     WIDE},
     {"columns are not dealt as the weights are",
      {{"rows.cuh", "(sixteen ^ row % 8) * 16 + lane * 4", "(sixteen ^ row % 8) * 16 + (lane ^ 1) * 4"}},
      false,
-     true},
+     WIDE},
+    {"nothing wrong, batched", {{"batched.cuh", "// ---- the products ----", "//"}}, true, BATCHED},
+    {"a unit of x is not waited for",
+     {{"batched.cuh", "wait_input(w, unit);\n        const uint64_t x", "const uint64_t x"}},
+     false,
+     BATCHED},
+    {"a unit of x is given back before its products are done",
+     {{"batched.cuh", "begin_products(w, unit, weights, sums);",
+       "begin_products(w, unit, weights, sums); release_input(w, unit);"},
+      {"batched.cuh", "wgmma_keep(sums);\n        release_input(w, unit);", "wgmma_keep(sums);"}},
+     false,
+     BATCHED},
+    {"weights are given back before they are waited for",
+     {{"batched.cuh", "(i == 0 || !pass.is_split)", "0"}},
+     false,
+     BATCHED},
+    {"weights are loaded where those of products under way are",
+     {{"batched.cuh", "chunk = multiply_unit(w, pass, unit, chunk, weights, next, sums);",
+       "chunk = multiply_unit(w, pass, unit, chunk, weights, weights, sums);"},
+      {"batched.cuh", "chunk = multiply_unit(w, pass, unit, chunk, next, weights, sums);",
+       "chunk = multiply_unit(w, pass, unit, chunk, weights, weights, sums);"}},
+     false,
+     BATCHED},
+    {"sums are taken before they are given",
+     {{"batched.cuh", "give_part(w, mine);\n            named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);",
+       "give_part(w, mine);"}},
+     false,
+     BATCHED},
 };
 
 /* In a process of its own, since the emulator ends it where it finds something. */
-static bool shows(const char *what, const fake_edit *edits, bool is_wide) {
+static bool shows(const char *what, const fake_edit *edits, linears form) {
     static const perk_op_case narrow[] = {
         {.op = "mlp", .rows = 8, .in = 512, .out = 1000},
         {.op = "decoder", .rows = 3, .in = 72, .out = 500, .heads = 3, .kv_heads = 1, .head_dim = 32, .context = 20},
         {.op = "experts", .rows = 3, .in = 72, .out = 40, .experts = 9, .top_k = 2}};
     static const perk_op_case wide[] = {{.op = "mlp", .rows = 70, .in = 512, .out = 100}};
-    const perk_op_case *cases = is_wide ? wide : narrow;
-    size_t count = is_wide ? PERK_COUNT(wide) : PERK_COUNT(narrow);
+    static const perk_op_case batched[] = {{.op = "mlp", .rows = 20, .in = 2400, .out = 100},
+                                           {.op = "linear", .rows = 12, .in = 2400, .out = 100}};
+    const perk_op_case *cases = form == WIDE ? wide : form == BATCHED ? batched : narrow;
+    size_t count = form == WIDE ? PERK_COUNT(wide) : form == BATCHED ? PERK_COUNT(batched) : PERK_COUNT(narrow);
     int result = -1;
     fflush(NULL);
     pid_t child = fork();
@@ -344,7 +391,7 @@ static bool shows(const char *what, const fake_edit *edits, bool is_wide) {
 static void test_faults(void) {
     int wrong = 0;
     for (size_t i = 0; i < PERK_COUNT(faults); i++) {
-        bool shown = shows(faults[i].what, faults[i].edits, faults[i].is_wide);
+        bool shown = shows(faults[i].what, faults[i].edits, faults[i].form);
         wrong += shown == faults[i].passes;
         fprintf(stderr, "%s: %s\n", faults[i].what, shown ? "shows" : "does not show");
     }

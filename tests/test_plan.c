@@ -145,6 +145,8 @@ int main(int argc, char **argv) {
          false}, /* the other fixtures differ in tables, not in the program */
         {"bench/configs/qwen3-0.6b", 1, 1, false},
         {"bench/configs/qwen3-8b", 16, 8, true},
+        {"bench/configs/qwen3-8b", 32, 32, true},
+        {"bench/configs/llama-3.2-1b", 40, 8, true},
         {"bench/configs/qwen3-8b", 256, 8, true},
         {"bench/configs/qwen3-8b", 1024, 8, true},
         {"tests/fixtures/qwen3/bias", 100, 4, false},
