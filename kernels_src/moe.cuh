@@ -427,7 +427,8 @@ struct ExpertLinear {
         await_inputs(w, task);
         routing.fetch(w, table); // under way while rows are staged
         const bool is_staged = Product::staged_bytes(work.x_rows) <= program::staging_bytes;
-        if (is_staged) Product::stage_input(w, work.x, gains, work.x_rows);
+        if (is_staged)
+            Product::template stage_input<kFromPairs ? R::kMaxPairs : R::kTokens>(w, work.x, gains, work.x_rows);
         copy_async_wait();
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
         work.hits = routing.hits();
