@@ -104,8 +104,10 @@ typedef struct perk_stream {
     perk_deal deal;      /* of experts' weights; else PERK_DEAL_NONE, and the rest means nothing */
     int experts;         /* matrices */
     int most_hits;       /* of them, in a step */
-    int routing;         /* plan tensor of the routing (kernels_src/abi.h), which one task writes */
-    perk_wait routed;    /* what the producer waits for before it reads that */
+    int own_slots;       /* steps of one token: experts that it goes to, which every task picks by itself; else 0 */
+    int routing;      /* plan tensor of the routing (kernels_src/abi.h), which one task writes; with own_slots, of the
+                         router's logits */
+    perk_wait routed; /* what the producer waits for before it reads that */
 } perk_stream;
 
 enum { PERK_STAGE_OPERANDS = 6 };
