@@ -65,7 +65,14 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
         {"batch_attention_items", batch.attention_items},
     };
     bool has_experts = false;
-    for (int i = 0; i < plan->stage_count; i++) has_experts |= plan->stages[i].stream.deal != PERK_DEAL_NONE;
+    int own_experts = 1, own_slots = 0;
+    for (int i = 0; i < plan->stage_count; i++) {
+        const perk_stream *stream = &plan->stages[i].stream;
+        has_experts |= stream->deal != PERK_DEAL_NONE;
+        if (stream->deal == PERK_DEAL_NONE || !stream->own_slots) continue;
+        own_experts = stream->experts;
+        own_slots = stream->own_slots;
+    }
     perk_buffer_printf(out, "namespace program {\n");
     for (size_t i = 0; i < PERK_COUNT(constants); i++)
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
@@ -77,6 +84,7 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
     perk_buffer_printf(out, "constexpr bool waits_are_limited = %s, has_experts = %s, many_steps = %s;\n",
                        plan->unlimited_waits ? "false" : "true", has_experts ? "true" : "false",
                        plan->many_steps ? "true" : "false");
+    perk_buffer_printf(out, "constexpr uint32_t own_experts = %d, own_slots = %d;\n", own_experts, own_slots);
     if (plan->many_steps) emit_schedule_constants(plan, out);
     perk_buffer_printf(out, "} // namespace program\n\n");
 }
@@ -105,13 +113,14 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
                        "#include \"abi.h\"\n\n",
                        plan->device.portable, plan->profiled, plan->wide_tokens > 0);
     emit_constants(plan, source);
-    perk_buffer_printf(source,
-                       "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
-                       "#include \"linear.cuh\"\n%s%s#include \"attention.cuh\"\n%s#include \"moe.cuh\"\n%s\n",
-                       plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "",
-                       perk_plan_is_batched(plan) ? "#include \"batched.cuh\"\n" : "",
-                       plan->prompt_slice > 0 ? "#include \"prompt_attention.cuh\"\n" : "",
-                       plan->many_steps ? "#include \"mail.h\"\n#include \"many_steps.cuh\"\n" : "");
+    perk_buffer_printf(
+        source,
+        "#include \"ptx.cuh\"\n#include \"routing.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
+        "#include \"linear.cuh\"\n%s%s#include \"attention.cuh\"\n%s#include \"moe.cuh\"\n%s\n",
+        plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "",
+        perk_plan_is_batched(plan) ? "#include \"batched.cuh\"\n" : "",
+        plan->prompt_slice > 0 ? "#include \"prompt_attention.cuh\"\n" : "",
+        plan->many_steps ? "#include \"mail.h\"\n#include \"many_steps.cuh\"\n" : "");
     emit_switch(plan, source);
     perk_buffer_printf(source,
                        "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
@@ -180,10 +189,11 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
         record.rows_word = is_of_tokens ? PERK_BATCH_NUM_TOKENS : PERK_BATCH_NUM_LOGIT_ROWS;
     }
     if (stage->stream.tensor >= 0 && stage->stream.deal != PERK_DEAL_NONE) {
-        record.routing_experts = (uint32_t)stage->stream.experts;
+        record.routing_experts =
+            (uint32_t)stage->stream.experts | (stage->stream.deal == PERK_DEAL_TILES ? PERK_ROUTING_OF_TILES : 0u);
+        record.routing_most_hits = (uint16_t)stage->stream.most_hits;
+        record.routing_signals = (uint16_t)stage->stream.routed.needed;
         record.routing_counter = (uint32_t)stage->stream.routed.counter;
-        record.routing_most_hits =
-            (uint32_t)stage->stream.most_hits | (stage->stream.deal == PERK_DEAL_TILES ? PERK_ROUTING_OF_TILES : 0u);
         record.routing = (uint32_t)(plan->tensors[stage->stream.routing].offset / 256);
     }
     return record;

@@ -63,7 +63,10 @@ enum {
  *     their shares, fp32
  *
  * Tasks of a stage over experts take either every n-th of its units, which are the tiles of the first hit expert, then
- * those of the next; or, where they sum up what experts made, tiles like those of any linear, of all hit experts. */
+ * those of the next; or, where they sum up what experts made, tiles like those of any linear, of all hit experts.
+ *
+ * A program for one token needs no such list: its hits are the token's slots by rising experts, a pair each. There
+ * every worker follows the router's logits by itself. */
 enum { PERK_ROUTING_HITS = 0, PERK_ROUTING_HEADER = 4 };
 #define PERK_ROUTING_OF_TILES 0x80000000u /* in a record: tiles of all hit experts */
 #define PERK_ROUTING_WORDS(hits, pairs)                                                                                \
@@ -132,10 +135,11 @@ typedef struct perk_task_record {
         /* Where the weights are those of experts: stream_tiles are those of one expert, and the step's routing says
          * whose the task's units are. */
         struct {
-            uint32_t routing_experts;   /* matrices of the stage; 0: no experts */
-            uint32_t routing_most_hits; /* of them; | PERK_ROUTING_OF_TILES */
-            uint32_t routing_counter;   /* gets one signal a step, when the routing is there */
-            uint32_t routing;           /* byte offset / 256 among the activations */
+            uint32_t routing_experts;   /* matrices of the stage; 0: no experts; | PERK_ROUTING_OF_TILES */
+            uint16_t routing_most_hits; /* of them */
+            uint16_t routing_signals;   /* a step, of the counter: */
+            uint32_t routing_counter;   /* says when the routing is there, or the logits that it follows from */
+            uint32_t routing;           /* or the logits: byte offset / 256 among the activations */
         };
     };
 } perk_task_record;

@@ -107,10 +107,11 @@ struct Linear {
     }
 
     // Copies this warp's blocks of all rows to shared memory; nobody else reads them, so no barrier is needed. Loads of
-    // several rows are issued together: one trip to L2, not one a row.
+    // several rows are issued together: one trip to L2, not one a row. There are at most kMost.
+    template <uint32_t kMost = kMaxRows>
     static __device__ __forceinline__ void stage_input(const Worker &w, const uint8_t *x, const Gains &gains,
                                                        uint32_t rows) {
-        constexpr uint32_t kGroup = kLanePieces >= 8 ? 1 : (8 / kLanePieces < kMaxRows ? 8 / kLanePieces : kMaxRows);
+        constexpr uint32_t kGroup = kLanePieces >= 8 ? 1 : (8 / kLanePieces < kMost ? 8 / kLanePieces : kMost);
         const uint32_t base = w.staging() + w.warp * kWarpBlocks * rows * 64;
 #pragma unroll 1
         for (uint32_t first = 0; first < rows; first += kGroup) {

@@ -14,19 +14,40 @@ struct Routing {
                               kOrder = kBegin + kMaxHits + 1, kShares = kOrder + kMaxPairs,
                               kWords = kShares + kMaxPairs;
     static_assert(kWords == PERK_ROUTING_WORDS(kMaxHits, kMaxPairs), "abi.h says otherwise");
+    static constexpr bool kIsOwn = false;
+};
+
+// Steps of one token, whose routing every worker follows from the logits by itself.
+template <uint32_t kExpertCount, uint32_t kSlotCount, bool kSharesOfPicked>
+struct OwnRouting : Routing<kExpertCount, kSlotCount, 1> {
+    static constexpr bool kIsOwn = true, kNormalises = kSharesOfPicked;
 };
 
 // ---- routing ----
+
+// The share of this lane's slot: of a softmax over all experts, or over those that were picked.
+template <bool kNormalises, class Top>
+__device__ __forceinline__ float share_of(const Top &top, const typename Top::Pick &mine, uint32_t lane) {
+    const float share = lane < Top::kSlotCount ? __expf(mine.logit - mine.largest) : 0.0f;
+    float sum = share;
+    if constexpr (!kNormalises) {
+        sum = 0.0f;
+#pragma unroll
+        for (uint32_t i = 0; i < Top::kEach; i++)
+            if (lane * Top::kEach + i < Top::kExpertCount) sum += __expf(top.logits[i] - mine.largest);
+    }
+    return share / warp_sum(sum);
+}
 
 // One task. The experts with the largest logits of each token, the lowest number among equals, in falling order; their
 // shares of a softmax over all experts, or over those that were picked; and the step's routing.
 // Operands: 0 logits, fp32; 1 experts; 2 shares, fp32; 3 routing.
 template <class R, bool kNormalises>
 struct MoeRoute {
-    static constexpr uint32_t kLaneExperts = (R::kExperts + 31) / 32; // lane l has experts l, l + 32, ...
-    static constexpr uint32_t kTokenWords = (R::kTokens + 31) / 32;   // of a set of tokens
+    using Top = TopExperts<R::kExperts, R::kSlots>;
+    static constexpr uint32_t kLaneExperts = Top::kEach;
+    static constexpr uint32_t kTokenWords = (R::kTokens + 31) / 32; // of a set of tokens
     static constexpr uint32_t kInStride = PERK_ROW_STRIDE(R::kExperts), kOutStride = PERK_ROW_STRIDE(R::kSlots);
-    static_assert(R::kSlots <= 32, "a lane a slot");
 
     // Shared memory: who picked each expert, where its pairs begin in the order, whom each pair picked, its share.
     static constexpr uint32_t kPicked = R::kExperts * kTokenWords * 4, kBegins = R::kExperts * 4,
@@ -42,72 +63,23 @@ struct MoeRoute {
         return w.reduction() + kPicked + kBegins + pair * 8;
     }
 
-    // A number that grows with the logit: 1 for what is no number, so that as many as wanted can always be picked.
-    static __device__ __forceinline__ uint32_t rank(float logit) {
-        const uint32_t bits = __float_as_uint(logit + 0.0f); // -0 is 0
-        return logit != logit ? 1 : bits >> 31 ? ~bits : bits | 0x80000000u;
+    static __device__ __forceinline__ Top load_token(const Worker &w, uint32_t token, const uint8_t *logits) {
+        Top top;
+        top.load(w.lane, logits + uint64_t(token) * kInStride * 4);
+        return top;
     }
 
-    // A token's logits, a few in each lane.
-    struct Logits {
-        float of[kLaneExperts];
-        __device__ __forceinline__ Logits(const Worker &w, uint32_t token, const uint8_t *logits) {
-#pragma unroll
-            for (uint32_t i = 0; i < kLaneExperts; i++) {
-                const uint32_t expert = min(i * 32 + w.lane, R::kExperts - 1);
-                of[i] = __uint_as_float(load_coherent4(logits + (uint64_t(token) * kInStride + expert) * 4));
-            }
-        }
-    };
-
     // By a warp.
-    static __device__ __forceinline__ void route_token(const Worker &w, uint32_t token, const Logits &logits,
+    static __device__ __forceinline__ void route_token(const Worker &w, uint32_t token, const Top &top,
                                                        uint32_t *experts, float *shares) {
-        const float(&values)[kLaneExperts] = logits.of;
-        uint32_t ranks[kLaneExperts]; // 0: taken, or no expert
-#pragma unroll
-        for (uint32_t i = 0; i < kLaneExperts; i++) ranks[i] = i * 32 + w.lane < R::kExperts ? rank(values[i]) : 0;
-        float largest = 0.0f, mine = 0.0f; // of all; of this lane's slot
-        uint32_t my_expert = 0;
-#pragma unroll 1
-        for (uint32_t slot = 0; slot < R::kSlots; slot++) {
-            uint32_t best = 0, expert = 0xffffffffu;
-            float value = 0.0f;
-#pragma unroll
-            for (uint32_t i = 0; i < kLaneExperts; i++)
-                if (ranks[i] > best) {
-                    best = ranks[i];
-                    expert = i * 32 + w.lane;
-                    value = values[i];
-                }
-            const uint32_t all = warp_max(best);
-            const uint32_t pick = warp_min(best == all ? expert : 0xffffffffu);
-#pragma unroll
-            for (uint32_t i = 0; i < kLaneExperts; i++)
-                if (i * 32 + w.lane == pick) ranks[i] = 0;
-            value = __shfl_sync(0xffffffffu, value, pick % 32);
-            if (slot == 0) largest = value;
-            if (slot == w.lane) {
-                mine = value;
-                my_expert = pick;
-            }
-        }
-        float sum = 0.0f;
-        const float share = w.lane < R::kSlots ? __expf(mine - largest) : 0.0f;
-        if constexpr (kNormalises) {
-            sum = warp_sum(share);
-        } else {
-#pragma unroll
-            for (uint32_t i = 0; i < kLaneExperts; i++)
-                if (i * 32 + w.lane < R::kExperts) sum += __expf(values[i] - largest);
-            sum = warp_sum(sum);
-        }
+        const typename Top::Pick mine = top.pick(w.lane);
+        const float share = share_of<kNormalises>(top, mine, w.lane);
         if (w.lane >= R::kSlots) return;
-        experts[uint64_t(token) * kOutStride + w.lane] = my_expert;
-        shares[uint64_t(token) * kOutStride + w.lane] = share / sum;
-        store_shared4(choice(w, token * R::kSlots + w.lane), my_expert);
-        store_shared4(choice(w, token * R::kSlots + w.lane) + 4, __float_as_uint(share / sum));
-        or_shared4(picked(w, my_expert, token / 32), 1u << token % 32);
+        experts[uint64_t(token) * kOutStride + w.lane] = mine.expert;
+        shares[uint64_t(token) * kOutStride + w.lane] = share;
+        store_shared4(choice(w, token * R::kSlots + w.lane), mine.expert);
+        store_shared4(choice(w, token * R::kSlots + w.lane) + 4, __float_as_uint(share));
+        or_shared4(picked(w, mine.expert, token / 32), 1u << token % 32);
     }
 
     static __device__ __forceinline__ uint32_t pairs_of(const Worker &w, uint32_t expert) {
@@ -182,11 +154,11 @@ struct MoeRoute {
         for (uint32_t i = w.thread; i < R::kExperts * kTokenWords; i += PERK_CONSUMER_THREADS)
             store_shared4(w.reduction() + i * 4, 0);
         await_inputs(w, task); // with a barrier
-        Logits next(w, min(w.warp, R::kTokens - 1), logits);
+        Top next = load_token(w, min(w.warp, R::kTokens - 1), logits);
 #pragma unroll 1
         for (uint32_t token = w.warp; token < tokens; token += PERK_CONSUMER_WARPS) {
-            const Logits current = next;
-            next = Logits(w, min(token + PERK_CONSUMER_WARPS, R::kTokens - 1), logits); // under way meanwhile
+            const Top current = next;
+            next = load_token(w, min(token + PERK_CONSUMER_WARPS, R::kTokens - 1), logits); // under way meanwhile
             route_token(w, token, current, experts, shares);
         }
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
@@ -194,6 +166,78 @@ struct MoeRoute {
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
         for (uint32_t pair = w.thread; pair < tokens * R::kSlots; pair += PERK_CONSUMER_THREADS)
             place_pair(w, pair, routing);
+    }
+};
+
+// ---- what linears of experts know of a step's routing ----
+
+// begin_fetch, finish_fetch, a barrier of the consumers, and then the rows of each hit. What a wait that was given up
+// leaves there stays within bounds.
+template <class R, bool kIsOwn = R::kIsOwn>
+struct Hits;
+
+// The list, in shared memory.
+template <class R>
+struct Hits<R, false> {
+    static constexpr uint32_t kBytes = R::kWords * 4;
+    uint32_t address;
+
+    __device__ __forceinline__ void begin_fetch(const Worker &w, const uint8_t *list) {
+        for (uint32_t i = w.thread; i < R::kWords; i += PERK_CONSUMER_THREADS)
+            copy_async4(address + i * 4, list + i * 4);
+    }
+    __device__ __forceinline__ void finish_fetch(const Worker &) { copy_async_wait(); }
+    __device__ __forceinline__ uint32_t count() const { return min(get(R::kHits), R::kMaxHits); }
+
+    // Rows of one hit. No two are of one token.
+    struct Rows {
+        const Hits &hits;
+        uint32_t first, count;
+        __device__ __forceinline__ uint32_t pair(uint32_t row) const {
+            return min(hits.get(R::kOrder + first + row), R::kMaxPairs - 1);
+        }
+        __device__ __forceinline__ float share(uint32_t row) const {
+            return __uint_as_float(hits.get(R::kShares + min(first + row, R::kMaxPairs - 1)));
+        }
+    };
+    __device__ __forceinline__ Rows of(uint32_t hit) const {
+        const uint32_t first = begin(hit);
+        return {*this, first, min(get(R::kBegin + hit + 1) - first, min(R::kTokens, R::kMaxPairs - first))};
+    }
+
+    __device__ __forceinline__ uint32_t begin(uint32_t hit) const {
+        return min(get(R::kBegin + hit), R::kMaxPairs - 1);
+    }
+    __device__ __forceinline__ uint32_t get(uint32_t word) const { return load_shared4(address + word * 4); }
+};
+
+// Every warp picks the experts of the only token: lane h knows hit h.
+template <class R>
+struct Hits<R, true> {
+    static constexpr uint32_t kBytes = 0;
+    using Top = TopExperts<R::kExperts, R::kSlots>;
+    uint32_t address;
+    Top top;
+    uint32_t my_slot;
+    float my_share;
+
+    __device__ __forceinline__ void begin_fetch(const Worker &w, const uint8_t *logits) { top.load(w.lane, logits); }
+    __device__ __forceinline__ void finish_fetch(const Worker &w) {
+        const typename Top::Pick mine = top.pick(w.lane);
+        my_slot = Top::slot_of_hit(w.lane, mine.expert);
+        my_share = __shfl_sync(0xffffffffu, share_of<R::kNormalises>(top, mine, w.lane), my_slot);
+    }
+    __device__ __forceinline__ uint32_t count() const { return R::kSlots; }
+
+    struct Rows {
+        static constexpr uint32_t count = 1;
+        uint32_t the_pair;
+        float the_share;
+        __device__ __forceinline__ uint32_t pair(uint32_t) const { return the_pair; }
+        __device__ __forceinline__ float share(uint32_t) const { return the_share; }
+    };
+    __device__ __forceinline__ Rows of(uint32_t hit) const { // by all lanes
+        return {__shfl_sync(0xffffffffu, my_slot, hit), __shfl_sync(0xffffffffu, my_share, hit)};
     }
 };
 
@@ -216,34 +260,10 @@ struct ExpertLinear {
     static constexpr uint32_t kUnitTiles = kEpilogue == Epilogue::gated ? (kOut / 2 + 7) / 8 : Product::kTiles;
     static constexpr uint32_t kShared =
         Product::kBuffers * Product::kPartialBytes + PERK_CONSUMER_WARPS * R::kTokens * 4;
-    static constexpr uint32_t kTotals = kShared + R::kWords * 4, kBytes = kTotals + R::kTokens * PERK_TILE_ROWS * 4;
+    using StepHits = Hits<R>;
+    static constexpr uint32_t kTotals = kShared + StepHits::kBytes, kBytes = kTotals + R::kTokens * PERK_TILE_ROWS * 4;
     static_assert(kBytes <= program::reduction_bytes, "the plan gave this stage too little scratch");
     static_assert(!kFromPairs || !kFoldedNorm, "a norm is of tokens");
-
-    // The step's routing, in shared memory. What a wait that was given up leaves there stays within bounds.
-    struct Copy {
-        uint32_t address;
-        __device__ __forceinline__ explicit Copy(const Worker &w) : address(w.reduction() + kShared) {}
-        __device__ __forceinline__ void fetch(const Worker &w, const uint8_t *routing) const {
-            for (uint32_t i = w.thread; i < R::kWords; i += PERK_CONSUMER_THREADS)
-                copy_async4(address + i * 4, routing + i * 4);
-        }
-        __device__ __forceinline__ uint32_t hits() const { return min(get(R::kHits), R::kMaxHits); }
-        __device__ __forceinline__ uint32_t begin(uint32_t hit) const {
-            return min(get(R::kBegin + hit), R::kMaxPairs - 1);
-        }
-        __device__ __forceinline__ uint32_t count(uint32_t hit) const {
-            const uint32_t first = begin(hit);
-            return min(get(R::kBegin + hit + 1) - first, min(R::kTokens, R::kMaxPairs - first));
-        }
-        __device__ __forceinline__ uint32_t pair(uint32_t place) const {
-            return min(get(R::kOrder + place), R::kMaxPairs - 1);
-        }
-        __device__ __forceinline__ float share(uint32_t place) const {
-            return __uint_as_float(get(R::kShares + min(place, R::kMaxPairs - 1)));
-        }
-        __device__ __forceinline__ uint32_t get(uint32_t word) const { return load_shared4(address + word * 4); }
-    };
 
     // Of the tile that is being summed up: outputs of each token, fp32.
     static __device__ __forceinline__ uint32_t total(const Worker &w, uint32_t token, uint32_t output) {
@@ -253,23 +273,21 @@ struct ExpertLinear {
         store_shared4(address, __float_as_uint(__uint_as_float(load_shared4(address)) + value));
     }
 
-    // Rows of a hit expert. No two are of one token.
+    // Rows of a hit expert, as Linear asks for them.
     struct ExpertRows {
-        const Copy &routing;
-        uint32_t first;
-        __device__ __forceinline__ uint32_t pair(uint32_t row) const { return routing.pair(first + row); }
+        typename StepHits::Rows rows;
         __device__ __forceinline__ uint32_t input(uint32_t row) const {
-            return kFromPairs ? pair(row) : pair(row) / R::kSlots;
+            return kFromPairs ? rows.pair(row) : rows.pair(row) / R::kSlots;
         }
         __device__ __forceinline__ void store(const Worker &w, const Finish &f, uint32_t tile, uint32_t row, float low,
                                               float high) const {
             if constexpr (kSums) {
-                const float share = routing.share(first + row);
-                const uint32_t address = total(w, pair(row) / R::kSlots, w.lane / 4);
+                const float share = rows.share(row);
+                const uint32_t address = total(w, rows.pair(row) / R::kSlots, w.lane / 4);
                 add_to(address, share * round_bf16(low));
                 add_to(address + 32, share * round_bf16(high));
             } else {
-                Product::store_row(w, f, tile, pair(row), low, high);
+                Product::store_row(w, f, tile, rows.pair(row), low, high);
             }
         }
     };
@@ -309,10 +327,10 @@ struct ExpertLinear {
 
     // A step's work for this task, and where it is. Units and products are numbered by `i`.
     struct Work {
-        const Copy &routing;
+        const StepHits &hits;
         const uint8_t *x, *residual;
         Finish finish;
-        uint32_t first, stride, count, x_rows, hits;
+        uint32_t first, stride, count, x_rows, hit_count;
         float eps;
     };
 
@@ -320,8 +338,8 @@ struct ExpertLinear {
     template <class Input>
     static __device__ __forceinline__ uint32_t run_unit(const Worker &w, const Work &work, uint32_t hit, uint32_t tile,
                                                         uint32_t i, uint32_t chunk) {
-        const uint32_t rows = work.routing.count(hit);
-        const ExpertRows rows_of{work.routing, work.routing.begin(hit)};
+        const ExpertRows rows_of{work.hits.of(hit)};
+        const uint32_t rows = rows_of.rows.count;
         const uint32_t buffer = i % Product::kBuffers, my_column_tile = (w.warp - i) % PERK_CONSUMER_WARPS;
         float sums[Product::kColumnTiles][4] = {};
         const Input input(w, work.x, work.x_rows, LaneRows(w, rows_of, rows));
@@ -335,7 +353,7 @@ struct ExpertLinear {
 
     template <class Input>
     static __device__ __forceinline__ uint32_t run_units(const Worker &w, const Work &work, uint32_t chunk) {
-        const uint32_t end = work.hits * kUnitTiles;
+        const uint32_t end = work.hit_count * kUnitTiles;
 #pragma unroll 1
         for (uint32_t unit = work.first, i = 0; unit < end; unit += work.stride, i++)
             chunk = run_unit<Input>(w, work, unit / kUnitTiles, unit % kUnitTiles, i, chunk);
@@ -372,8 +390,8 @@ struct ExpertLinear {
                 residual[p] = place.is_inside ? load_coherent4(work.residual + place.offset()) : 0;
             }
 #pragma unroll 1
-            for (uint32_t hit = 0; hit < work.hits; hit++)
-                chunk = run_unit<Input>(w, work, hit, tile, t * work.hits + hit, chunk);
+            for (uint32_t hit = 0; hit < work.hit_count; hit++)
+                chunk = run_unit<Input>(w, work, hit, tile, t * work.hit_count + hit, chunk);
             named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // all are added
 #pragma unroll
             for (uint32_t p = 0; p < kThreadPairs; p++) {
@@ -408,8 +426,8 @@ struct ExpertLinear {
     }
 
     static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk, float eps) {
-        const Copy routing(w);
-        Work work{routing,
+        StepHits hits{w.reduction() + kShared};
+        Work work{hits,
                   w.args.activations + task.operand(kInput),
                   w.args.activations + task.operand(kSumResidual),
                   {nullptr, nullptr, w.args.activations + task.operand(kOutput), nullptr},
@@ -419,19 +437,20 @@ struct ExpertLinear {
                   w.num_tokens() * (kFromPairs ? R::kSlots : 1),
                   0,
                   eps};
-        const uint8_t *table = w.args.activations + task.operand(kRouting);
+        const uint8_t *routing = w.args.activations + task.operand(kRouting);
         const typename Product::Gains gains = Product::load_gains(w, w.args.constants + task.operand(kNormWeight));
         if constexpr (kSums)
             for (uint32_t i = w.thread; i < R::kTokens * PERK_TILE_ROWS; i += PERK_CONSUMER_THREADS)
                 store_shared4(total(w, 0, i), 0);
         await_inputs(w, task);
-        routing.fetch(w, table); // under way while rows are staged
+        hits.begin_fetch(w, routing); // under way while rows are staged
         const bool is_staged = Product::staged_bytes(work.x_rows) <= program::staging_bytes;
-        if (is_staged) Product::stage_input(w, work.x, gains, work.x_rows);
-        copy_async_wait();
-        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-        work.hits = routing.hits();
-        if (work.hits == 0 || (!kSums && work.first >= work.hits * kUnitTiles)) return take_empty(w, chunk);
+        if (is_staged)
+            Product::template stage_input<kFromPairs ? R::kMaxPairs : R::kTokens>(w, work.x, gains, work.x_rows);
+        hits.finish_fetch(w);
+        if constexpr (!R::kIsOwn) named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+        work.hit_count = hits.count();
+        if (work.hit_count == 0 || (!kSums && work.first >= work.hit_count * kUnitTiles)) return take_empty(w, chunk);
         if (is_staged) return run_work<StagedRows>(w, work, chunk);
         if constexpr (!kFoldedNorm) return run_work<DirectRows>(w, work, chunk);
         return chunk;

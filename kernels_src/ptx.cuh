@@ -231,6 +231,8 @@ __device__ __forceinline__ uint32_t warp_min(uint32_t value) {
     asm volatile("redux.sync.min.u32 %0, %1, 0xffffffff;" : "=r"(best) : "r"(value));
     return best;
 }
+// The lowest lane where `holds`; some lane must say so.
+__device__ __forceinline__ uint32_t first_lane(bool holds) { return __ffs(__ballot_sync(0xffffffffu, holds)) - 1; }
 
 // ---- copies into shared memory ----
 

@@ -373,6 +373,15 @@ __device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTas
     return chunk;
 }
 
+// Starts the copies of one tile of one expert: `tile` is its number among all experts' tiles.
+__device__ __forceinline__ uint32_t push_tile(const Worker &w, const StreamTask &task, uint32_t tile, uint32_t chunk) {
+    const uint8_t *source = w.args.weights + (task.base + uint64_t(tile) * task.blocks) * PERK_WEIGHT_BLOCK_BYTES;
+    for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++)
+        push_chunk(w, chunk, source + block * PERK_WEIGHT_BLOCK_BYTES,
+                   min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES);
+    return chunk;
+}
+
 // What the producer needs of the record of a stage over experts, beside that.
 struct RoutedTask {
     uint32_t first, stride, tiles;
@@ -384,12 +393,13 @@ struct RoutedTask {
 // Waits for the step's routing. What a wait that was given up leaves there stays within bounds.
 __device__ __forceinline__ RoutedTask await_routing(const Worker &w, const StreamTask &task) {
     const perk_task_record *record = record_at(w, w.position);
-    const uint32_t most = __ldg(&record->routing_most_hits);
+    const uint32_t most = __ldg(&record->routing_most_hits), signals = __ldg(&record->routing_signals);
     const uint8_t *routing = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
-    if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), w.step() + 1);
+    const bool of_tiles = (__ldg(&record->routing_experts) & PERK_ROUTING_OF_TILES) != 0;
+    if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), w.step() * signals + signals);
     __syncwarp();
-    RoutedTask r{task.lane_in_round, task.workers, task.tiles, 0, 0, (most & PERK_ROUTING_OF_TILES) != 0};
-    r.hits = min(load_coherent4(routing + PERK_ROUTING_HITS * 4), most & ~PERK_ROUTING_OF_TILES);
+    RoutedTask r{task.lane_in_round, task.workers, task.tiles, 0, 0, of_tiles};
+    r.hits = min(load_coherent4(routing + PERK_ROUTING_HITS * 4), most);
     const uint32_t units = r.hits * r.tiles;
     if (r.of_tiles)
         r.count = r.hits * task.rounds;
@@ -402,11 +412,12 @@ __device__ __forceinline__ RoutedTask await_routing(const Worker &w, const Strea
 __device__ __forceinline__ uint32_t find_tile(const Worker &w, const RoutedTask &r, uint32_t i) {
     const perk_task_record *record = record_at(w, w.position);
     const uint8_t *routing = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
+    const uint32_t experts = __ldg(&record->routing_experts) & ~PERK_ROUTING_OF_TILES;
     const uint32_t unit = r.first + i * r.stride;
     const uint32_t hit = r.of_tiles ? i % r.hits : unit / r.tiles;
     const uint32_t tile = r.of_tiles ? r.first + i / r.hits * r.stride : unit % r.tiles;
     const uint32_t expert = load_coherent4(routing + (PERK_ROUTING_HEADER + hit) * 4);
-    return min(expert, __ldg(&record->routing_experts) - 1) * r.tiles + tile;
+    return min(expert, experts - 1) * r.tiles + tile;
 }
 
 // Streams this worker's chunks of a stage over experts, as the step's routing deals them. A task without any gets 16
@@ -420,13 +431,47 @@ __device__ __forceinline__ uint32_t stream_experts(const Worker &w, const Stream
             if (i + w.lane < r.count) mine = find_tile(w, r, i + w.lane);
             __syncwarp();
         }
-        const uint32_t tile = __shfl_sync(0xffffffffu, mine, i % 32);
-        const uint8_t *source = w.args.weights + (task.base + uint64_t(tile) * task.blocks) * PERK_WEIGHT_BLOCK_BYTES;
-        for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++)
-            push_chunk(w, chunk, source + block * PERK_WEIGHT_BLOCK_BYTES,
-                       min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES);
+        chunk = push_tile(w, task, __shfl_sync(0xffffffffu, mine, i % 32), chunk);
     }
     if (r.count == 0) push_chunk(w, chunk++, w.args.weights + uint64_t(task.base) * PERK_WEIGHT_BLOCK_BYTES, 16);
+    return chunk;
+}
+
+// The experts of a step of one token, as this worker has picked them: lane h has that of hit h.
+struct OwnExperts {
+    uint32_t picked_for = 0xffffffffu; // which step's logits: a layer's stages ask for the same
+    uint32_t expert = 0;
+};
+
+__device__ __forceinline__ void pick_experts(const Worker &w, OwnExperts &own) {
+    using Top = TopExperts<program::own_experts, program::own_slots>;
+    const perk_task_record *record = record_at(w, w.position);
+    const uint32_t counter = __ldg(&record->routing_counter), signals = __ldg(&record->routing_signals);
+    const uint8_t *logits = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
+    const uint32_t wanted = (w.step() << 16) + counter;
+    if (own.picked_for == wanted) return;
+    own.picked_for = wanted;
+    if (w.lane == 0) wait_counter(w, counter, w.step() * signals + signals);
+    __syncwarp();
+    Top top;
+    top.load(w.lane, logits);
+    own.expert = top.pick(w.lane).expert;
+    own.expert = __shfl_sync(0xffffffffu, own.expert, Top::slot_of_hit(w.lane, own.expert));
+}
+
+// The same as stream_experts for a step of one token.
+__device__ __forceinline__ uint32_t stream_own_experts(const Worker &w, const StreamTask &task, bool of_tiles,
+                                                       uint32_t chunk, OwnExperts &own) {
+    constexpr uint32_t kSlots = program::own_slots > 0 ? program::own_slots : 1; // without any, nobody calls this
+    await_begin(w, chunk);
+    pick_experts(w, own);
+    const uint32_t count = of_tiles ? task.rounds * kSlots : task.rounds;
+    for (uint32_t i = 0; i < count; i++) {
+        const uint32_t unit = task.lane_in_round + (of_tiles ? i / kSlots : i) * task.workers;
+        const uint32_t hit = of_tiles ? i % kSlots : unit / task.tiles;
+        const uint32_t tile = of_tiles ? unit : unit % task.tiles;
+        chunk = push_tile(w, task, __shfl_sync(0xffffffffu, own.expert, hit) * task.tiles + tile, chunk);
+    }
     return chunk;
 }
 
@@ -492,14 +537,19 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
 }
 #else
 __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
+    OwnExperts own;
     StreamTask next = load_stream_task(w, 0);
     for (w.position = 0; next.kind != PERK_TASK_END; w.position++) {
         const StreamTask task = next;
         next = load_stream_task(w, w.position + 1);
-        if (program::has_experts && task.tiles != 0 && __ldg(&record_at(w, w.position)->routing_experts) != 0)
-            chunk = stream_experts(w, task, chunk);
-        else if (task.tiles != 0)
+        if (task.tiles == 0) continue;
+        const uint32_t routing = program::has_experts ? __ldg(&record_at(w, w.position)->routing_experts) : 0;
+        if (routing == 0)
             chunk = stream_task(w, task, chunk);
+        else if constexpr (program::own_slots > 0)
+            chunk = stream_own_experts(w, task, (routing & PERK_ROUTING_OF_TILES) != 0, chunk, own);
+        else if constexpr (program::has_experts)
+            chunk = stream_experts(w, task, chunk);
     }
     return chunk;
 }

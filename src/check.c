@@ -95,6 +95,11 @@ static perk_status check_routed_units(const perk_plan *plan, const perk_stage *s
                       stream->routed.counter, plan->counter_count);
     int hits = stream->deal == PERK_DEAL_TILES ? 1 : stream->most_hits;
     bool is_deal = stream->deal == PERK_DEAL_TILES || stream->deal == PERK_DEAL_UNITS;
+    if (stream->own_slots &&
+        (plan->config.max_num_batched_tokens != 1 || stream->own_slots != stream->most_hits ||
+         plan->tensors[stream->routing].cols != stream->experts || plan->tensors[stream->routing].dtype != PERK_F32))
+        return UNSAFE(err, "stage %.*s: its tasks cannot pick %d of %d experts by %.*s", NAME_LENGTH, stage->name,
+                      stream->own_slots, stream->experts, NAME_LENGTH, plan->tensors[stream->routing].name);
     if (!is_deal || stream->most_hits < 1 || stream->most_hits > stream->experts ||
         stage->unit_count != (int64_t)hits * stream->tile_count)
         return UNSAFE(err, "stage %.*s: %d units are not the %d tiles of up to %d of %d experts", NAME_LENGTH,
@@ -289,29 +294,32 @@ static perk_status check_thresholds(const perk_plan *plan, perk_error *err) {
 
 /* ---- stages over experts ---- */
 
-/* The routing is there when the producers of the stage go on: one task writes it, and they wait for all that its
+/* The routing is there when the producers of the stage go on: one task writes it (of the logits that tasks pick by
+ * themselves, some), and they wait for all that its
  * counter gets in a step, which is that task's alone. That the task comes before those of the stage, so that nobody
  * waits for ever, and that none of them is over when the next step's routing is written, follows from their reading it,
  * as everything else does: a task ends after its producer has streamed for it. */
 static perk_status check_routing(const perk_plan *plan, const perk_stage *stage, perk_error *err) {
     const perk_stream *stream = &stage->stream;
-    int writer = -1, others = 0, signals = 0;
+    int writers = 0, signals = 0;
     for (int i = 0; i < plan->task_count; i++) {
         const perk_task *task = &plan->tasks[i];
-        bool writes = false;
+        bool writes = false, tells = false;
         for (int j = task->write_begin; j < task->write_end; j++) writes |= plan->regions[j].tensor == stream->routing;
-        others += writes && writer >= 0;
-        if (writes) writer = i;
+        for (int j = task->signal_begin; j < task->signal_end && writes; j++)
+            if (plan->signals[j].counter == stream->routed.counter) {
+                signals += plan->signals[j].amount;
+                tells = true;
+            }
+        writers += writes && (tells || !stream->own_slots);
+        if (writes && !tells) signals = -plan->task_count; /* nobody would know of it */
     }
-    for (int j = writer < 0 ? 0 : plan->tasks[writer].signal_begin; writer >= 0 && j < plan->tasks[writer].signal_end;
-         j++)
-        if (plan->signals[j].counter == stream->routed.counter) signals += plan->signals[j].amount;
-    if (writer >= 0 && others == 0 && signals == 1 && signals == plan->counter_per_step[stream->routed.counter] &&
-        signals == stream->routed.needed)
+    if ((writers == 1 || (writers > 1 && stream->own_slots)) && signals == stream->routed.needed &&
+        signals == plan->counter_per_step[stream->routed.counter])
         return PERK_OK;
-    return UNSAFE(err, "stage %.*s: its weights wait for %d on %s, which does not prove that one task has written %.*s",
-                  NAME_LENGTH, stage->name, stream->routed.needed,
-                  perk_check_counter_text(plan, stream->routed.counter).text, NAME_LENGTH,
+    return UNSAFE(err, "stage %.*s: its weights wait for %d on %s, which does not prove that %s %.*s", NAME_LENGTH,
+                  stage->name, stream->routed.needed, perk_check_counter_text(plan, stream->routed.counter).text,
+                  stream->own_slots ? "all have written" : "one task has written", NAME_LENGTH,
                   plan->tensors[stream->routing].name);
 }
 

@@ -357,7 +357,10 @@ perk_status perk_gpu_streamed_bytes(perk_executor *executor, uint64_t *bytes, pe
         const perk_stream *stream = &plan->stages[i].stream;
         uint32_t matrices = 1;
         if (stream->tensor < 0) continue;
-        if (stream->deal != PERK_DEAL_NONE) status = read_hits(gpu, &plan->tensors[stream->routing], &matrices, err);
+        if (stream->deal != PERK_DEAL_NONE && stream->own_slots)
+            matrices = (uint32_t)stream->own_slots;
+        else if (stream->deal != PERK_DEAL_NONE)
+            status = read_hits(gpu, &plan->tensors[stream->routing], &matrices, err);
         *bytes += (uint64_t)stream->tile_count * (uint64_t)stream->blocks_per_tile * PERK_WEIGHT_BLOCK_BYTES * matrices;
     }
     perk_gpu_leave(gpu);

@@ -17,6 +17,7 @@ enum { MAX_STEP_TOKENS = 1024 };
 enum { INPUT_BYTES = 96 << 10 }; /* slices of inputs of wide linears: three of 256 tokens, */
 enum { BATCHED_COLUMNS = 16 };   /* and of batched ones, for multiples of so many tokens: what the ring leaves, */
 enum { BATCHED_INPUT_BYTES = 64 << 10 }; /* but not much more than it takes to have enough under way */
+enum { MAX_OWN_EXPERTS = 256 };          /* eight logits a lane */
 enum { SPACE_ALIGNMENT = 256 };          /* operands are addressed in units of 256 bytes */
 
 int perk_linear_staged_bytes(int rows, int64_t cols) {
@@ -147,8 +148,40 @@ int perk_lower_most_hits(const perk_lowering *l, const perk_tensor *experts) {
     return (int)PERK_MIN(all, perk_lower_rows(l, experts) * experts->cols);
 }
 
+/* Whether only linears of experts, and sums that are folded into them, ask for what the op picks. */
+static bool is_routing_alone(const perk_lowering *l, const perk_op *route) {
+    if (route->output->kept || route->second->kept) return false;
+    for (int i = 0; i < l->graph->op_count; i++) {
+        const perk_op *op = l->graph->ops[i];
+        for (int j = 0; j < PERK_OP_INPUTS_MAX; j++) {
+            if (op->inputs[j] == route->output && op->type != &perk_op_moe_linear) return false;
+            if (op->inputs[j] == route->second && !perk_lower_is_folded(l, op)) return false;
+        }
+    }
+    return true;
+}
+
+/* For all of them or for none: a program's producers know one way, and one number of experts and of slots. They keep
+ * few logits in their registers. */
+bool perk_lower_routes_alone(const perk_lowering *l) {
+    const perk_op *first = NULL;
+    if (l->plan->config.max_num_batched_tokens != 1) return false;
+    for (int i = 0; i < l->graph->op_count; i++) {
+        const perk_op *route = l->graph->ops[i];
+        if (route->type != &perk_op_moe_route) continue;
+        const perk_tensor *logits = route->inputs[PERK_IN_X];
+        if (!first) first = route;
+        if (logits->cols != first->inputs[PERK_IN_X]->cols || route->output->cols != first->output->cols ||
+            logits->cols > MAX_OWN_EXPERTS || !logits->producer || logits->producer->type != &perk_op_linear ||
+            !is_routing_alone(l, route))
+            return false;
+    }
+    return true;
+}
+
 int perk_lower_routing(perk_lowering *l, const perk_tensor *experts) {
     char name[128];
+    if (perk_lower_routes_alone(l)) return perk_lower_tensor(l, experts->producer->inputs[PERK_IN_X], PERK_LAYOUT_ROWS);
     snprintf(name, sizeof name, "%.78s.routing", experts->name);
     int known = find_scratch(l, name), pairs = perk_lower_rows(l, experts) * (int)experts->cols;
     if (known >= 0) return known;

@@ -42,6 +42,9 @@ int perk_lower_candidates(perk_lowering *lowering, const perk_tensor *logits);
 /* The routing (kernels_src/abi.h) that goes with `experts`, the output of a moe_route. Its experts and pairs at most.
  */
 int perk_lower_routing(perk_lowering *lowering, const perk_tensor *experts);
+/* True when no stage makes it: every task over experts picks those of the only token by itself. perk_lower_routing is
+ * then the logits. */
+bool perk_lower_routes_alone(const perk_lowering *lowering);
 int perk_lower_most_hits(const perk_lowering *lowering, const perk_tensor *experts);
 
 /* What the stage of a linear, or of a linear of experts, does besides the product: work of neighbouring ops that is

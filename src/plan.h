@@ -105,7 +105,9 @@ typedef struct perk_stream {
     perk_deal deal;   /* of experts' weights; else PERK_DEAL_NONE, and the rest means nothing */
     int experts;      /* matrices */
     int most_hits;    /* of them, in a step */
-    int routing;      /* plan tensor of the routing (kernels_src/abi.h), which one task writes */
+    int own_slots;    /* steps of one token: experts that it goes to, which every task picks by itself; else 0 */
+    int routing;      /* plan tensor of the routing (kernels_src/abi.h), which one task writes; with own_slots, of the
+                         router's logits */
     perk_wait routed; /* what the producer waits for before it reads that */
 } perk_stream;
 
@@ -138,7 +140,7 @@ typedef struct perk_stage {
     int task_count, unit_count;
     int operands[PERK_STAGE_OPERANDS]; /* plan tensors whose addresses the device code gets, by role; -1: none */
     int scalar;                        /* one number for the device code (the layer in the KV cache) */
-    bool takes_inputs; /* its tasks use the slots of wide linears' inputs as they like */
+    bool takes_inputs;                 /* its tasks use the slots of wide linears' inputs as they like */
     perk_stream stream;
 } perk_stage;
 

@@ -297,7 +297,12 @@ static const struct {
      false,
      NARROW},
     {"experts are streamed before they are picked",
-     {{"worker.cuh", "if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), w.step() + 1);", ""}},
+     {{"worker.cuh", "if (w.lane == 0) wait_counter(w, __ldg(&record->routing_counter), w.step() * signals + signals);",
+       ""}},
+     false,
+     NARROW},
+    {"a worker picks experts by logits that are not there",
+     {{"worker.cuh", "if (w.lane == 0) wait_counter(w, counter, w.step() * signals + signals);", ""}},
      false,
      NARROW},
     {"half of the warp goes another way",
@@ -363,7 +368,8 @@ static bool shows(const char *what, const fake_edit *edits, linears form) {
     static const perk_op_case narrow[] = {
         {.op = "mlp", .rows = 8, .in = 512, .out = 1000},
         {.op = "decoder", .rows = 3, .in = 72, .out = 500, .heads = 3, .kv_heads = 1, .head_dim = 32, .context = 20},
-        {.op = "experts", .rows = 3, .in = 72, .out = 40, .experts = 9, .top_k = 2}};
+        {.op = "experts", .rows = 3, .in = 72, .out = 40, .experts = 9, .top_k = 2},
+        {.op = "experts", .rows = 1, .in = 72, .out = 40, .experts = 40, .top_k = 3}};
     static const perk_op_case wide[] = {{.op = "mlp", .rows = 70, .in = 512, .out = 100}};
     static const perk_op_case batched[] = {{.op = "mlp", .rows = 20, .in = 2400, .out = 100},
                                            {.op = "linear", .rows = 12, .in = 2400, .out = 100}};
@@ -379,7 +385,7 @@ static bool shows(const char *what, const fake_edit *edits, linears form) {
         cache = path_in(scratch, what);
         memcpy(compiler->edits, edits, sizeof compiler->edits);
         driver->launches = 0;
-        for (size_t run = 0; run < 15; run++)
+        for (size_t run = 0; run < 20; run++)
             if (!run_op(&cases[run % count], 0, &v)) _exit(1);
         _exit(0);
     }

@@ -6,6 +6,8 @@
 #include "reference_math.h"
 #include "reference_state.h"
 
+#include <stdio.h>
+
 static bool check_routing(perk_graph *graph, const char *name, const perk_tensor *x, const perk_tensor *weight,
                           const perk_tensor *experts) {
     const perk_op *route = experts->producer;
@@ -145,27 +147,41 @@ int perk_moe_linear_bytes(const perk_lowering *l, const perk_op *op) {
     return perk_linear_reduction_bytes(rows) + (int)perk_round_up((uint64_t)words * 4, 32);
 }
 
-/* The stage that leaves the routing. */
-static const perk_stage *route_stage(const perk_plan *plan, const perk_tensor *experts) {
+/* The stage that leaves the routing, or the logits that it follows from. */
+static const perk_stage *routing_source(const perk_lowering *l, const perk_tensor *experts) {
+    const perk_plan *plan = l->plan;
+    const perk_op *route = experts->producer;
+    int op = perk_lower_routes_alone(l) ? route->inputs[PERK_IN_X]->producer->index : route->index;
     for (int s = 0; s < plan->stage_count; s++)
-        if (plan->stages[s].op == experts->producer->index) return &plan->stages[s];
+        if (plan->stages[s].op == op) return &plan->stages[s];
     return NULL;
 }
 
+/* "Routing<experts, slots, tokens>", or that of a program for one token. */
+static void name_routing(const perk_lowering *l, const perk_tensor *experts, char *text, size_t size) {
+    const perk_op *route = experts->producer;
+    int count = (int)route->inputs[PERK_IN_X]->cols, slots = (int)experts->cols;
+    if (perk_lower_routes_alone(l))
+        snprintf(text, size, "OwnRouting<%d, %d, %s>", count, slots, route->normalises ? "true" : "false");
+    else
+        snprintf(text, size, "Routing<%d, %d, %d>", count, slots, perk_lower_rows(l, experts));
+}
+
 static void choose_stream(perk_lowering *l, const perk_op *op, const perk_linear_form *form, perk_stage *stage) {
-    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
+    const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT], *experts = op->inputs[PERK_IN_EXPERTS];
     int tensor = perk_lower_tensor(l, weight, form->gate ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
-    const perk_stage *route = route_stage(l->plan, op->inputs[PERK_IN_EXPERTS]);
-    if (tensor < 0 || !route) return;
+    const perk_stage *source = routing_source(l, experts);
+    if (tensor < 0 || !source) return;
     const perk_plan_tensor *packed = &l->plan->tensors[tensor];
     stage->stream = (perk_stream){.tensor = tensor,
                                   .tile_count = packed->rows / PERK_TILE_ROWS / (int)weight->experts,
                                   .blocks_per_tile = packed->cols / PERK_BLOCK_COLS,
                                   .deal = form->sum ? PERK_DEAL_TILES : PERK_DEAL_UNITS,
                                   .experts = (int)weight->experts,
-                                  .most_hits = perk_lower_most_hits(l, op->inputs[PERK_IN_EXPERTS]),
+                                  .most_hits = perk_lower_most_hits(l, experts),
+                                  .own_slots = perk_lower_routes_alone(l) ? (int)experts->cols : 0,
                                   .routing = stage->operands[ROUTING],
-                                  .routed = {route->counter, route->task_count}};
+                                  .routed = {source->counter, source->task_count}};
 }
 
 static void read_inputs(perk_lowering *l, const perk_stage *stage) {
@@ -209,15 +225,14 @@ static perk_status moe_linear_lower(perk_lowering *l, const perk_op *op, perk_er
     const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT], *experts = op->inputs[PERK_IN_EXPERTS];
     perk_linear_form form = perk_linear_form_of(l, op);
     (void)err;
-    perk_stage *stage =
-        perk_lower_begin(l, op, "",
-                         "chunk = ExpertLinear<Routing<%d, %d, %d>, %s, %d, %d, %s, Epilogue::%s, "
-                         "Activation::%s>::run(worker, task, chunk, "
-                         "%.9ef);",
-                         (int)weight->experts, (int)experts->cols, perk_lower_rows(l, experts),
-                         form.x->row_kind == PERK_ROWS_PAIRS ? "true" : "false", (int)weight->cols, (int)weight->rows,
-                         form.norm ? "true" : "false", form.epilogue, perk_activation_name(form.activation),
-                         form.norm ? (double)form.norm->eps : 0.0);
+    char routing[64];
+    name_routing(l, experts, routing, sizeof routing);
+    perk_stage *stage = perk_lower_begin(
+        l, op, "",
+        "chunk = ExpertLinear<%s, %s, %d, %d, %s, Epilogue::%s, Activation::%s>::run(worker, task, chunk, %.9ef);",
+        routing, form.x->row_kind == PERK_ROWS_PAIRS ? "true" : "false", (int)weight->cols, (int)weight->rows,
+        form.norm ? "true" : "false", form.epilogue, perk_activation_name(form.activation),
+        form.norm ? (double)form.norm->eps : 0.0);
     if (!stage) return l->error.status;
     stage->work = PERK_WORK_MOE_LINEAR;
     stage->operands[IN] = perk_lower_tensor(l, form.x, PERK_LAYOUT_ROWS);

@@ -68,7 +68,7 @@ static perk_status moe_route_reference(perk_reference *reference, const perk_op 
     return PERK_OK;
 }
 
-/* ---- lowering: one task; device code in kernels_src/moe.cuh ---- */
+/* ---- lowering: one task, or none where those who ask pick by themselves; device code in kernels_src/moe.cuh ---- */
 
 enum { LOGITS, EXPERTS, SHARES, ROUTING };          /* operands of the stage */
 enum { MAX_DEVICE_EXPERTS = 1024, MAX_SLOTS = 32 }; /* of a token: a lane keeps 32 logits, and one slot */
@@ -94,6 +94,7 @@ static perk_status moe_route_lower(perk_lowering *l, const perk_op *op, perk_err
                          "of %lld",
                          op->output->name, MAX_SLOTS, MAX_DEVICE_EXPERTS, (long long)op->output->cols,
                          (long long)logits->cols);
+    if (perk_lower_routes_alone(l)) return PERK_OK;
     perk_stage *stage =
         perk_lower_begin(l, op, "", "MoeRoute<Routing<%d, %d, %d>, %s>::run(worker, task);", (int)logits->cols,
                          (int)op->output->cols, perk_lower_rows(l, op->output), op->normalises ? "true" : "false");

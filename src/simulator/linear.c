@@ -193,19 +193,30 @@ void perk_sim_linear(perk_sim_task *t) {
 
 /* ---- experts ---- */
 
-/* One word of the routing; -1 when it cannot be read. */
-static int32_t routing_word(perk_sim_task *t, int64_t word) {
-    const int32_t *value = perk_sim_read(t, ROUTING, PERK_I32, 0, word, 1);
-    return value ? *value : -1;
-}
-
 /* A step's routing, and rows of one expert. */
 typedef struct experts_run {
     linear_run linear;
     int most_hits, tokens;
-    int32_t *pairs; /* [tokens] */
-    float *shares;  /* [tokens] */
+    int32_t *pairs;                                                          /* [tokens] */
+    float *shares;                                                           /* [tokens] */
+    int32_t own[PERK_ROUTING_WORDS(PERK_SIM_OWN_SLOTS, PERK_SIM_OWN_SLOTS)]; /* what the task has picked by itself */
 } experts_run;
+
+/* One word of the routing; -1 when it cannot be read. */
+static int32_t routing_word(const experts_run *e, int64_t word) {
+    perk_sim_task *t = e->linear.t;
+    if (t->stage->stream.own_slots) return e->own[word];
+    const int32_t *value = perk_sim_read(t, ROUTING, PERK_I32, 0, word, 1);
+    return value ? *value : -1;
+}
+
+static bool route_alone(experts_run *e) {
+    perk_sim_task *t = e->linear.t;
+    const perk_op *route = t->op->inputs[PERK_IN_EXPERTS]->producer;
+    const float *logits = perk_sim_read(t, ROUTING, PERK_F32, 0, 0, route->inputs[PERK_IN_X]->cols);
+    if (logits) perk_sim_route_alone(route, logits, e->own);
+    return logits != NULL;
+}
 
 /* Rows [begin, end) of the routing's order. */
 static void find_rows(experts_run *e, int32_t begin, int32_t end) {
@@ -214,8 +225,8 @@ static void find_rows(experts_run *e, int32_t begin, int32_t end) {
     int64_t order = PERK_ROUTING_HEADER + 2 * (int64_t)e->most_hits + 1;
     e->linear.rows = end - begin;
     for (int i = 0; i < end - begin; i++) {
-        e->pairs[i] = routing_word(t, order + begin + i);
-        e->shares[i] = perk_f32_from_bits((uint32_t)routing_word(t, order + most_pairs + begin + i));
+        e->pairs[i] = routing_word(e, order + begin + i);
+        e->shares[i] = perk_f32_from_bits((uint32_t)routing_word(e, order + most_pairs + begin + i));
         if (e->pairs[i] < 0 || e->pairs[i] >= most_pairs) perk_sim_fail(t, "finds pair %d", e->pairs[i]);
     }
 }
@@ -225,9 +236,9 @@ static void run_unit(experts_run *e, int hit, int tile) {
     linear_run *run = &e->linear;
     perk_sim_task *t = run->t;
     const perk_tensor *weight = t->op->inputs[PERK_IN_WEIGHT];
-    int32_t expert = routing_word(t, PERK_ROUTING_HEADER + hit);
-    int32_t begin = routing_word(t, PERK_ROUTING_HEADER + e->most_hits + hit);
-    int32_t end = routing_word(t, PERK_ROUTING_HEADER + e->most_hits + hit + 1);
+    int32_t expert = routing_word(e, PERK_ROUTING_HEADER + hit);
+    int32_t begin = routing_word(e, PERK_ROUTING_HEADER + e->most_hits + hit);
+    int32_t end = routing_word(e, PERK_ROUTING_HEADER + e->most_hits + hit + 1);
     if (t->status || expert < 0 || expert >= weight->experts || begin < 0 || end <= begin || end - begin > e->tokens) {
         perk_sim_fail(t, "finds no routing: expert %d, pairs %d to %d", expert, begin, end);
         return;
@@ -267,7 +278,8 @@ void perk_sim_moe_linear(perk_sim_task *t) {
     e.linear.totals = e.shares + tokens;
     e.linear.pairs = e.pairs = (int32_t *)(void *)(e.linear.totals + tokens * PERK_TILE_ROWS);
     if (sums) e.linear.shares = e.shares;
-    int hits = PERK_MAX(0, PERK_MIN(routing_word(t, PERK_ROUTING_HITS), e.most_hits));
+    if (stream->own_slots && !route_alone(&e)) return;
+    int hits = PERK_MAX(0, PERK_MIN(routing_word(&e, PERK_ROUTING_HITS), e.most_hits));
     for (int i = 0; i < t->task->count && !t->status; i++) {
         int unit = perk_sim_unit(t, i);
         if (sums)

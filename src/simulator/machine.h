@@ -12,6 +12,7 @@
 #include "simulator/simulator.h"
 
 enum { PERK_SIM_GRANULE = 8 };
+enum { PERK_SIM_OWN_SLOTS = 32 };          /* of a token that tasks may pick by themselves */
 #define PERK_SIM_LOWEST (-0x1.fffffep127f) /* where a search for the largest logit begins */
 
 typedef struct perk_sim_memory {
@@ -161,6 +162,9 @@ void perk_sim_arrange(perk_sim_task *t);
 void perk_sim_append(perk_sim_task *t);
 void perk_sim_partial(perk_sim_task *t);
 void perk_sim_merge(perk_sim_task *t);
+/* What tasks over experts pick by themselves in steps of one token: the routing (kernels_src/abi.h), of so many slots.
+ */
+void perk_sim_route_alone(const perk_op *route, const float *logits, int32_t *routing);
 void perk_sim_moe_route(perk_sim_task *t);
 void perk_sim_moe_linear(perk_sim_task *t);
 void perk_sim_moe_sum(perk_sim_task *t);

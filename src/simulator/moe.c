@@ -23,30 +23,33 @@ static int32_t next_expert(const float *logits, int32_t count, int32_t last) {
     return best;
 }
 
-static void route_token(perk_sim_task *t, int token, int32_t *picks, float *picked_shares) {
-    int32_t count = (int32_t)t->op->inputs[PERK_IN_X]->cols, slots = (int32_t)t->op->output->cols, last = -1;
-    const float *logits = perk_sim_read(t, LOGITS, PERK_F32, token, 0, count);
-    if (!logits) return;
+static void pick(const perk_op *route, const float *logits, int32_t *picks, float *shares) {
+    int32_t count = (int32_t)route->inputs[PERK_IN_X]->cols, slots = (int32_t)route->output->cols, last = -1;
     for (int32_t s = 0; s < slots; s++) picks[s] = last = next_expert(logits, count, last);
     float all = 0, largest = logits[picks[0]];
-    for (int32_t i = 0; i < (t->op->normalises ? slots : count); i++)
-        all += expf(logits[t->op->normalises ? picks[i] : i] - largest);
+    for (int32_t i = 0; i < (route->normalises ? slots : count); i++)
+        all += expf(logits[route->normalises ? picks[i] : i] - largest);
+    for (int32_t s = 0; s < slots; s++) shares[s] = expf(logits[picks[s]] - largest) / all;
+}
+
+static void route_token(perk_sim_task *t, int token, int32_t *picks, float *picked_shares) {
+    int32_t count = (int32_t)t->op->inputs[PERK_IN_X]->cols, slots = (int32_t)t->op->output->cols;
+    const float *logits = perk_sim_read(t, LOGITS, PERK_F32, token, 0, count);
+    if (!logits) return;
+    pick(t->op, logits, picks, picked_shares);
     int32_t *experts = perk_sim_write(t, EXPERTS, PERK_I32, token, 0, slots);
     if (experts) memcpy(experts, picks, (size_t)slots * sizeof *experts);
-    for (int32_t s = 0; s < slots; s++) picked_shares[s] = expf(logits[picks[s]] - largest) / all;
     float *shares = perk_sim_write(t, SHARES, PERK_F32, token, 0, slots);
     if (shares) memcpy(shares, picked_shares, (size_t)slots * sizeof *shares);
 }
 
 /* As kernels_src/abi.h says, with room for so many hits and pairs. */
-static void write_routing(perk_sim_task *t, const int32_t *picks, const float *shares, int32_t pairs, int32_t most_hits,
-                          int32_t most_pairs) {
-    int32_t words = PERK_ROUTING_WORDS(most_hits, most_pairs), hits = 0, placed = 0;
-    int32_t *routing = perk_sim_write(t, ROUTING, PERK_I32, 0, 0, words);
-    if (!routing) return;
+static void fill_routing(const perk_op *route, const int32_t *picks, const float *shares, int32_t pairs,
+                         int32_t most_hits, int32_t most_pairs, int32_t *routing) {
     int32_t *hit = routing + PERK_ROUTING_HEADER, *begin = hit + most_hits, *order = begin + most_hits + 1;
-    memset(routing, 0, (size_t)words * sizeof *routing);
-    for (int32_t expert = 0; expert < t->op->inputs[PERK_IN_X]->cols; expert++) {
+    int32_t hits = 0, placed = 0;
+    memset(routing, 0, (size_t)PERK_ROUTING_WORDS(most_hits, most_pairs) * sizeof *routing);
+    for (int32_t expert = 0; expert < route->inputs[PERK_IN_X]->cols; expert++) {
         int32_t first = placed;
         for (int32_t pair = 0; pair < pairs; pair++) {
             if (picks[pair] != expert) continue;
@@ -61,6 +64,13 @@ static void write_routing(perk_sim_task *t, const int32_t *picks, const float *s
     routing[PERK_ROUTING_HITS] = hits;
 }
 
+void perk_sim_route_alone(const perk_op *route, const float *logits, int32_t *routing) {
+    int32_t slots = (int32_t)route->output->cols, picks[PERK_SIM_OWN_SLOTS];
+    float shares[PERK_SIM_OWN_SLOTS];
+    pick(route, logits, picks, shares);
+    fill_routing(route, picks, shares, slots, slots, slots, routing);
+}
+
 void perk_sim_moe_route(perk_sim_task *t) {
     int32_t tokens = perk_sim_rows(t, PERK_ROWS_TOKENS), slots = (int32_t)t->op->output->cols;
     int32_t most_pairs = t->sim->config.max_num_batched_tokens * slots;
@@ -71,7 +81,8 @@ void perk_sim_moe_route(perk_sim_task *t) {
         route_token(t, token, picks + token * slots, shares + token * slots);
     if (t->status) return;
     int32_t most_hits = (int32_t)PERK_MIN(t->op->inputs[PERK_IN_X]->cols, most_pairs);
-    write_routing(t, picks, shares, tokens * slots, most_hits, most_pairs);
+    int32_t *routing = perk_sim_write(t, ROUTING, PERK_I32, 0, 0, PERK_ROUTING_WORDS(most_hits, most_pairs));
+    if (routing) fill_routing(t->op, picks, shares, tokens * slots, most_hits, most_pairs, routing);
 }
 
 /* ---- the sum ---- */

@@ -110,6 +110,7 @@ static inline uint32_t warp_max(uint32_t value) {
     return value;
 }
 static inline uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
+static inline uint32_t first_lane(bool holds) { return warp_min(holds ? emulator::self->lane : 32); }
 
 // ---- copies into shared memory ----
 
