@@ -146,6 +146,7 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
         record.stream_blocks = (uint32_t)stage->stream.blocks_per_tile;
         record.stream_together = (uint32_t)stage->stream.together;
         record.share_tokens = (uint32_t)(plan->wide_tokens / PERK_MAX(1, stage->stream.shares));
+        record.of_logits = plan->graph->ops[stage->op]->output->row_kind == PERK_ROWS_LOGITS;
     }
     return record;
 }

@@ -70,9 +70,9 @@ enum {
 
 /* ---- attention ---- */
 enum {
-    PERK_QUERY_ROWS = 8, /* rows of a query tile */
-    PERK_KV_UNIT = 16,   /* positions that a warp works on at a time */
-    PERK_PROMPT_ROWS = 64,   /* rows of a query tile of a prompt (kernels_src/prompt_attention.cuh): in wide programs, */
+    PERK_QUERY_ROWS = 8,   /* rows of a query tile */
+    PERK_KV_UNIT = 16,     /* positions that a warp works on at a time */
+    PERK_PROMPT_ROWS = 64, /* rows of a query tile of a prompt (kernels_src/prompt_attention.cuh): in wide programs, */
     PERK_PROMPT_TOKENS = 16, /* of requests with that many tokens in the step */
 };
 
@@ -105,7 +105,7 @@ typedef struct perk_task_record {
     uint32_t share_tokens;    /* wide linears: unit u is row tile u % stream_tiles for the tokens from
                                  u / stream_tiles * share_tokens on, so many of them */
     uint32_t takes_inputs;    /* 1: the task has the slots of wide linears' inputs for itself */
-    uint32_t reserved[PERK_RECORD_WORDS - 31];
+    uint32_t of_logits;       /* 1: the stage's rows are those of logits; wide programs, without any, stream nothing */
 } perk_task_record;
 
 /* ---- the batch of a step, as it lies in device memory: 32-bit words ----

@@ -16,8 +16,8 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
     using typename Base::Source;
     using typename Base::Tile;
     static constexpr uint32_t kGroup = Base::kGroup, kDimBlocks = Base::kDimBlocks;
-    static constexpr uint32_t kRows = 64, kPositions = 64; // of a unit, of a tile
-    static constexpr uint32_t kHalf = kPositions / 2;      // of a tile: a warpgroup's
+    static constexpr uint32_t kRows = 64, kPositions = 64;                     // of a unit, of a tile
+    static constexpr uint32_t kHalf = kPositions / 2;                          // of a tile: a warpgroup's
     static constexpr uint32_t kSliceBytes = kPositions * PERK_SLICE_ROW_BYTES; // of a tile's keys: 64 dimensions
     static constexpr uint32_t kKeyBytes = kHeadDim / PERK_SLICE_COLS * kSliceBytes;
     static constexpr uint32_t kTileBytes = 2 * kKeyBytes;
@@ -86,23 +86,30 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
         return buffer + kKeyBytes + sixteen(dimension, number);
     }
 
+    static __device__ __forceinline__ const uint8_t *page_at(const Worker &w, const Run &run, uint32_t position) {
+        return Base::key_page(w, run.layer, Base::page_of(w, run.request, position), run.head);
+    }
+
     // Starts this thread's copies of a tile that is in the cache. What lies beyond its end is some key, and some
     // values, which need not be numbers.
     static __device__ __forceinline__ void copy_cached(const Worker &w, const Run &run, uint32_t tile) {
+        constexpr bool kIsInPage = program::page_size >= kPositions; // all of it: tiles of the cache are aligned
         constexpr uint32_t kKeyPieces = kHeadDim / 8, kKeyRows = PERK_CONSUMER_THREADS / kKeyPieces;
         constexpr uint32_t kValuePieces = kPositions / 8, kValueRows = PERK_CONSUMER_THREADS / kValuePieces;
         const uint32_t buffer = buffer_of(w, tile), begin = run.tile_begin(tile), last = run.tile_end(tile) - 1;
-        const uint32_t key_piece = w.thread % kKeyPieces;
+        const uint32_t key_piece = w.thread % kKeyPieces, value_piece = w.thread % kValuePieces;
+        const uint8_t *page = page_at(w, run, begin);
 #pragma unroll
         for (uint32_t i = 0; i < kPositions / kKeyRows; i++) {
-            const uint32_t row = i * kKeyRows + w.thread / kKeyPieces, position = min(begin + row, last);
-            const uint8_t *keys = Base::key_page(w, run.layer, Base::page_of(w, run.request, position), run.head);
+            const uint32_t row = i * kKeyRows + w.thread / kKeyPieces;
+            const uint32_t position = kIsInPage ? begin + row : min(begin + row, last);
+            const uint8_t *keys = kIsInPage ? page : page_at(w, run, position);
             copy_async16(key_place(buffer, row, key_piece),
                          keys + (position % program::page_size * kHeadDim + key_piece * 8) * 2);
         }
-        const uint32_t value_piece = w.thread % kValuePieces, position = min(begin + value_piece * 8, last / 8 * 8);
-        const uint8_t *values = Base::key_page(w, run.layer, Base::page_of(w, run.request, position), run.head) +
-                                (Base::kPageElements + position % program::page_size) * 2;
+        const uint32_t position = begin + value_piece * 8, there = kIsInPage ? position : min(position, last / 8 * 8);
+        const uint8_t *values =
+            (kIsInPage ? page : page_at(w, run, there)) + (Base::kPageElements + there % program::page_size) * 2;
 #pragma unroll
         for (uint32_t i = 0; i < kHeadDim / kValueRows; i++) {
             const uint32_t dimension = i * kValueRows + w.thread / kValuePieces;
@@ -124,7 +131,7 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
             const uint2 low = Base::mask_first(min(keep, 4u)), high = Base::mask_first(keep - min(keep, 4u));
             store_shared16(address, {x.x & low.x, x.y & low.y, x.z & high.x, x.w & high.y});
         }
-        fence_copies();
+        fence_shared_stores();
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
     }
 
@@ -136,8 +143,8 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
     };
     static __device__ __forceinline__ Vectors queries_of(const Worker &w, const Run &run, const Source &source) {
         const uint32_t row = min(w.thread / 4, run.rows - 1), token = run.token_of_row(row);
-        return {buffer_of(w, kAhead), token, run.first_limit + token - run.first_token, run.head * kGroup + row % kGroup,
-                source.q_norm};
+        return {buffer_of(w, kAhead), token, run.first_limit + token - run.first_token,
+                run.head * kGroup + row % kGroup, source.q_norm};
     }
     static __device__ __forceinline__ Vectors keys_of(const Worker &w, const Run &run, const Source &source,
                                                       uint32_t tile) {
@@ -179,7 +186,8 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
         const uint32_t buffer = buffer_of(w, kAhead), low = row_of(w), high = low + 8, word = w.lane % 4 * 4;
 #pragma unroll
         for (uint32_t i = 0; i < kHeadDim / 16; i++)
-            q[i] = {load_shared4(key_place(buffer, low, 2 * i) + word), load_shared4(key_place(buffer, high, 2 * i) + word),
+            q[i] = {load_shared4(key_place(buffer, low, 2 * i) + word),
+                    load_shared4(key_place(buffer, high, 2 * i) + word),
                     load_shared4(key_place(buffer, low, 2 * i + 1) + word),
                     load_shared4(key_place(buffer, high, 2 * i + 1) + word)};
     }
@@ -266,8 +274,7 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
         wgmma_keep(state.out);
         wgmma_fence();
 #pragma unroll
-        for (uint32_t i = 0; i < kHalf / 16; i++)
-            wgmma<kHeadDim>(state.out, weights[i], values + i * 2);
+        for (uint32_t i = 0; i < kHalf / 16; i++) wgmma<kHeadDim>(state.out, weights[i], values + i * 2);
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_keep(state.out);
@@ -341,13 +348,13 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
 
     static __device__ __forceinline__ Mask mask_of(const Worker &w, const Run &run, uint32_t tile, const Form &form) {
         const uint32_t begin = run.tile_begin(tile), end = run.tile_end(tile);
-        const bool is_cut = end < begin + kPositions, is_late = end - 1 > run.first_limit;
+        const bool is_cut = end<begin + kPositions, is_late = end - 1> run.first_limit;
         return {begin + w.warp / 4 * kHalf + w.lane % 4 * 2, end, form.window, form.scale,
                 is_cut || is_late || run.end - 1 - begin >= form.window};
     }
 
-    // Round 0 turns the queries, in the buffer that no tile needs yet; the next two only fill. From then on tile i is in
-    // its buffer behind the barrier, and nobody reads tile i - 1 any more: its buffer gets tile i + 2.
+    // Round 0 turns the queries, in the buffer that no tile needs yet; the next two only fill. From then on tile i is
+    // in its buffer behind the barrier, and nobody reads tile i - 1 any more: its buffer gets tile i + 2.
     template <bool kQNorm, bool kKNorm>
     static __device__ __forceinline__ void attend_tiles(Worker w, const TaskView &task, const Run &run, State &state,
                                                         const Form &form) {
@@ -359,7 +366,7 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
             w.forget_coordinates(); // addresses are made anew: kept over the loop, they would cost spills
             if (has_tile) {
                 copy_async_wait_but<kAhead - 1>();
-                fence_copies();
+                fence_shared_stores();
                 named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
                 if (run.is_cached(tile)) clear_values(w, run, tile);
                 fill_cached(w, run, next);

@@ -25,9 +25,9 @@ struct SharedMap {
     static constexpr uint32_t batch = reduction + program::reduction_bytes;
     static constexpr uint32_t tasks = batch + program::batch_shared_bytes;
     static constexpr uint32_t given_up = tasks + 2 * sizeof(perk_task_record); // a word: a wait exceeded its limit
-    static constexpr uint32_t wait_limit = given_up + 8;
     static constexpr uint32_t barriers = tasks + PERK_TASK_SLOTS_BYTES;
 #if PERK_WIDE
+    static constexpr uint32_t wait_limit = given_up + 8;
     static constexpr uint32_t input_barriers = barriers + 2 * 8 * program::ring_slots;
     static constexpr uint32_t bytes = input_barriers + 2 * 8 * program::input_slots;
 #else
@@ -123,20 +123,16 @@ struct Patience {
     uint64_t start = 0;
 
     // True when the limit has passed, here or elsewhere.
-    __device__ __forceinline__ bool is_over(const Worker &w) {
+    __device__ __forceinline__ bool is_over(const perk_kernel_args &args) {
         if (!program::waits_are_limited || ++polls % kPollsPerClockRead != 0) return false;
         const uint64_t now = global_timer();
         if (start == 0) start = now;
-        return now - start > wait_limit(w) || load_coherent4(w.args.hang_claim) != 0;
-    }
-
-    // In wide programs from shared memory: an argument would be kept in a register ahead of the wait, and spilled.
-    static __device__ __forceinline__ uint64_t wait_limit(const Worker &w) {
-#if PERK_WIDE
-        const uint32_t address = w.shared + SharedMap::wait_limit;
-        return load_shared4(address) | uint64_t(load_shared4(address + 4)) << 32;
+#if PERK_WIDE // from shared memory: the argument would be loaded ahead of the wait, and its register spilled
+        const uint32_t limit = dynamic_shared() + SharedMap::wait_limit;
+        const uint64_t most = load_shared4(limit) | uint64_t(load_shared4(limit + 4)) << 32;
+        return now - start > most || load_coherent4(args.hang_claim) != 0;
 #else
-        return w.args.wait_limit_ns;
+        return now - start > args.wait_limit_ns || load_coherent4(args.hang_claim) != 0;
 #endif
     }
 };
@@ -148,7 +144,7 @@ __device__ __forceinline__ void wait_counter(const Worker &w, uint32_t counter, 
     Patience patience;
     uint32_t seen;
     while (static_cast<int32_t>((seen = load_acquire_gpu(w.args.counters + counter)) - target) < 0)
-        if (patience.is_over(w)) {
+        if (patience.is_over(w.args)) {
             report_hang(w.args, w.index(), w.position, PERK_ROLE_COUNTER, counter, seen, target);
             store_shared4(w.shared + SharedMap::given_up, 1);
             target = seen;
@@ -161,7 +157,7 @@ __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uin
                                           uint32_t chunk) {
     Patience patience;
     while (!mbarrier_test(barrier, parity))
-        if (patience.is_over(w)) {
+        if (patience.is_over(w.args)) {
             report_hang(w.args, w.index(), w.position, role, chunk, 0, 1);
             if (kEndsLate) exit_thread();
             store_shared4(w.shared + SharedMap::given_up, 1);
@@ -348,6 +344,7 @@ __device__ __forceinline__ void produce(Worker &w) {
     for (w.position = 0;; w.position++) {
         const StreamTask task = load_stream_task(w, w.position); // not ahead: registers are few
         if (task.kind == PERK_TASK_END) break;
+        if (__ldg(&record_at(w, w.position)->of_logits) != 0 && w.num_logit_rows() == 0) continue;
         if (task.together != 0)
             chunk = stream_wide_task(w, task, chunk);
         else if (task.tiles != 0)
@@ -408,7 +405,7 @@ __device__ __forceinline__ void take_inputs(const Worker &w) {
     }
 }
 __device__ __forceinline__ void give_inputs(Worker &w) {
-    fence_copies(); // what this thread has stored there comes before the copies that follow
+    fence_shared_stores();
     __syncwarp();
 #pragma unroll 1
     for (uint32_t i = 0; i < program::input_slots; i++, w.slices++)

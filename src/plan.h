@@ -120,7 +120,7 @@ typedef struct perk_stage {
     int task_count, unit_count;
     int operands[PERK_STAGE_OPERANDS]; /* plan tensors whose addresses the device code gets, by role; -1: none */
     int scalar;                        /* one number for the device code (the layer in the KV cache) */
-    bool takes_inputs; /* its tasks use the slots of wide linears' inputs as they like */
+    bool takes_inputs;                 /* its tasks use the slots of wide linears' inputs as they like */
     perk_stream stream;
 } perk_stage;
 

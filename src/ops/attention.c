@@ -352,9 +352,9 @@ static bool begin_stage(perk_lowering *l, const perk_op *op, attention_lowering 
     const perk_attention_params *p = a->p;
     const char *out_is_input = perk_lower_writes_input(l, op->output) ? ", true" : ", false";
     bool has_prompts = l->plan->prompt_slice > 0 && !strcmp(suffix, ".partial");
-    a->stage = perk_lower_begin(l, op, suffix, "%sAttention<%d, %d, %d, %d%s>::%s;", has_prompts ? "Prompt" : "",
-                                p->num_heads, p->num_kv_heads, p->head_dim, a->parts, has_prompts ? out_is_input : "",
-                                call);
+    a->stage =
+        perk_lower_begin(l, op, suffix, "%sAttention<%d, %d, %d, %d%s>::%s;", has_prompts ? "Prompt" : "", p->num_heads,
+                         p->num_kv_heads, p->head_dim, a->parts, has_prompts ? out_is_input : "", call);
     if (a->stage) a->stage->scalar = op->kv_layer;
     return a->stage != NULL;
 }
