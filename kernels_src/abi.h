@@ -129,7 +129,7 @@ typedef struct perk_task_record {
                                          other */
             uint32_t share_tokens;    /* wide linears: unit u is row tile u % stream_tiles for the tokens from
                                          u / stream_tiles * share_tokens on, so many of them */
-            uint32_t rows_word;       /* batched linears: which word of the batch has the number of rows */
+            uint32_t rows_word;       /* linears: which word of the batch has the number of rows */
             uint32_t takes_inputs;    /* 1: the task has the slots of wide linears' inputs for itself */
         };
         /* Where the weights are those of experts: stream_tiles are those of one expert, and the step's routing says

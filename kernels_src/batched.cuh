@@ -270,6 +270,7 @@ struct BatchedLinear {
                        w.args.activations + task.operand(kCandidates)};
         const uint32_t count = task.count();
         await_inputs(w, task);
+        if (has_no_rows<kRowsOf>(w)) return chunk;
 #pragma unroll 1
         for (uint32_t first = 0; first < count; first += kTogether)
             chunk = run_pass(w, task, first, min(kTogether, count - first), f, chunk);

@@ -382,6 +382,7 @@ struct Linear {
                             w.args.activations + task.operand(kOutput), w.args.activations + task.operand(kCandidates)};
         const Gains gains = load_gains(w, w.args.constants + task.operand(kNormWeight));
         await_inputs(w, task);
+        if (has_no_rows<kRowsOf>(w)) return chunk;
         if (kAlwaysStaged || staged_bytes(rows) <= program::staging_bytes) {
             stage_input(w, x, gains, rows);
             return run_tiles(w, tiles, StagedInput(w, rows), finish, rows, chunk, eps);

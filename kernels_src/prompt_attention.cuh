@@ -86,23 +86,30 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
         return buffer + kKeyBytes + sixteen(dimension, number);
     }
 
+    static __device__ __forceinline__ const uint8_t *page_at(const Worker &w, const Run &run, uint32_t position) {
+        return Base::key_page(w, run.layer, Base::page_of(w, run.request, position), run.head);
+    }
+
     // Starts this thread's copies of a tile that is in the cache. What lies beyond its end is some key, and some
     // values, which need not be numbers.
     static __device__ __forceinline__ void copy_cached(const Worker &w, const Run &run, uint32_t tile) {
+        constexpr bool kIsInPage = program::page_size >= kPositions; // all of it: tiles of the cache are aligned
         constexpr uint32_t kKeyPieces = kHeadDim / 8, kKeyRows = PERK_CONSUMER_THREADS / kKeyPieces;
         constexpr uint32_t kValuePieces = kPositions / 8, kValueRows = PERK_CONSUMER_THREADS / kValuePieces;
         const uint32_t buffer = buffer_of(w, tile), begin = run.tile_begin(tile), last = run.tile_end(tile) - 1;
-        const uint32_t key_piece = w.thread % kKeyPieces;
+        const uint32_t key_piece = w.thread % kKeyPieces, value_piece = w.thread % kValuePieces;
+        const uint8_t *page = page_at(w, run, begin);
 #pragma unroll
         for (uint32_t i = 0; i < kPositions / kKeyRows; i++) {
-            const uint32_t row = i * kKeyRows + w.thread / kKeyPieces, position = min(begin + row, last);
-            const uint8_t *keys = Base::key_page(w, run.layer, Base::page_of(w, run.request, position), run.head);
+            const uint32_t row = i * kKeyRows + w.thread / kKeyPieces;
+            const uint32_t position = kIsInPage ? begin + row : min(begin + row, last);
+            const uint8_t *keys = kIsInPage ? page : page_at(w, run, position);
             copy_async16(key_place(buffer, row, key_piece),
                          keys + (position % program::page_size * kHeadDim + key_piece * 8) * 2);
         }
-        const uint32_t value_piece = w.thread % kValuePieces, position = min(begin + value_piece * 8, last / 8 * 8);
-        const uint8_t *values = Base::key_page(w, run.layer, Base::page_of(w, run.request, position), run.head) +
-                                (Base::kPageElements + position % program::page_size) * 2;
+        const uint32_t position = begin + value_piece * 8, there = kIsInPage ? position : min(position, last / 8 * 8);
+        const uint8_t *values =
+            (kIsInPage ? page : page_at(w, run, there)) + (Base::kPageElements + there % program::page_size) * 2;
 #pragma unroll
         for (uint32_t i = 0; i < kHeadDim / kValueRows; i++) {
             const uint32_t dimension = i * kValueRows + w.thread / kValuePieces;
@@ -124,7 +131,7 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
             const uint2 low = Base::mask_first(min(keep, 4u)), high = Base::mask_first(keep - min(keep, 4u));
             store_shared16(address, {x.x & low.x, x.y & low.y, x.z & high.x, x.w & high.y});
         }
-        fence_copies();
+        fence_shared_stores();
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
     }
 
@@ -359,7 +366,7 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
             w.forget_coordinates(); // addresses are made anew: kept over the loop, they would cost spills
             if (has_tile) {
                 copy_async_wait_but<kAhead - 1>();
-                fence_copies();
+                fence_shared_stores();
                 named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
                 if (run.is_cached(tile)) clear_values(w, run, tile);
                 fill_cached(w, run, next);

@@ -270,6 +270,8 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void *global, u
 }
 // What others wrote, and this thread has acquired, is there for its copies from here on.
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// What this thread has stored in shared memory, or its copy_async has, is there for wgmma, and before copies to come.
+__device__ __forceinline__ void fence_shared_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 // Makes mbarrier initialisation visible to the copy engine.
 __device__ __forceinline__ void fence_mbarrier_init() {

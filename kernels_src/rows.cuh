@@ -11,6 +11,13 @@ __device__ __forceinline__ uint32_t row_count(const Worker &w) {
     return kRows == Rows::tokens ? w.num_tokens() : w.num_logit_rows();
 }
 
+// Whether the stage has nothing to do, nor has the producer: most steps of a prompt want no logits.
+template <Rows kRows>
+__device__ __forceinline__ bool has_no_rows(const Worker &w) {
+    if constexpr (PERK_WIDE && kRows == Rows::logits) return row_count<kRows>(w) == 0;
+    return false;
+}
+
 // ---- inputs of wide linears (abi.h) ----
 
 // Byte offset of columns `column` and `column` + 1 (an even one first) of a row.

@@ -30,9 +30,9 @@ struct SharedMap {
     static constexpr uint32_t given_up = tasks + 2 * sizeof(perk_task_record); // a word: a wait exceeded its limit
     static constexpr uint32_t step = given_up + 4;                             // and three of many_steps.cuh
     static constexpr uint32_t told = step + 4, served = told + 4;
-    static constexpr uint32_t wait_limit = served + 4;
     static constexpr uint32_t barriers = tasks + PERK_TASK_SLOTS_BYTES;
 #if PERK_WIDE
+    static constexpr uint32_t wait_limit = served + 4;
     static constexpr uint32_t input_barriers = barriers + 2 * 8 * program::ring_slots;
     static constexpr uint32_t bytes = input_barriers + 2 * 8 * program::input_slots;
 #else
@@ -141,20 +141,16 @@ struct Patience {
     uint64_t start = 0;
 
     // True when the limit has passed, here or elsewhere.
-    __device__ __forceinline__ bool is_over(const Worker &w) {
+    __device__ __forceinline__ bool is_over(const perk_kernel_args &args) {
         if (!program::waits_are_limited || ++polls % kPollsPerClockRead != 0) return false;
         const uint64_t now = global_timer();
         if (start == 0) start = now;
-        return now - start > wait_limit(w) || load_coherent4(w.args.hang_claim) != 0;
-    }
-
-    // In wide programs from shared memory: an argument would be kept in a register ahead of the wait, and spilled.
-    static __device__ __forceinline__ uint64_t wait_limit(const Worker &w) {
-#if PERK_WIDE
-        const uint32_t address = w.shared + SharedMap::wait_limit;
-        return load_shared4(address) | uint64_t(load_shared4(address + 4)) << 32;
+#if PERK_WIDE // from shared memory: the argument would be loaded ahead of the wait, and its register spilled
+        const uint32_t limit = dynamic_shared() + SharedMap::wait_limit;
+        const uint64_t most = load_shared4(limit) | uint64_t(load_shared4(limit + 4)) << 32;
+        return now - start > most || load_coherent4(args.hang_claim) != 0;
 #else
-        return w.args.wait_limit_ns;
+        return now - start > args.wait_limit_ns || load_coherent4(args.hang_claim) != 0;
 #endif
     }
 };
@@ -167,7 +163,7 @@ __device__ __forceinline__ void wait_counter(const Worker &w, uint32_t counter, 
     Patience patience;
     uint32_t seen;
     while (static_cast<int32_t>((seen = load_acquire_gpu(w.args.counters + counter)) - target) < 0)
-        if (patience.is_over(w)) {
+        if (patience.is_over(w.args)) {
             report_hang(w, role, counter, seen, target);
             store_shared4(w.shared + SharedMap::given_up, 1);
             target = seen;
@@ -180,7 +176,7 @@ __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uin
                                           uint32_t chunk) {
     Patience patience;
     while (!mbarrier_test(barrier, parity))
-        if (patience.is_over(w)) {
+        if (patience.is_over(w.args)) {
             report_hang(w, role, chunk, 0, 1);
             if (kEndsLate) exit_thread();
             store_shared4(w.shared + SharedMap::given_up, 1);
@@ -437,6 +433,10 @@ __device__ __forceinline__ uint32_t stream_experts(const Worker &w, const Stream
     return chunk;
 }
 
+// Of programs without experts of their own: nobody picks any there, but the code must make sense.
+constexpr uint32_t kOwnExperts = program::own_slots > 0 ? program::own_experts : 1;
+constexpr uint32_t kOwnSlots = program::own_slots > 0 ? program::own_slots : 1;
+
 // The experts of a step of one token, as this worker has picked them: lane h has that of hit h.
 struct OwnExperts {
     uint32_t picked_for = 0xffffffffu; // which step's logits: a layer's stages ask for the same
@@ -444,7 +444,7 @@ struct OwnExperts {
 };
 
 __device__ __forceinline__ void pick_experts(const Worker &w, OwnExperts &own) {
-    using Top = TopExperts<program::own_experts, program::own_slots>;
+    using Top = TopExperts<kOwnExperts, kOwnSlots>;
     const perk_task_record *record = record_at(w, w.position);
     const uint32_t counter = __ldg(&record->routing_counter), signals = __ldg(&record->routing_signals);
     const uint8_t *logits = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
@@ -462,13 +462,12 @@ __device__ __forceinline__ void pick_experts(const Worker &w, OwnExperts &own) {
 // The same as stream_experts for a step of one token.
 __device__ __forceinline__ uint32_t stream_own_experts(const Worker &w, const StreamTask &task, bool of_tiles,
                                                        uint32_t chunk, OwnExperts &own) {
-    constexpr uint32_t kSlots = program::own_slots > 0 ? program::own_slots : 1; // without any, nobody calls this
     await_begin(w, chunk);
     pick_experts(w, own);
-    const uint32_t count = of_tiles ? task.rounds * kSlots : task.rounds;
+    const uint32_t count = of_tiles ? task.rounds * kOwnSlots : task.rounds;
     for (uint32_t i = 0; i < count; i++) {
-        const uint32_t unit = task.lane_in_round + (of_tiles ? i / kSlots : i) * task.workers;
-        const uint32_t hit = of_tiles ? i % kSlots : unit / task.tiles;
+        const uint32_t unit = task.lane_in_round + (of_tiles ? i / kOwnSlots : i) * task.workers;
+        const uint32_t hit = of_tiles ? i % kOwnSlots : unit / task.tiles;
         const uint32_t tile = of_tiles ? unit : unit % task.tiles;
         chunk = push_tile(w, task, __shfl_sync(0xffffffffu, own.expert, hit) * task.tiles + tile, chunk);
     }
@@ -485,6 +484,13 @@ __device__ __forceinline__ bool has_share(uint32_t first_token, uint32_t rows) {
 // For roles that do not pass the gate of a step of many: the batch that shared memory has may be the one before.
 __device__ __forceinline__ uint32_t rows_of_batch(const Worker &w, uint32_t word) {
     return program::many_steps ? load_coherent4(w.args.batch + word) : w.batch_word(word);
+}
+
+// Nor is a linear over rows of logits worked on in a step that wants none.
+__device__ __forceinline__ bool has_rows(const Worker &w, const perk_task_record *record, uint32_t chunk) {
+    if (__ldg(&record->rows_word) != PERK_BATCH_NUM_LOGIT_ROWS) return true;
+    await_begin(w, chunk);
+    return rows_of_batch(w, PERK_BATCH_NUM_LOGIT_ROWS) != 0;
 }
 
 // Streams up to `together` tiles of one stage side by side, and then the next so many: a lane copies for a tile.
@@ -528,6 +534,7 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
     for (w.position = 0;; w.position++) {
         const StreamTask task = load_stream_task(w, w.position); // not ahead: registers are few
         if (task.kind == PERK_TASK_END) break;
+        if (!has_rows(w, record_at(w, w.position), chunk)) continue;
         if (task.together != 0)
             chunk = stream_wide_task(w, task, chunk);
         else if (task.tiles != 0)
@@ -603,7 +610,7 @@ __device__ __forceinline__ void take_inputs(const Worker &w) {
     }
 }
 __device__ __forceinline__ void give_inputs(Worker &w) {
-    fence_copies(); // what this thread has stored there comes before the copies that follow
+    fence_shared_stores();
     __syncwarp();
 #pragma unroll 1
     for (uint32_t i = 0; i < program::input_slots; i++, w.slices++)
@@ -622,8 +629,8 @@ __device__ __forceinline__ void feed(Worker &w) {
                          w.step() * __ldg(&record->wait_per_step[w.lane]) + __ldg(&record->wait_needed[w.lane]));
         __syncwarp();
         fence_copies();
-        feed_task(w, record,
-                  rows_of_batch(w, program::slot_slices > 1 ? __ldg(&record->rows_word) : PERK_BATCH_NUM_TOKENS));
+        const uint32_t rows = rows_of_batch(w, __ldg(&record->rows_word));
+        if (rows != 0) feed_task(w, record, rows);
     }
 }
 #endif

@@ -114,6 +114,28 @@ static void test_wide(void) {
          .head_dim = 32,
          .context = 40,
          .requests = 3},
+        {.op = "decoder",
+         .rows = 80,
+         .in = 64,
+         .out = 50,
+         .heads = 4,
+         .kv_heads = 2,
+         .head_dim = 64,
+         .context = 150,
+         .requests = 2,
+         .norms = true},
+        {.op = "attention", .rows = 70, .heads = 8, .kv_heads = 1, .head_dim = 128, .context = 130, .norms = true},
+        {.op = "attention",
+         .rows = 100,
+         .live = 99,
+         .heads = 10,
+         .kv_heads = 2,
+         .head_dim = 64,
+         .context = 300,
+         .window = 90,
+         .requests = 3},
+        {.op = "attention", .rows = 80, .live = 78, .heads = 4, .kv_heads = 4, .head_dim = 64},
+        {.op = "attention", .rows = 72, .heads = 4, .kv_heads = 2, .head_dim = 96, .context = 20},
     };
     for (size_t i = 0; i < PERK_COUNT(cases); i++) {
         perk_op_verdict v;
@@ -385,7 +407,7 @@ static bool shows(const char *what, const fake_edit *edits, linears form) {
         cache = path_in(scratch, what);
         memcpy(compiler->edits, edits, sizeof compiler->edits);
         driver->launches = 0;
-        for (size_t run = 0; run < 20; run++)
+        for (size_t run = 0; run < (form == WIDE ? 24 : 20); run++)
             if (!run_op(&cases[run % count], 0, &v)) _exit(1);
         _exit(0);
     }

@@ -84,6 +84,18 @@ static const perk_op_case wide[] = {
      .head_dim = 32,
      .context = 40,
      .requests = 3},
+    {.op = "attention", .rows = 256, .heads = 32, .kv_heads = 8, .head_dim = 128, .context = 1024, .norms = true},
+    {.op = "attention",
+     .rows = 256,
+     .live = 250,
+     .heads = 64,
+     .kv_heads = 8,
+     .head_dim = 128,
+     .context = 500,
+     .requests = 7},
+    {.op = "attention", .rows = 200, .heads = 10, .kv_heads = 2, .head_dim = 64, .context = 300, .window = 90},
+    {.op = "attention", .rows = 128, .live = 127, .heads = 16, .kv_heads = 16, .head_dim = 64, .requests = 3},
+    {.op = "attention", .rows = 128, .heads = 8, .kv_heads = 2, .head_dim = 96, .context = 100},
 };
 
 static void run_case(const perk_op_case *c, int portable, uint64_t seed) {

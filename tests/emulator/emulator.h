@@ -81,11 +81,11 @@ struct Thread {
     uint32_t number = 0, lane = 0;
     Warp *warp = nullptr;
     Block *block = nullptr;
-    std::vector<Copy> copies;             // cp.async that it has not waited for,
+    std::vector<Copy> copies;                   // cp.async that it has not waited for,
     std::vector<std::vector<Copy>> copy_groups; // and those before, by their commits
-    std::vector<Product> products;        // those that nobody has waited for, the oldest first
-    std::vector<Sums> sums;               // of these
-    const void *polled_pointer = nullptr; // the last one, and what it found
+    std::vector<Product> products;              // those that nobody has waited for, the oldest first
+    std::vector<Sums> sums;                     // of these
+    const void *polled_pointer = nullptr;       // the last one, and what it found
     uint32_t polled_value = 0;
 };
 

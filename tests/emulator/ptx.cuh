@@ -155,6 +155,7 @@ static inline void copy_bulk(uint32_t shared, const void *global, uint32_t bytes
 #endif
 static inline void fence_mbarrier_init() {}
 static inline void fence_copies() {}
+static inline void fence_shared_stores() {}
 
 // ---- numbers ----
 
