@@ -268,6 +268,20 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void *global, u
         "l"(global), "r"(bytes), "r"(barrier)
         : "memory");
 }
+// The same of what nobody reads again soon: it leaves L2 first.
+__device__ __forceinline__ void copy_bulk_once(uint32_t shared, const void *global, uint32_t bytes, uint32_t barrier) {
+    asm volatile(
+        "{\n\t.reg .b64 policy;\n\t"
+        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n\t"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+        "policy;\n\t}" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+// Brings memory to L2.
+__device__ __forceinline__ void prefetch_bulk(const void *global, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 // What others wrote, and this thread has acquired, is there for its copies from here on.
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 // What this thread has stored in shared memory, or its copy_async has, is there for wgmma, and before copies to come.

@@ -279,7 +279,8 @@ __device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk,
     await_flight(w, chunk, in_flight);
 }
 
-// Starts the copy of one chunk.
+// Starts the copy of one chunk; kOnce: of what no step reads for certain.
+template <bool kOnce = false>
 __device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, const uint8_t *source, uint32_t bytes) {
     await_room(w, chunk);
 #if PERK_PORTABLE
@@ -289,7 +290,10 @@ __device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, cons
 #else
     if (w.lane == 0) {
         mbarrier_arrive_expect(w.full_barrier(chunk), bytes);
-        copy_bulk(w.ring_slot(chunk), source, bytes, w.full_barrier(chunk));
+        if constexpr (kOnce)
+            copy_bulk_once(w.ring_slot(chunk), source, bytes, w.full_barrier(chunk));
+        else
+            copy_bulk(w.ring_slot(chunk), source, bytes, w.full_barrier(chunk));
     }
     __syncwarp();
 #endif
@@ -373,8 +377,8 @@ __device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTas
 __device__ __forceinline__ uint32_t push_tile(const Worker &w, const StreamTask &task, uint32_t tile, uint32_t chunk) {
     const uint8_t *source = w.args.weights + (task.base + uint64_t(tile) * task.blocks) * PERK_WEIGHT_BLOCK_BYTES;
     for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++)
-        push_chunk(w, chunk, source + block * PERK_WEIGHT_BLOCK_BYTES,
-                   min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES);
+        push_chunk<true>(w, chunk, source + block * PERK_WEIGHT_BLOCK_BYTES,
+                         min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES);
     return chunk;
 }
 
@@ -443,6 +447,27 @@ struct OwnExperts {
     uint32_t expert = 0;
 };
 
+// Until a token is routed, memory has nothing to do. It brings to L2 what is streamed after the layer's experts, as
+// much as a ring holds: a lane a chunk, placed as stream_task finds them. Weights of experts leave L2 before that.
+__device__ __forceinline__ void prefetch_after_experts(const Worker &w) {
+#if !PERK_PORTABLE
+    const perk_task_record *record = record_at(w, w.position);
+    do {
+        record++;
+        if (__ldg(&record->kind) == PERK_TASK_END) return;
+    } while (__ldg(&record->stream_tiles) == 0 || __ldg(&record->routing_experts) != 0);
+    const uint32_t blocks = __ldg(&record->stream_blocks), workers = __ldg(&record->stride);
+    const uint32_t tile_chunks = (blocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS, round = w.lane / tile_chunks;
+    if (w.lane >= program::ring_slots || round >= __ldg(&record->count)) return;
+    const uint32_t block = w.lane % tile_chunks * PERK_CHUNK_BLOCKS;
+    const uint32_t width = min(workers, __ldg(&record->stream_tiles) - round * workers);
+    const uint32_t count = min(uint32_t(PERK_CHUNK_BLOCKS), blocks - block);
+    const uint32_t place = round * workers * blocks + width * block + __ldg(&record->first) * count;
+    prefetch_bulk(w.args.weights + (uint64_t(__ldg(&record->stream_base)) + place) * PERK_WEIGHT_BLOCK_BYTES,
+                  count * PERK_WEIGHT_BLOCK_BYTES);
+#endif
+}
+
 __device__ __forceinline__ void pick_experts(const Worker &w, OwnExperts &own) {
     using Top = TopExperts<kOwnExperts, kOwnSlots>;
     const perk_task_record *record = record_at(w, w.position);
@@ -451,6 +476,7 @@ __device__ __forceinline__ void pick_experts(const Worker &w, OwnExperts &own) {
     const uint32_t wanted = (w.step() << 16) + counter;
     if (own.picked_for == wanted) return;
     own.picked_for = wanted;
+    prefetch_after_experts(w);
     if (w.lane == 0) wait_counter(w, counter, w.step() * signals + signals);
     __syncwarp();
     Top top;

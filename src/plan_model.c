@@ -12,6 +12,7 @@ static const struct {
     double column_tile; /* the same, for each further 8 rows */
     double tile;        /* finishing a tile of outputs */
     double norm;        /* an rmsnorm that is folded into a linear */
+    double routing;     /* until a producer knows whose tiles it streams: trips to L2, the picks of a token */
     double input;       /* bytes: activations, from L2 */
     double slice; /* wide linears, not measured: 64 columns of four row tiles by 256 tokens, at 60 % of the peak */
     double slice_input; /* bytes, the same: slices from L2, which all workers share */
@@ -26,6 +27,7 @@ static const struct {
              .column_tile = 0.1,
              .tile = 0.15,
              .norm = 1.3,
+             .routing = 1.2,
              .input = 13e3,
              .slice = 0.5,
              .slice_input = 45e3,
@@ -144,7 +146,7 @@ static void run_linear(const machine_run *run, worker *w, const perk_stage *stag
         count = units_of_hits(stage, task, hits);
         rows = (tokens * (int)op->inputs[PERK_IN_EXPERTS]->cols + hits - 1) / hits; /* of an expert */
         if (!is_staged) input = (double)rows * (double)x->cols * 2 / machine.input;
-        double routed = run->signalled[stage->stream.routed.counter] + machine.signal;
+        double routed = run->signalled[stage->stream.routed.counter] + machine.signal + machine.routing;
         w->landed = PERK_MAX(w->landed, routed + machine.latency);
     }
     int blocks = stage->stream.blocks_per_tile, chunks = (blocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS;

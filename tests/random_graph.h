@@ -11,6 +11,7 @@
 #include <math.h>
 
 enum { RANDOM_GRAPH_KEPT = 8, RANDOM_GRAPH_STEPS = 6 };
+enum { RANDOM_GRAPH_OWN_TOP = 3 }; /* experts of a token, with own_routing */
 
 typedef struct random_graph {
     uint64_t state; /* of the draws */
@@ -22,6 +23,7 @@ typedef struct random_graph {
     perk_tensor *kept[RANDOM_GRAPH_KEPT];
     int kept_count;
     int vocab, most_experts;
+    bool keeps_experts;
     char names[4][128];
     unsigned next_name;
     /* a few steps: prompts in chunks, single tokens */
@@ -32,7 +34,8 @@ typedef struct random_graph {
 /* How large it may become. */
 typedef struct random_graph_limits {
     int layers, hidden, heads, workers, tokens, steps;
-    int experts; /* 0: no layer has any */
+    int experts;      /* 0: no layer has any */
+    bool own_routing; /* steps of one token, whose experts nobody else asks for: tasks pick them by themselves */
 } random_graph_limits;
 
 static inline int random_graph_below(random_graph *g, int bound) {
@@ -114,12 +117,16 @@ static inline perk_tensor *random_graph_attention(random_graph *g, int layer, pe
 static inline perk_tensor *random_graph_experts(random_graph *g, int layer, perk_tensor *x, perk_tensor *normed,
                                                 int hidden) {
     int experts = random_graph_between(g, 1, g->most_experts), top = random_graph_between(g, 1, PERK_MIN(4, experts));
+    if (!g->keeps_experts) { /* the same in all layers */
+        experts = g->most_experts;
+        top = PERK_MIN(RANDOM_GRAPH_OWN_TOP, experts);
+    }
     int ffn = random_graph_between(g, 3, hidden);
     perk_tensor *weight = perk_attach_matrix(g->graph, random_graph_name(g, layer, "router.weight"), experts, hidden);
     perk_tensor *router = perk_logits(g->graph, random_graph_name(g, layer, "router"), normed, weight);
     perk_routing routing =
         perk_moe_route(g->graph, random_graph_name(g, layer, "route"), router, top, random_graph_chance(g, 50));
-    random_graph_keep(g, routing.experts, 100);
+    random_graph_keep(g, g->keeps_experts ? routing.experts : router, 100);
     perk_tensor *parts[2];
     for (int i = 0; i < 2; i++)
         parts[i] =
@@ -238,12 +245,13 @@ static inline void random_graph_make(random_graph *g, uint64_t seed, const rando
     perk_error err = {0};
     memset(g, 0, sizeof *g);
     g->most_experts = most->experts;
+    g->keeps_experts = !most->own_routing;
     g->state = 0x853c49e6748fea9bu * (2 * seed + 1);
     for (int i = 0; i < 8; i++) random_graph_below(g, 2);
     CHECK_OK(perk_graph_create(&g->graph, "random", &err));
     random_graph_build(g, most);
     CHECK_OK(perk_graph_check(g->graph, &err));
-    int tokens = random_graph_between(g, 1, most->tokens);
+    int tokens = most->own_routing ? 1 : random_graph_between(g, 1, most->tokens);
     g->config = (perk_config){.max_num_batched_tokens = tokens,
                               .max_num_batched_requests = random_graph_between(g, 1, PERK_MIN(3, tokens)),
                               .page_size = 16,

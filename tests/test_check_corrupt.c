@@ -418,9 +418,15 @@ static void corrupt_and_judge(random_graph *g, oracle *o, const perk_plan *sound
 }
 
 /* One sound plan, corrupted PLANS_PER_GRAPH times. Plan `number` depends on its graph and those before it alone. */
-static void run_graph(long graph, uint64_t seed, long plans, int experts) {
-    const random_graph_limits most = {
-        .layers = 2, .hidden = 48, .heads = 4, .workers = 6, .tokens = 4, .steps = 3, .experts = experts};
+static void run_graph(long graph, uint64_t seed, long plans, int experts, bool own_routing) {
+    const random_graph_limits most = {.layers = 2,
+                                      .hidden = 48,
+                                      .heads = 4,
+                                      .workers = 6,
+                                      .tokens = 4,
+                                      .steps = 3,
+                                      .experts = experts,
+                                      .own_routing = own_routing};
     random_graph g;
     random_graph_make(&g, seed * 1000003u + (uint64_t)graph, &most);
     oracle o = {.g = &g, .step = g.step_count / 2};
@@ -470,8 +476,9 @@ int main(int argc, char **argv) {
     verbose = argc > 3;
     double begin = perk_now();
     for (long graph = 0; graph * PLANS_PER_GRAPH < plans; graph++)
-        run_graph(graph, seed, PERK_MIN((long)PLANS_PER_GRAPH, plans - graph * PLANS_PER_GRAPH), 0);
-    for (long graph = 0; graph * PLANS_PER_GRAPH < plans / 2; graph++) run_graph(graph, seed, PLANS_PER_GRAPH, 7);
+        run_graph(graph, seed, PERK_MIN((long)PLANS_PER_GRAPH, plans - graph * PLANS_PER_GRAPH), 0, false);
+    for (long graph = 0; graph * PLANS_PER_GRAPH < plans / 2; graph++)
+        run_graph(graph, seed, PLANS_PER_GRAPH, 7, graph % 2);
     print_tallies(perk_now() - begin);
     return 0;
 }
