@@ -166,7 +166,6 @@ struct perk_mail;
 struct perk_slot;
 struct perk_token_record;
 struct perk_desk;
-struct perk_pool_state;
 
 typedef struct perk_many_args {
     /* mapped host memory; post null: one step, over the batch that is there */
@@ -182,7 +181,6 @@ typedef struct perk_many_args {
     struct perk_slot *slots; /* in that block, and the two below */
     int32_t *tokens;
     uint64_t *hashes;
-    const struct perk_pool_state *pool;
     struct perk_mail *inbox;          /* [mail_mask + 1] */
     struct perk_token_record *outbox; /* [logit rows + slots] */
     int32_t *batch;                   /* that of the arguments, to write */

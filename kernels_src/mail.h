@@ -47,8 +47,7 @@ typedef struct perk_post {
     uint32_t dealt;                  /* mails dealt with so far */
     uint32_t end, steps, unfinished; /* of the launch, once it has ended: PERK_LAUNCH_*; steps done */
     uint32_t reserved_too[27];
-    perk_schedule_state state; /* how all of it stands, no later than `written` */
-    perk_pool_state pool;
+    perk_standing standing; /* no older than the records that `written` counts */
 } perk_post;
 
 /* In device memory; zeros when a launch begins. */

@@ -71,14 +71,12 @@ __device__ __forceinline__ uint32_t fetch_mail(const Worker &w, uint32_t mailed,
 // How requests and pages stand. The scheduler may be at work on it again, if the clerk is late: then words are of
 // different steps.
 __device__ __forceinline__ void send_standing(const Worker &w) {
-    const perk_many_args &many = w.args.many;
-    const uint32_t *state = reinterpret_cast<const uint32_t *>(many.schedule); // stands first in it
-    const uint32_t *pool = reinterpret_cast<const uint32_t *>(many.pool);
-    uint32_t *to = reinterpret_cast<uint32_t *>(&many.post->state),
-             *pool_to = reinterpret_cast<uint32_t *>(&many.post->pool);
-    static_assert(sizeof(perk_schedule_state) <= 32 * 4 && sizeof(perk_pool_state) <= 32 * 4, "a word a lane");
-    if (w.lane < sizeof(perk_schedule_state) / 4) to[w.lane] = load_coherent4(state + w.lane);
-    if (w.lane < sizeof(perk_pool_state) / 4) pool_to[w.lane] = load_coherent4(pool + w.lane);
+    static_assert(sizeof(perk_standing) <= 32 * 4, "a word a lane");
+    uint32_t lane = w.lane;
+    forget(lane); // or addresses would be kept over the clerk's rounds, who has few registers
+    if (lane < sizeof(perk_standing) / 4)
+        reinterpret_cast<uint32_t *>(&w.args.many.post->standing)[lane] =
+            load_coherent4(reinterpret_cast<const uint32_t *>(w.args.many.schedule) + lane);
 }
 
 // The outbox to the host's ring; counted when all of it is there.

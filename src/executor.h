@@ -38,7 +38,7 @@ typedef struct perk_online_type {
      * and opened again when the record of its end was read. */
     size_t (*read)(perk_executor *self, perk_token_record *records, size_t room);
     /* How requests and pages stand: of some step, no older than the last record that was read. */
-    void (*stand)(perk_executor *self, perk_schedule_state *state, perk_pool_state *pool);
+    perk_standing (*stand)(const perk_executor *self);
     /* After the end of the launch, with all records read: everything is the host's again. Slots that are open or free
      * in `schedule` stay so; mail that was not dealt with is now. */
     perk_status (*take_back)(perk_executor *self, perk_schedule *schedule, perk_error *err);

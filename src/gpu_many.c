@@ -99,7 +99,6 @@ static uint64_t place_device(const perk_gpu *gpu, struct perk_gpu_many *many, ui
     args->slots = (perk_slot *)(uintptr_t)(schedule + many->layout.slots * 8);
     args->tokens = (int32_t *)(uintptr_t)(schedule + many->layout.tokens * 8);
     args->hashes = (uint64_t *)(uintptr_t)(schedule + many->layout.hashes * 8);
-    args->pool = (const perk_pool_state *)(uintptr_t)(schedule + many->layout.pool * 8);
     return at.next;
 }
 
@@ -379,7 +378,7 @@ perk_status perk_gpu_many_schedule(perk_executor *executor, uint64_t *block, per
 
 uint32_t perk_gpu_many_steps(const perk_executor *executor) {
     const struct perk_gpu_many *many = ((const perk_gpu *)executor)->many;
-    return many && many->launched ? (uint32_t)(many->post->state.steps - many->steps_before) : 0;
+    return many && many->launched ? (uint32_t)(many->post->standing.state.steps - many->steps_before) : 0;
 }
 
 static perk_status begin_online(perk_gpu *gpu, const perk_schedule *schedule, const perk_launch_options *options,
@@ -387,12 +386,11 @@ static perk_status begin_online(perk_gpu *gpu, const perk_schedule *schedule, co
     struct perk_gpu_many *many = gpu->many;
     perk_status status = PERK_OK;
     if (schedule) {
-        many->post->state = *schedule->state;
-        many->post->pool = *schedule->pool.state;
+        many->post->standing = (perk_standing){*schedule->state, *schedule->pool.state};
         status =
             send_schedule(gpu, (const uint64_t *)(const void *)schedule->state, err); /* stands first in the block */
     }
-    many->steps_before = many->post->state.steps;
+    many->steps_before = many->post->standing.state.steps;
     store(&many->post->command, PERK_COMMAND_NONE);
     return status ? status : begin_launch(gpu, options, err);
 }
@@ -452,10 +450,7 @@ static void online_arrive(perk_executor *self, const perk_schedule *schedule, in
 
 static void online_cancel(perk_executor *self, int32_t slot) { post_mail(many_of(self), PERK_MAIL_CANCEL, slot); }
 
-static void online_stand(perk_executor *self, perk_schedule_state *state, perk_pool_state *pool) {
-    *state = many_of(self)->post->state;
-    *pool = many_of(self)->post->pool;
-}
+static perk_standing online_stand(const perk_executor *self) { return ((const perk_gpu *)self)->many->post->standing; }
 
 /* What the kernel would have done with its mail. */
 static void deal_with_mail(struct perk_gpu_many *many, perk_schedule *schedule) {

@@ -455,13 +455,13 @@ void perk_request_statistics(const perk_request *request, perk_request_stats *ou
 }
 
 void perk_scheduler_statistics(const perk_scheduler *scheduler, perk_engine_stats *out) {
-    perk_schedule_state there;
-    perk_pool_state pool_there;
-    perk_executor *away = scheduler->away;
-    if (away) away->type->online->stand(away, &there, &pool_there);
-    const perk_schedule_state *state = away ? &there : scheduler->schedule.state;
-    const perk_pool_state *pool = away ? &pool_there : scheduler->schedule.pool.state;
-    int32_t unfinished = perk_scheduler_unfinished(scheduler), pages = scheduler->schedule.pool.page_count;
+    const perk_executor *away = scheduler->away;
+    const perk_schedule *schedule = &scheduler->schedule;
+    const perk_standing standing =
+        away ? away->type->online->stand(away) : (perk_standing){*schedule->state, *schedule->pool.state};
+    const perk_schedule_state *state = &standing.state;
+    const perk_pool_state *pool = &standing.pool;
+    int32_t unfinished = perk_scheduler_unfinished(scheduler), pages = schedule->pool.page_count;
     double places = (double)state->steps * scheduler->config.max_num_batched_tokens;
     *out = (perk_engine_stats){
         .submitted = scheduler->submitted,
