@@ -21,16 +21,18 @@ struct perk_engine {
     perk_launch_options launches;
     bool launched;               /* the kernel runs steps by itself */
     double last_news, news_each; /* when tokens came from it, and after how many seconds the next ones may */
+    double next_poll;            /* seconds that the next short sleep takes */
     perk_error failure;          /* of a step: closes the engine */
     perk_on_step on_step;        /* NULL: nobody watches */
     void *on_step_user;
 };
 
 enum { IDLE_LIMIT_MS = 100 };
-/* Tokens are expected after as long as the last ones took: most of that is slept in one piece, and what follows in
- * short ones, by these shares of it and within these limits, so that waiting takes few percent of a core. */
-static const double FIRST_NEWS_SECONDS = 1e-3, SLEPT_SHARE = 0.75, POLLED_SHARE = 1.0 / 32, SHORTEST_SLEEP = 20e-6,
-                    LONGEST_SLEEP = 20e-3, LONGEST_POLL = 1e-3;
+/* Tokens are expected after as long as the last ones took: most of that is slept in one piece, what follows in short
+ * ones that grow, by shares of it and within limits, so that waiting takes few percent of a core and tokens are late by
+ * few percent of a step. */
+static const double FIRST_NEWS_SECONDS = 1e-3, SLEPT_SHARE = 0.9, POLLED_SHARE = 1.0 / 64, GROWTH = 1.25,
+                    SHORTEST_SLEEP = 20e-6, LONGEST_SLEEP = 20e-3, LONGEST_POLL = 5e-3;
 
 static double milliseconds_since(double start) { return (perk_now() - start) * 1e3; }
 
@@ -94,14 +96,15 @@ static int by_number(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The caller's sizes of a step below max_num_batched_tokens, or else the defaults. */
+/* The caller's sizes of a step below max_num_batched_tokens, or else the defaults; none of these beside a program of
+ * many steps, which leaves little to others. */
 static void choose_programs(const int32_t wanted[PERK_MAX_PROGRAMS], int32_t most, perk_gpu_options *gpu) {
     static const int32_t defaults[] = {1, 8};
     int32_t sizes[PERK_MAX_PROGRAMS] = {0};
     gpu->smaller_are_optional = true;
     for (int i = 0; i < PERK_MAX_PROGRAMS; i++)
         if ((sizes[i] = wanted[i])) gpu->smaller_are_optional = false;
-    for (size_t i = 0; i < PERK_COUNT(defaults) && gpu->smaller_are_optional; i++)
+    for (size_t i = 0; i < PERK_COUNT(defaults) && gpu->smaller_are_optional && !gpu->many_steps; i++)
         if (defaults[i] <= most / 2) sizes[i] = defaults[i];
     qsort(sizes, PERK_MAX_PROGRAMS, sizeof *sizes, by_number);
     for (int i = 0; i < PERK_MAX_PROGRAMS; i++) {
@@ -229,6 +232,7 @@ static void set_mode(perk_engine *engine, const perk_engine_options *options) {
     }
     engine->mode = options->mode;
     engine->news_each = FIRST_NEWS_SECONDS;
+    engine->next_poll = SHORTEST_SLEEP;
     if (engine->mode == PERK_MODE_COMPLETION)
         engine->launches.max_steps = (uint32_t)options->steps_a_launch;
     else
@@ -381,10 +385,15 @@ static double clamp(double value, double least, double most) { return value < le
 
 /* Seconds until it makes sense to look again. A pause between two texts is no reason to expect another one. */
 static double until_news(perk_engine *engine, bool news) {
-    if (!news) return clamp(engine->news_each * POLLED_SHARE, SHORTEST_SLEEP, LONGEST_POLL);
+    if (!news) {
+        double sleep = engine->next_poll;
+        engine->next_poll = PERK_MIN(sleep * GROWTH, LONGEST_POLL);
+        return sleep;
+    }
     double now = perk_now(), since = now - engine->last_news;
     engine->last_news = now;
-    engine->news_each = PERK_MIN(since, engine->news_each * 1.125);
+    engine->news_each = PERK_MIN(since, engine->news_each * GROWTH);
+    engine->next_poll = clamp(engine->news_each * POLLED_SHARE, SHORTEST_SLEEP, LONGEST_POLL);
     return clamp(engine->news_each * SLEPT_SHARE, SHORTEST_SLEEP, LONGEST_SLEEP);
 }
 

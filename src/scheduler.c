@@ -22,14 +22,14 @@ struct perk_scheduler {
     uint64_t *block; /* the schedule's state */
     perk_schedule schedule;
     perk_sampler *sampler;
-    perk_request **placed_in; /* [slots] */
-    int32_t *picks;           /* [logit rows] */
-    perk_executor *away;      /* who has the schedule; NULL: it is here */
-    int32_t host_picked;      /* unfinished requests whose tokens a kernel cannot choose */
-    uint64_t submitted, finished_count;
-    perk_request_list queued;   /* in the order of arrival, for a slot */
-    perk_request_list placed;   /* in a slot */
-    perk_request_list finished; /* kept until their owner frees them */
+    perk_request **placed_in;                          /* [slots] */
+    int32_t *picks;                                    /* [logit rows] */
+    perk_executor *away;                               /* who has the schedule; NULL: it is here */
+    int32_t host_picked;                               /* unfinished requests whose tokens a kernel cannot choose */
+    uint64_t submitted, finished_count, answer_tokens; /* answer_tokens: that requests got */
+    perk_request_list queued;                          /* in the order of arrival, for a slot */
+    perk_request_list placed;                          /* in a slot */
+    perk_request_list finished;                        /* kept until their owner frees them */
 };
 
 static void list_append(perk_request_list *list, perk_request *request) {
@@ -351,6 +351,7 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
         perk_request *request = scheduler->placed_in[slot];
         if (!request) continue;
         request->tokens[request->length++] = scheduler->picks[row];
+        scheduler->answer_tokens++;
         if (request->answered == 0) request->answered = now;
         extend_hashes(scheduler, slot);
         if (schedule->slots[slot].state == PERK_SLOT_FINISHED)
@@ -379,6 +380,7 @@ static perk_status take_token(perk_request *request, int32_t token, perk_error *
         return perk_fail(err, PERK_INTERNAL, "a request of %d tokens that ends at %d got token %d", request->length,
                          request->limit, token);
     request->tokens[request->length++] = token;
+    request->scheduler->answer_tokens++;
     if (request->answered == 0) request->answered = perk_now();
     return PERK_OK;
 }
@@ -468,7 +470,7 @@ void perk_scheduler_statistics(const perk_scheduler *scheduler, perk_engine_stat
         .finished = scheduler->finished_count,
         .steps = state->steps,
         .step_tokens = state->step_tokens,
-        .answer_tokens = state->answer_tokens,
+        .answer_tokens = scheduler->answer_tokens,
         .found_tokens = state->found_tokens,
         .set_backs = state->set_backs,
         .evictions = pool->evictions,

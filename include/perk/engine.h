@@ -59,10 +59,10 @@ typedef struct perk_engine_options {
     int32_t idle_limit_ms;  /* PERK_MODE_ONLINE; 0: 100 */
     /* Programs of the GPU, by the tokens of a step that each is for, in any order; zeros are skipped. Of those that a
      * step fits, the smallest runs it. The program for max_num_batched_tokens is always there; when that is 0, it is
-     * the largest number here. { max_num_batched_tokens } is one program alone. All 0: 1 and 8 as well, where they are
-     * no more than half of max_num_batched_tokens: a step of one request then pays for nothing that others need, and
-     * 8 tokens are what one product of the tensor cores takes. Of these defaults, those that cannot be had (no
-     * compiler, and not in the cache) are left out. */
+     * the largest number here. { max_num_batched_tokens } is one program alone. All 0: with PERK_MODE_SINGLE 1 and 8 as
+     * well, where they are no more than half of max_num_batched_tokens: a step of one request then pays for nothing
+     * that others need, and 8 tokens are what one product of the tensor cores takes. Of these defaults, those that
+     * cannot be had (no compiler, and not in the cache) are left out. */
     int32_t program_tokens[PERK_MAX_PROGRAMS];
 } perk_engine_options;
 
