@@ -385,6 +385,8 @@ static double clamp(double value, double least, double most) { return value < le
 
 /* Seconds until it makes sense to look again. A pause between two texts is no reason to expect another one. */
 static double until_news(perk_engine *engine, bool news) {
+    if (engine->mode == PERK_MODE_ONLINE && perk_scheduler_unfinished(engine->scheduler) == 0)
+        return engine->launches.idle_limit_ms * 1e-3 + LONGEST_POLL; /* until it has ended */
     if (!news) {
         double sleep = engine->next_poll;
         engine->next_poll = PERK_MIN(sleep * GROWTH, LONGEST_POLL);
@@ -397,13 +399,8 @@ static double until_news(perk_engine *engine, bool news) {
     return clamp(engine->news_each * SLEPT_SHARE, SHORTEST_SLEEP, LONGEST_SLEEP);
 }
 
-static perk_status launch(perk_engine *engine, perk_error *err) {
-    if (perk_scheduler_unfinished(engine->scheduler) == 0) return PERK_OK;
-    perk_status status = perk_scheduler_launch(engine->scheduler, engine->executor, &engine->launches, err);
-    engine->launched = status == PERK_OK;
-    return status;
-}
-
+/* Where a launch has ended and another follows, the schedule stays where it is. Otherwise it comes home: the host has
+ * it, or a kernel that runs. */
 static perk_status run_kernel(perk_engine *engine, int32_t *news, perk_error *err) {
     perk_status status = PERK_OK;
     bool was_launched = engine->launched;
@@ -415,7 +412,10 @@ static perk_status run_kernel(perk_engine *engine, int32_t *news, perk_error *er
     if (was_launched) status = exchange(engine, news, err);
     if (status || engine->launched) return status;
     bool is_over = was_launched && engine->mode == PERK_MODE_COMPLETION;
-    return is_over ? bring_back(engine, err) : launch(engine, err);
+    if (is_over || perk_scheduler_unfinished(engine->scheduler) == 0) return bring_back(engine, err);
+    status = perk_scheduler_launch(engine->scheduler, engine->executor, &engine->launches, err);
+    engine->launched = status == PERK_OK;
+    return status;
 }
 
 perk_status perk_engine_poll(perk_engine *engine, bool *news, double *again, perk_error *err) {
@@ -428,7 +428,7 @@ perk_status perk_engine_poll(perk_engine *engine, bool *news, double *again, per
     status = engine->mode == PERK_MODE_SINGLE ? step_once(engine, &failure) : run_kernel(engine, &count, &failure);
     if (status) return close_after(engine, status, &failure, err);
     *news = engine->mode == PERK_MODE_SINGLE || count > 0;
-    if (engine->launched && perk_scheduler_unfinished(engine->scheduler) > 0) *again = until_news(engine, *news);
+    if (engine->launched) *again = until_news(engine, *news);
     return PERK_OK;
 }
 
@@ -439,7 +439,8 @@ perk_status perk_engine_step(perk_engine *engine, int32_t *running, perk_error *
     for (;;) {
         perk_status status = perk_engine_poll(engine, &news, &again, err);
         if (status) return status;
-        if (again == 0 || (news && engine->mode == PERK_MODE_ONLINE)) break;
+        bool is_done = news || perk_scheduler_unfinished(engine->scheduler) == 0;
+        if (again == 0 || (is_done && engine->mode == PERK_MODE_ONLINE)) break;
         sleep_for(again);
     }
     if (running) *running = perk_scheduler_unfinished(engine->scheduler);
@@ -450,7 +451,7 @@ perk_status perk_engine_pause(perk_engine *engine, perk_error *err) {
     perk_status status = check_open(engine, err);
     if (status) return status;
     perk_error failure = {0};
-    status = pause_kernel(engine, &failure);
+    status = bring_back(engine, &failure);
     return status ? close_after(engine, status, &failure, err) : PERK_OK;
 }
 

@@ -287,8 +287,8 @@ static struct timespec time_in(int64_t nanoseconds) {
 static double serve_once(perk_service *service) {
     double again = -1;
     empty_inbox(service);
-    bool stepping = can_step(service);
-    if (stepping) again = step(service);
+    bool runs = perk_engine_stays(service->engine) && !service->paused && !service->failure.status;
+    if (can_step(service) || runs) again = step(service);
     if (perk_engine_stays(service->engine) && must_leave_gpu(service)) leave_gpu(service);
     if (publish_all(service)) deliver_all(service);
     service->stepping = perk_engine_stays(service->engine);
