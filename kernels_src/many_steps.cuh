@@ -372,7 +372,7 @@ __device__ __forceinline__ void produce_steps(Worker &w) {
 // many tokens it has is not known.
 __device__ __forceinline__ void feed_steps(Worker &w) {
     for (uint32_t number = w.args.step;; number++) {
-        while (!__all_sync(0xffffffffu, static_cast<int32_t>(w.step() - number) >= 0)) {
+        while (__any_sync(0xffffffffu, static_cast<int32_t>(w.step() - number) < 0)) {
             if (has_ended(w)) return;
             pause(kFeederPauseNs);
         }

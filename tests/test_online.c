@@ -34,15 +34,21 @@ static int draw(uint64_t seed, uint64_t *place, int low, int high) {
     return low + (int)(perk_uniform(seed, (*place)++) * (high - low + 1));
 }
 
-static perk_engine *open_engine(perk_mode mode, int32_t idle_limit_ms) {
+static perk_engine *open_sized(int32_t tokens, perk_mode mode, int32_t idle_limit_ms) {
     perk_engine *engine;
+    perk_config config = CONFIG;
+    config.max_num_batched_tokens = tokens;
     const perk_engine_options options = {.backend = PERK_BACKEND_GPU,
-                                         .config = CONFIG,
+                                         .config = config,
                                          .cache_folder = cache.text,
                                          .mode = mode,
                                          .idle_limit_ms = idle_limit_ms};
     CHECK_OK(perk_engine_open(&engine, folder.text, &options, &err));
     return engine;
+}
+
+static perk_engine *open_engine(perk_mode mode, int32_t idle_limit_ms) {
+    return open_sized(CONFIG.max_num_batched_tokens, mode, idle_limit_ms);
 }
 
 /* Half of the prompts begin alike. The last kind samples, though hardly: it makes all fall back to single steps. */
@@ -140,6 +146,13 @@ static void open_run(test_run *run, int32_t idle_limit_ms) {
     CHECK_OK(perk_service_open(&run->service, open_engine(PERK_MODE_ONLINE, idle_limit_ms), &options, &err));
 }
 
+static void cancel(test_run *run, int i) {
+    pthread_mutex_lock(&run->lock);
+    run->tracks[i].cancelled |= !run->tracks[i].finish;
+    pthread_mutex_unlock(&run->lock);
+    CHECK_OK(perk_service_cancel(run->service, run->tracks[i].id, &err));
+}
+
 /* Everything that was submitted has ended, and is accounted for. */
 static void check_run(test_run *run) {
     perk_engine_stats stats;
@@ -185,12 +198,7 @@ static void test_arrivals(uint64_t seed, int32_t idle_limit_ms, int kind_count) 
     while (ended(&run) < REQUESTS) {
         if (run.count < REQUESTS) submit(&run, draw(seed, &place, 0, kind_count - 1));
         int victim = draw(seed, &place, 0, 5 * REQUESTS);
-        if (victim < run.count) {
-            pthread_mutex_lock(&run.lock);
-            run.tracks[victim].cancelled |= !run.tracks[victim].finish;
-            pthread_mutex_unlock(&run.lock);
-            CHECK_OK(perk_service_cancel(run.service, run.tracks[victim].id, &err));
-        }
+        if (victim < run.count) cancel(&run, victim);
         usleep((useconds_t)draw(seed, &place, 0, 40000));
     }
     check_run(&run);
@@ -209,6 +217,8 @@ static void test_pause(void) {
         CHECK_OK(perk_service_pause(run.service, &err));
         perk_service_statistics(run.service, &before);
         if (i == 1) submit(&run, 4);
+        if (i == 1) cancel(&run, 4);
+        if (i == 2) cancel(&run, 0);
         usleep(20000);
         perk_service_statistics(run.service, &after);
         CHECK(after.steps == before.steps, "a step during the pause");
@@ -266,6 +276,23 @@ static void test_engine(void) {
     perk_engine_free(engine);
 }
 
+/* A program for more than 64 tokens has a third role beside consumers and producer; it goes from step to step, too. */
+static void test_wide(void) {
+    perk_engine *engine = open_sized(72, PERK_MODE_COMPLETION, 0);
+    perk_request *requests[4];
+    int32_t running;
+    for (int k = 0; k < 4; k++)
+        CHECK_OK(perk_engine_submit(engine, kinds[k].prompt, kinds[k].length, &kinds[k].sampling, &requests[k], &err));
+    CHECK_OK(perk_engine_step(engine, &running, &err));
+    CHECK(running == 0);
+    for (int k = 0; k < 4; k++) {
+        size_t count;
+        const int32_t *tokens = perk_request_tokens(requests[k], &count);
+        CHECK(count == kinds[k].answer_length && memcmp(tokens, kinds[k].answer, count * sizeof *tokens) == 0, "%d", k);
+    }
+    perk_engine_free(engine);
+}
+
 int main(int argc, char **argv) {
     if (strstr(EMULATOR_CXX, "NOTFOUND") && !getenv("PERK_TEST_GPU")) {
         fprintf(stderr, "skipped: no C++ compiler was found\n");
@@ -277,6 +304,7 @@ int main(int argc, char **argv) {
     folder = make_small_model(argc > 1 ? argv[1] : PERK_SOURCE_DIR);
     make_kinds();
     test_engine();
+    test_wide();
     test_arrivals(1, 0, KINDS - 1);
     test_arrivals(2, 1, KINDS - 1);
     test_arrivals(3, 0, KINDS);
