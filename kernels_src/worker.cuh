@@ -255,6 +255,7 @@ struct TaskView {
     __device__ __forceinline__ uint32_t signal_counter() const { return get(17); }
     __device__ __forceinline__ uint64_t operand(uint32_t i) const { return uint64_t(get(18 + i)) * 256; }
     __device__ __forceinline__ uint32_t scalar() const { return get(24); }
+    __device__ __forceinline__ uint64_t next_input() const { return uint64_t(get(31)) * 256; }
 };
 static_assert(sizeof(perk_task_record) == 128, "a record is one word a lane of a warp");
 

@@ -94,7 +94,7 @@ typedef struct perk_stream {
                             unit tile_count + tile for the others; else 0 or 1 */
 } perk_stream;
 
-enum { PERK_STAGE_OPERANDS = 6 };
+enum { PERK_STAGE_OPERANDS = PERK_RECORD_OPERANDS + 1 };
 
 /* Which function of kernels_src/ a stage's tasks are instances of. The emitter has the statement in `kinds`; the
  * simulator does the same in C. */
