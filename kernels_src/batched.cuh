@@ -215,12 +215,13 @@ struct BatchedLinear {
     static constexpr bool kMayMakeNorm = kEpilogue == Epilogue::residual && !kIsNormed;
     static constexpr bool kMayBeScaled = kIsNormed && kEpilogue != Epilogue::logits;
 
-    // `stored` are two pairs of neighbouring outputs of a token: lane 4g+q has those of token 2q + g % 2.
+    // `low` and `high` are pairs of neighbouring outputs of a token: lane 4g+q has those of token 2q + g % 2.
     static __device__ __forceinline__ void store_norm(const Worker &w, const Finish &f, const NextNorm &next,
-                                                      const Pass &pass, uint32_t first_token, uint2 stored) {
+                                                      const Pass &pass, uint32_t first_token, uint32_t low,
+                                                      uint32_t high) {
         const uint32_t token = Outputs::token(w, first_token), column = Outputs::pair(w, pass.tile);
         const bool is_live = pass.has_tile && token < f.rows;
-        const uint32_t pairs[2] = {stored.x, stored.y};
+        const uint32_t pairs[2] = {low, high};
         float square = 0.0f;
 #pragma unroll
         for (uint32_t i = 0; i < 2; i++) {
@@ -302,9 +303,16 @@ struct BatchedLinear {
             if constexpr (kEpilogue == Epilogue::logits) {
                 store_logits(w, f, pass, token, sum[0] + outputs.low_bias, sum[2] + outputs.high_bias);
                 store_logits(w, f, pass, token + 1, sum[1] + outputs.low_bias, sum[3] + outputs.high_bias);
+            } else if constexpr (kMayMakeNorm) {
+                const float2 low = Output::pair_outputs(w, sum[0] + outputs.low_bias, sum[1] + outputs.low_bias);
+                const float2 high = Output::pair_outputs(w, sum[2] + outputs.high_bias, sum[3] + outputs.high_bias);
+                outputs.low.store(i, low, residuals.low[i]);
+                outputs.high.store(i, high, residuals.high[i]);
+                if (!next.is_made) continue;
+                store_norm(w, f, next, pass, part * kPart + i * 8, outputs.low.stored(i, low, residuals.low[i]),
+                           outputs.high.stored(i, high, residuals.high[i]));
             } else {
-                const uint2 stored = Output::finish_group(w, outputs, i, sum, residuals.low[i], residuals.high[i]);
-                if (kMayMakeNorm && next.is_made) store_norm(w, f, next, pass, part * kPart + i * 8, stored);
+                Output::finish_group(w, outputs, i, sum, residuals.low[i], residuals.high[i]);
             }
         }
     }

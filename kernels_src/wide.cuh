@@ -52,16 +52,18 @@ struct WideOutput {
             if (kEpilogue != Epilogue::residual || group * 8 >= tokens) return 0;
             return load_coherent4(residual + group * (8 * kOutStride * 2));
         }
-        // Returns what it has stored.
-        __device__ __forceinline__ uint32_t store(uint32_t group, float2 values, uint32_t added) const {
+        // What is stored of `values` in the residual stream; 0 where nothing is.
+        __device__ __forceinline__ uint32_t stored(uint32_t group, float2 values, uint32_t added) const {
+            if (group * 8 >= tokens) return 0;
+            return pack_bf16(values.x + low_bf16(added), is_cut ? 0.0f : values.y + high_bf16(added));
+        }
+        __device__ __forceinline__ void store(uint32_t group, float2 values, uint32_t added) const {
             if constexpr (kEpilogue == Epilogue::residual) {
                 values.x += low_bf16(added);
                 values.y += high_bf16(added);
             }
-            const uint32_t packed = pack_bf16(values.x, is_cut ? 0.0f : values.y);
-            if (group * 8 >= tokens) return 0;
-            *reinterpret_cast<uint32_t *>(out + group * kOutStep) = packed;
-            return packed;
+            if (group * 8 < tokens)
+                *reinterpret_cast<uint32_t *>(out + group * kOutStep) = pack_bf16(values.x, is_cut ? 0.0f : values.y);
         }
     };
 
@@ -104,19 +106,19 @@ struct WideOutput {
         }
     };
 
-    // A group of 8 tokens: four sums. Returns the low and the high pair of outputs that it has stored.
-    static __device__ __forceinline__ uint2 finish_group(const Worker &w, const Outputs &outputs, uint32_t group,
-                                                         const float *sum, uint32_t low_residual,
-                                                         uint32_t high_residual) {
+    // A group of 8 tokens: four sums.
+    static __device__ __forceinline__ void finish_group(const Worker &w, const Outputs &outputs, uint32_t group,
+                                                        const float *sum, uint32_t low_residual,
+                                                        uint32_t high_residual) {
         const float low0 = sum[0] + outputs.low_bias, low1 = sum[1] + outputs.low_bias;
         const float high0 = sum[2] + outputs.high_bias, high1 = sum[3] + outputs.high_bias;
         if constexpr (kIsGated) {
             const float first = activate<kActivation>(round_bf16(low0)) * round_bf16(high0);
             const float second = activate<kActivation>(round_bf16(low1)) * round_bf16(high1);
-            return make_uint2(outputs.low.store(group, pair_outputs(w, first, second), 0), 0);
+            outputs.low.store(group, pair_outputs(w, first, second), 0);
         } else {
-            const uint32_t low = outputs.low.store(group, pair_outputs(w, low0, low1), low_residual);
-            return make_uint2(low, outputs.high.store(group, pair_outputs(w, high0, high1), high_residual));
+            outputs.low.store(group, pair_outputs(w, low0, low1), low_residual);
+            outputs.high.store(group, pair_outputs(w, high0, high1), high_residual);
         }
     }
 
