@@ -1,9 +1,9 @@
 // batched linears: out = x W^T for the 9 to 64 tokens of a step, on wgmma, with the weights as the left operand and the
 // tokens as the columns, as in wide.cuh. Here the stream of weights is all that takes time, if nothing else gets in its
 // way: x is read once for up to eight row tiles of a worker, by the feeder, ahead of the products. The consumers go
-// over it in units of two slices. With up to four tiles they are one warpgroup's, and the warpgroups take units in
-// turn, so that one waits while the other multiplies; their sums meet in shared memory at the end of the pass, where
-// each warpgroup finishes half of the tokens. With more tiles a warpgroup has four of its own.
+// over it in units of two slices. Up to four tiles are those of both warpgroups, which take units in turn, so that one
+// waits while the other multiplies; their sums meet in shared memory at the end of the pass, where each finishes half
+// of the tokens. Of more tiles a warpgroup has up to four of its own.
 #pragma once
 
 namespace perk {

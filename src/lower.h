@@ -49,8 +49,8 @@ bool perk_lower_has_wide_input(const perk_lowering *lowering, const perk_tensor 
 bool perk_lower_writes_input(const perk_lowering *lowering, const perk_tensor *output);
 int perk_lower_output(perk_lowering *lowering, const perk_tensor *output);
 
-/* Batched linears: the norm that is made by the linear whose output it takes, or NULL: that linear writes it without its
- * scale, and a sum of squares of each row and tile, from which the linears behind make the scale. */
+/* Batched linears: the norm that is made by the linear whose output it takes, or NULL: that linear writes it without
+ * its scale, and a sum of squares of each row and tile, from which the linears behind make the scale. */
 const perk_op *perk_lower_next_norm(const perk_lowering *lowering, const perk_op *linear);
 
 /* Opens a stage "<output's name><suffix>"; `statement` is the C++ that runs one of its tasks. NULL on failure. */
