@@ -107,10 +107,10 @@ struct BatchedLinear {
         wgmma_fence();
 #pragma unroll
         for (uint32_t i = 0; i < kUnitSlices; i++) {
-            if (!is_there(unit * kUnitSlices + i)) break;
+            // A slice that is not there has weights of zero, and x of the first: a branch would end the overlap.
+            const uint64_t slice = is_there(unit * kUnitSlices + i) ? x + i * (SharedMap::slice_bytes / 16) : x;
 #pragma unroll
-            for (uint32_t j = 0; j < 4; j++)
-                wgmma<kColumns>(sums, weights[i].of[j], x + i * (SharedMap::slice_bytes / 16) + j * 2);
+            for (uint32_t j = 0; j < 4; j++) wgmma<kColumns>(sums, weights[i].of[j], slice + j * 2);
         }
         wgmma_commit();
     }
