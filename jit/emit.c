@@ -81,10 +81,11 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
                            "constexpr uint32_t wide_tokens = %d, input_slots = %d, slot_slices = %d;\n"
                            "[[maybe_unused]] constexpr uint32_t prompt_tokens = %d;\n",
                            plan->wide_tokens, plan->input_slots, plan->slot_slices, plan->prompt_slice);
-    perk_buffer_printf(out, "constexpr bool waits_are_limited = %s, has_experts = %s, many_steps = %s;\n",
-                       plan->unlimited_waits ? "false" : "true", has_experts ? "true" : "false",
-                       plan->many_steps ? "true" : "false");
-    perk_buffer_printf(out, "constexpr uint32_t own_experts = %d, own_slots = %d;\n", own_experts, own_slots);
+    perk_buffer_printf(
+        out, "[[maybe_unused]] constexpr bool waits_are_limited = %s, has_experts = %s, many_steps = %s;\n",
+        plan->unlimited_waits ? "false" : "true", has_experts ? "true" : "false", plan->many_steps ? "true" : "false");
+    perk_buffer_printf(out, "[[maybe_unused]] constexpr uint32_t own_experts = %d, own_slots = %d;\n", own_experts,
+                       own_slots);
     if (plan->many_steps) emit_schedule_constants(plan, out);
     perk_buffer_printf(out, "} // namespace program\n\n");
 }
@@ -185,6 +186,8 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
         record.stream_blocks = (uint32_t)stage->stream.blocks_per_tile;
         record.stream_together = (uint32_t)stage->stream.together;
         record.share_tokens = (uint32_t)stage->stream.share_tokens;
+        int next = stage->operands[PERK_RECORD_OPERANDS];
+        if (next >= 0) record.next_input = (uint32_t)(plan->tensors[next].offset / 256);
         bool is_of_tokens = plan->graph->ops[stage->op]->output->row_kind == PERK_ROWS_TOKENS;
         record.rows_word = is_of_tokens ? PERK_BATCH_NUM_TOKENS : PERK_BATCH_NUM_LOGIT_ROWS;
     }

@@ -1,15 +1,15 @@
 // batched linears: out = x W^T for the 9 to 64 tokens of a step, on wgmma, with the weights as the left operand and the
 // tokens as the columns, as in wide.cuh. Here the stream of weights is all that takes time, if nothing else gets in its
 // way: x is read once for up to eight row tiles of a worker, by the feeder, ahead of the products. The consumers go
-// over it in units of two slices. With up to four tiles they are one warpgroup's, and the warpgroups take units in
-// turn, so that one waits while the other multiplies; their sums meet in shared memory at the end of the pass, where
-// each warpgroup finishes half of the tokens. With more tiles a warpgroup has four of its own.
+// over it in units of two slices. Up to four tiles are those of both warpgroups, which take units in turn, so that one
+// waits while the other multiplies; their sums meet in shared memory at the end of the pass, where each finishes half
+// of the tokens. Of more tiles a warpgroup has up to four of its own.
 #pragma once
 
 namespace perk {
 
 template <Rows kRowsOf, uint32_t kIn, uint32_t kOut, uint32_t kTogether, Epilogue kEpilogue, Activation kActivation,
-          bool kHasBias, bool kOutIsInput>
+          bool kHasBias, bool kOutIsInput, bool kIsNormed>
 struct BatchedLinear {
     static constexpr uint32_t kBlocks = (kIn + PERK_BLOCK_COLS - 1) / PERK_BLOCK_COLS; // of a tile
     static constexpr uint32_t kSlices = (kBlocks + PERK_SLICE_BLOCKS - 1) / PERK_SLICE_BLOCKS;
@@ -107,10 +107,10 @@ struct BatchedLinear {
         wgmma_fence();
 #pragma unroll
         for (uint32_t i = 0; i < kUnitSlices; i++) {
-            if (!is_there(unit * kUnitSlices + i)) break;
+            // A slice that is not there has weights of zero, and x of the first: a branch would end the overlap.
+            const uint64_t slice = is_there(unit * kUnitSlices + i) ? x + i * (SharedMap::slice_bytes / 16) : x;
 #pragma unroll
-            for (uint32_t j = 0; j < 4; j++)
-                wgmma<kColumns>(sums, weights[i].of[j], x + i * (SharedMap::slice_bytes / 16) + j * 2);
+            for (uint32_t j = 0; j < 4; j++) wgmma<kColumns>(sums, weights[i].of[j], slice + j * 2);
         }
         wgmma_commit();
     }
@@ -202,6 +202,72 @@ struct BatchedLinear {
             make_uint2(__float_as_uint(best.value), best.index);
     }
 
+    // ---- norms ----
+    // The linear that writes the residual stream writes its norm, too, but for the scale, and leaves a sum of squares
+    // of each token and tile. The linears behind make the scales, and their outputs get them.
+
+    struct NextNorm {
+        const uint8_t *gain;
+        uint8_t *out;   // an input of batched linears
+        float *squares; // [tokens][tiles]
+        bool is_made;
+    };
+    static constexpr bool kMayMakeNorm = kEpilogue == Epilogue::residual && !kIsNormed;
+    static constexpr bool kMayBeScaled = kIsNormed && kEpilogue != Epilogue::logits;
+
+    // `low` and `high` are pairs of neighbouring outputs of a token: lane 4g+q has those of token 2q + g % 2.
+    static __device__ __forceinline__ void store_norm(const Worker &w, const Finish &f, const NextNorm &next,
+                                                      const Pass &pass, uint32_t first_token, uint32_t low,
+                                                      uint32_t high) {
+        const uint32_t token = Outputs::token(w, first_token), column = Outputs::pair(w, pass.tile);
+        const bool is_live = pass.has_tile && token < f.rows;
+        const uint32_t pairs[2] = {low, high};
+        float square = 0.0f;
+#pragma unroll
+        for (uint32_t i = 0; i < 2; i++) {
+            const float first = low_bf16(pairs[i]), second = high_bf16(pairs[i]);
+            const uint32_t at = column + i * 8;
+            square += first * first + second * second;
+            if (!is_live || at >= kOut) continue;
+            const uint32_t gain = __ldg(reinterpret_cast<const uint32_t *>(next.gain) + at / 2);
+            *reinterpret_cast<uint32_t *>(next.out + wide_pair(token, at)) =
+                pack_bf16(first * low_bf16(gain), second * high_bf16(gain));
+        }
+        square += __shfl_xor_sync(0xffffffffu, square, 8); // over the pairs
+        square += __shfl_xor_sync(0xffffffffu, square, 16);
+        if (w.lane < 8 && is_live) next.squares[uint64_t(token) * Output::kTiles + pass.tile] = square;
+    }
+
+    static __device__ __forceinline__ uint32_t scale_of(const Worker &w, uint32_t token) {
+        return w.reduction() + PERK_CONSUMER_WARPS * 32 * sizeof(PartSums) + token * 4;
+    }
+    // A warp makes those of every eighth of `rows` tokens, loaded four at a time; all others are 1.
+    static __device__ __forceinline__ void make_scales(const Worker &w, const uint8_t *squares, uint32_t rows,
+                                                       float eps) {
+        constexpr uint32_t kSums = (kIn + PERK_TILE_ROWS - 1) / PERK_TILE_ROWS, kTogetherRows = 4;
+#pragma unroll 1
+        for (uint32_t first = w.warp; first < rows; first += kTogetherRows * PERK_CONSUMER_WARPS) {
+            float totals[kTogetherRows] = {};
+#pragma unroll
+            for (uint32_t begin = 0; begin < kSums; begin += 32)
+#pragma unroll
+                for (uint32_t r = 0; r < kTogetherRows; r++) {
+                    const uint32_t row = min(first + r * PERK_CONSUMER_WARPS, rows - 1), sum = begin + w.lane;
+                    if (sum < kSums)
+                        totals[r] += __uint_as_float(load_coherent4(squares + (uint64_t(row) * kSums + sum) * 4));
+                }
+#pragma unroll
+            for (uint32_t r = 0; r < kTogetherRows; r++) {
+                const uint32_t row = first + r * PERK_CONSUMER_WARPS;
+                const float total = warp_sum(totals[r]);
+                if (w.lane == 0 && row < rows)
+                    store_shared4(scale_of(w, row), __float_as_uint(rsqrtf(total / kIn + eps)));
+            }
+        }
+        if (w.thread >= rows && w.thread < kColumns) store_shared4(scale_of(w, w.thread), __float_as_uint(1.0f));
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+    }
+
     // ---- the task ----
 
     static __device__ __forceinline__ Pass make_pass(const Worker &w, const TaskView &task, uint32_t first,
@@ -222,16 +288,29 @@ struct BatchedLinear {
     }
 
     // One part of the tokens.
-    static __device__ __forceinline__ void finish(const Worker &w, const Finish &f, const Pass &pass, uint32_t part,
-                                                  const PartSums &sums, const Residuals &residuals) {
+    static __device__ __forceinline__ void finish(const Worker &w, const Finish &f, const NextNorm &next,
+                                                  const Pass &pass, uint32_t part, const PartSums &sums,
+                                                  const Residuals &residuals) {
         const Outputs outputs(w, f, pass.tile, pass.has_tile, part * kPart);
 #pragma unroll
         for (uint32_t i = 0; i < kPart / 8; i++) {
-            const float *sum = sums + i * 4;
+            const uint32_t token = part * kPart + i * 8 + w.lane % 4 * 2; // the lane's first
+            float sum[4] = {sums[i * 4], sums[i * 4 + 1], sums[i * 4 + 2], sums[i * 4 + 3]};
+            if constexpr (kMayBeScaled) {
+#pragma unroll
+                for (uint32_t j = 0; j < 4; j++) sum[j] *= __uint_as_float(load_shared4(scale_of(w, token + j % 2)));
+            }
             if constexpr (kEpilogue == Epilogue::logits) {
-                const uint32_t token = part * kPart + i * 8 + w.lane % 4 * 2;
                 store_logits(w, f, pass, token, sum[0] + outputs.low_bias, sum[2] + outputs.high_bias);
                 store_logits(w, f, pass, token + 1, sum[1] + outputs.low_bias, sum[3] + outputs.high_bias);
+            } else if constexpr (kMayMakeNorm) {
+                const float2 low = Output::pair_outputs(w, sum[0] + outputs.low_bias, sum[1] + outputs.low_bias);
+                const float2 high = Output::pair_outputs(w, sum[2] + outputs.high_bias, sum[3] + outputs.high_bias);
+                outputs.low.store(i, low, residuals.low[i]);
+                outputs.high.store(i, high, residuals.high[i]);
+                if (!next.is_made) continue;
+                store_norm(w, f, next, pass, part * kPart + i * 8, outputs.low.stored(i, low, residuals.low[i]),
+                           outputs.high.stored(i, high, residuals.high[i]));
             } else {
                 Output::finish_group(w, outputs, i, sum, residuals.low[i], residuals.high[i]);
             }
@@ -240,7 +319,7 @@ struct BatchedLinear {
 
     // `tiles` of them from the worker's `first` on.
     static __device__ __forceinline__ uint32_t run_pass(Worker &w, const TaskView &task, uint32_t first, uint32_t tiles,
-                                                        const Finish &f, uint32_t chunk) {
+                                                        const Finish &f, const NextNorm &next, uint32_t chunk) {
         const Pass pass = make_pass(w, task, first, tiles);
         uint32_t part = pass.is_split ? w.warp / kGroupWarps : 0;
         const uint32_t end = pass.is_split ? part + 1 : 2;
@@ -258,22 +337,26 @@ struct BatchedLinear {
         for (; part < end; part++) {
             take_part(sums, part, mine);
             if (pass.is_split) add_given(w, mine);
-            finish(w, f, pass, part, mine, residuals);
+            finish(w, f, next, pass, part, mine, residuals);
             if (part + 1 < end) residuals = load_residuals(w, f, pass, part + 1);
         }
         return chunk;
     }
 
-    static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk) {
+    static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk, float eps) {
         const Finish f{w.args.activations + task.operand(kResidual), w.args.constants + task.operand(kBias),
                        w.args.activations + task.operand(kOutput), row_count<kRowsOf>(w),
                        w.args.activations + task.operand(kCandidates)};
+        const NextNorm next{w.args.constants + task.operand(kNormWeight), w.args.activations + task.next_input(),
+                            reinterpret_cast<float *>(f.candidates), (task.scalar() & PERK_BATCHED_MAKES_NORM) != 0};
         const uint32_t count = task.count();
         await_inputs(w, task);
         if (has_no_rows<kRowsOf>(w)) return chunk;
+        if constexpr (kMayBeScaled)
+            make_scales(w, f.candidates, task.scalar() & PERK_BATCHED_IS_SCALED ? f.rows : 0, eps);
 #pragma unroll 1
         for (uint32_t first = 0; first < count; first += kTogether)
-            chunk = run_pass(w, task, first, min(kTogether, count - first), f, chunk);
+            chunk = run_pass(w, task, first, min(kTogether, count - first), f, next, chunk);
         return chunk;
     }
 };

@@ -8,6 +8,7 @@ constexpr uint32_t tasks_per_worker = 259; // with the end of the list; as SYNC_
 constexpr uint32_t ring_slots = 1, chunks_in_flight = 1, chunks_in_flight_behind = 1;
 constexpr uint32_t staging_bytes = 0, reduction_bytes = 0, batch_shared_bytes = 0;
 constexpr uint32_t shared_bytes = PERK_CHUNK_BYTES + 4096;
+constexpr uint32_t own_experts = 0, own_slots = 0;
 constexpr bool waits_are_limited = true, has_experts = false, many_steps = false;
 } // namespace program
 

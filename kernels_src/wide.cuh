@@ -52,6 +52,11 @@ struct WideOutput {
             if (kEpilogue != Epilogue::residual || group * 8 >= tokens) return 0;
             return load_coherent4(residual + group * (8 * kOutStride * 2));
         }
+        // What is stored of `values` in the residual stream; 0 where nothing is.
+        __device__ __forceinline__ uint32_t stored(uint32_t group, float2 values, uint32_t added) const {
+            if (group * 8 >= tokens) return 0;
+            return pack_bf16(values.x + low_bf16(added), is_cut ? 0.0f : values.y + high_bf16(added));
+        }
         __device__ __forceinline__ void store(uint32_t group, float2 values, uint32_t added) const {
             if constexpr (kEpilogue == Epilogue::residual) {
                 values.x += low_bf16(added);

@@ -320,6 +320,7 @@ struct TaskView {
     __device__ __forceinline__ uint32_t signal_counter() const { return get(17); }
     __device__ __forceinline__ uint64_t operand(uint32_t i) const { return uint64_t(get(18 + i)) * 256; }
     __device__ __forceinline__ uint32_t scalar() const { return get(24); }
+    __device__ __forceinline__ uint64_t next_input() const { return uint64_t(get(31)) * 256; }
 };
 static_assert(sizeof(perk_task_record) == 128, "a record is one word a lane of a warp");
 
@@ -705,7 +706,7 @@ __device__ __forceinline__ void feed(Worker &w) {
     for (w.position = 0;; w.position++) {
         const perk_task_record *record = record_at(w, w.position);
         if (__ldg(&record->kind) == PERK_TASK_END) break;
-        if (__ldg(&record->takes_inputs) != 0) lend_inputs(w);
+        if (program::prompt_tokens > 0 && __ldg(&record->takes_inputs) != 0) lend_inputs(w);
         if (__ldg(&record->stream_together) == 0) continue;
         if (w.lane < PERK_RECORD_WAITS && __ldg(&record->wait_per_step[w.lane]) != 0)
             wait_counter(w, __ldg(&record->wait_counter[w.lane]),

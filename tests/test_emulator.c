@@ -378,6 +378,10 @@ static const struct {
        "chunk = multiply_unit(w, pass, unit, chunk, weights, weights, sums);"}},
      false,
      BATCHED},
+    {"a norm misses squares",
+     {{"batched.cuh", "square += __shfl_xor_sync(0xffffffffu, square, 16);", ""}},
+     false,
+     BATCHED},
     {"sums are taken before they are given",
      {{"batched.cuh", "give_part(w, mine);\n            named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);",
        "give_part(w, mine);"}},
@@ -393,8 +397,10 @@ static bool shows(const char *what, const fake_edit *edits, linears form) {
         {.op = "experts", .rows = 3, .in = 72, .out = 40, .experts = 9, .top_k = 2},
         {.op = "experts", .rows = 1, .in = 72, .out = 40, .experts = 40, .top_k = 3}};
     static const perk_op_case wide[] = {{.op = "mlp", .rows = 70, .in = 512, .out = 100}};
-    static const perk_op_case batched[] = {{.op = "mlp", .rows = 20, .in = 2400, .out = 100},
-                                           {.op = "linear", .rows = 12, .in = 2400, .out = 100}};
+    static const perk_op_case batched[] = {
+        {.op = "mlp", .rows = 20, .in = 2400, .out = 100},
+        {.op = "linear", .rows = 12, .in = 2400, .out = 100},
+        {.op = "decoder", .rows = 10, .in = 72, .out = 100, .heads = 3, .kv_heads = 1, .head_dim = 32, .context = 20}};
     const perk_op_case *cases = form == WIDE ? wide : form == BATCHED ? batched : narrow;
     size_t count = form == WIDE ? PERK_COUNT(wide) : form == BATCHED ? PERK_COUNT(batched) : PERK_COUNT(narrow);
     int result = -1;

@@ -11,7 +11,7 @@
 #include "ops/op.h"
 #include "simulator/simulator.h"
 
-enum { PERK_SIM_GRANULE = 8 };
+enum { PERK_SIM_GRANULE = 4 };
 enum { PERK_SIM_OWN_SLOTS = 32 };          /* of a token that tasks may pick by themselves */
 #define PERK_SIM_LOWEST (-0x1.fffffep127f) /* where a search for the largest logit begins */
 
