@@ -430,10 +430,11 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
                 if (was_last) place = {place.unit + 1, 0, 0};
                 continue;
             }
-            const Tile tile = Base::load_tile(w, w.batch_word(program::batch_token_query_tile + token));
+            const uint32_t index = w.batch_word(program::batch_token_query_tile + token);
+            const Tile tile = Base::load_tile(w, index);
             const uint32_t next = tile.info.first_token + tile.info.token_count;
             place.offset = next - begin;
-            if (tile.info.item_count > 0) continue;
+            if (!Base::is_prompt(w, index)) continue;
             run = make_run(w, task, tile, token, next - token, place.unit / kParts, window);
             return true;
         }
