@@ -168,10 +168,10 @@ enum { PERK_BATCH_NUM_TOKENS = 0, PERK_BATCH_NUM_LOGIT_ROWS = 2, PERK_BATCH_NUM_
  * 64, and no items: a worker takes it over the whole KV range. */
 typedef struct perk_query_tile {
     int32_t request, first_token, token_count;
-    int32_t first_item, item_count;      /* its splits over the KV range */
+    int32_t first_item, item_count;      /* its splits over the cache */
     int32_t fresh_token, fresh_position; /* the request's first token in this step, and its position: keys and values
                                             from there on are not in the cache yet */
-    int32_t is_prompt;
+    int32_t first_fresh_item; /* its splits over what the step adds: as many as there are units; -1: a prompt's */
 } perk_query_tile;
 
 /* One warp's piece of attention: a query tile against KV positions [kv_begin, kv_end), all in the cache, or all fresh

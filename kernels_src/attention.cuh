@@ -212,6 +212,13 @@ struct Attention {
         return tile;
     }
 
+    static __device__ __forceinline__ uint32_t first_fresh_item(const Worker &w, uint32_t tile) {
+        return w.batch_word(program::batch_query_tiles + tile * (sizeof(perk_query_tile) / 4) + 7);
+    }
+    static __device__ __forceinline__ bool is_prompt(const Worker &w, uint32_t tile) {
+        return first_fresh_item(w, tile) == 0xffffffffu;
+    }
+
     // Online softmax of a lane: row g of the tile; the output transposed, dimensions by rows 2q and 2q+1.
     struct State {
         float maximum, sum;
@@ -567,12 +574,22 @@ struct Attention {
         return value;
     }
 
-    // Adds the pieces begin, begin + step, ... below `end` (kMergeBatch of them at most) of the tile's row `row`.
-    static __device__ __forceinline__ void merge_batch(const Worker &w, Merged &merged, const float *first,
-                                                       uint32_t row, uint32_t begin, uint32_t step, uint32_t end) {
-        const uint32_t mine = begin + w.lane * step; // lane i knows piece i's maximum and sum
+    // A tile's pieces: items of the cache, then those of what the step adds.
+    struct Pieces {
+        const float *partials; // of the KV head
+        uint32_t first, cached, first_fresh, count;
+        __device__ __forceinline__ const float *at(uint32_t piece) const {
+            const uint32_t item = piece < cached ? first + piece : first_fresh + piece - cached;
+            return partials + uint64_t(item) * kPartialFloats;
+        }
+    };
+
+    // Adds the pieces begin, begin + step, ... (kMergeBatch of them at most) of the tile's row `row`.
+    static __device__ __forceinline__ void merge_batch(const Worker &w, Merged &merged, const Pieces &pieces,
+                                                       uint32_t row, uint32_t begin, uint32_t step) {
+        const uint32_t mine = begin + w.lane * step, end = pieces.count; // lane i knows piece i's maximum and sum
         const bool inside = w.lane < kMergeBatch && mine < end;
-        const float *piece = first + uint64_t(mine) * kPartialFloats;
+        const float *piece = pieces.at(mine);
         const float maximum = inside ? __ldcg(piece + row) : -infinity();
         const float sum = inside ? __ldcg(piece + PERK_QUERY_ROWS + row) : 0.0f;
         float values[kMergeBatch][kLaneDims];
@@ -581,7 +598,7 @@ struct Attention {
 #pragma unroll
             for (uint32_t e = 0; e < kLaneDims; e++) {
                 const uint32_t item = begin + i * step;
-                const float *out = first + uint64_t(item) * kPartialFloats + 2 * PERK_QUERY_ROWS + row * kHeadDim;
+                const float *out = pieces.at(item) + 2 * PERK_QUERY_ROWS + row * kHeadDim;
                 values[i][e] = item < end ? __ldcg(out + w.lane + 32 * e) : 0.0f;
             }
         merged.rescale(fmaxf(merged.maximum, warp_max(maximum)));
@@ -629,13 +646,17 @@ struct Attention {
                                                      uint32_t query_head, bool live) {
         Merged merged{-infinity(), 0.0f, {}};
         if (live) {
-            const Tile tile = load_tile(w, w.batch_word(program::batch_token_query_tile + token));
+            const uint32_t index = w.batch_word(program::batch_token_query_tile + token);
+            const Tile tile = load_tile(w, index);
             const uint32_t row = (token - tile.info.first_token) * kGroup + query_head % kGroup;
-            const float *first = partial_of(w, partials, query_head / kGroup, tile.info.first_item);
-            const uint32_t end = tile.info.item_count;
+            const uint32_t added =
+                tile.info.first_token + tile.info.token_count - tile.info.fresh_token; // that it sees
+            const uint32_t cached = tile.info.item_count;
+            const Pieces pieces{partial_of(w, partials, query_head / kGroup, 0), uint32_t(tile.info.first_item), cached,
+                                first_fresh_item(w, index), cached + (added + PERK_KV_UNIT - 1) / PERK_KV_UNIT};
 #pragma unroll 1
-            for (uint32_t begin = w.warp % kRowWarps; begin < end; begin += kMergeBatch * kRowWarps)
-                merge_batch(w, merged, first, row, begin, kRowWarps, end);
+            for (uint32_t begin = w.warp % kRowWarps; begin < pieces.count; begin += kMergeBatch * kRowWarps)
+                merge_batch(w, merged, pieces, row, begin, kRowWarps);
         }
         if constexpr (kRowWarps > 1) merge_warps<kRowWarps>(w, merged);
         if (!live || w.warp % kRowWarps != 0) return;
@@ -657,7 +678,7 @@ struct Attention {
     // Whether there is something to merge: prompts have been finished before.
     static __device__ __forceinline__ bool has_pieces(const Worker &w, uint32_t token) {
 #if PERK_WIDE
-        return load_tile(w, w.batch_word(program::batch_token_query_tile + token)).info.item_count > 0;
+        return !is_prompt(w, w.batch_word(program::batch_token_query_tile + token));
 #else
         return true;
 #endif

@@ -257,6 +257,7 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
         const uint64_t values = wgmma_operand(buffer + kKeyBytes) + group * (kHalf / 8);
         float scores[kHalf / 2] = {};
         wgmma_keep(scores);
+        wgmma_keep(state.out); // in registers of its own, else it would be moved for every tile
         wgmma_fence();
 #pragma unroll
         for (uint32_t i = 0; i < kHeadDim / 16; i++)
@@ -264,6 +265,7 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_keep(scores);
+        wgmma_keep(state.out);
         weigh(state, mask, scores);
         Vec16 weights[kHalf / 16];
 #pragma unroll
@@ -353,34 +355,46 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
                 is_cut || is_late || run.end - 1 - begin >= form.window};
     }
 
-    // Round 0 turns the queries, in the buffer that no tile needs yet; the next two only fill. From then on tile i is
-    // in its buffer behind the barrier, and nobody reads tile i - 1 any more: its buffer gets tile i + 2.
+    static __device__ __forceinline__ bool is_fresh(const Run &run, uint32_t tile) {
+        return tile < run.tiles && !run.is_cached(tile);
+    }
+
+    // The first tiles that this step adds, and the queries, which pass through the buffer that no tile needs yet.
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ void begin_tiles(Worker w, const TaskView &task, const Run &run, float eps,
+                                                       Vec16 (&q)[kHeadDim / 16]) {
+#pragma unroll 1
+        for (uint32_t round = 0; round <= kAhead; round++) { // the last one is the queries'
+            const bool is_last = round == kAhead;
+            if (!is_last && !is_fresh(run, round)) continue;
+            const Source source = Base::template source_of<kQNorm, kKNorm>(w, task, eps);
+            make_vectors(w, source, is_last ? queries_of(w, run, source) : keys_of(w, run, source, round));
+            if (!is_last) make_values(w, source, run, round);
+        }
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+        load_queries(w, q);
+    }
+
+    // Tile i is in its buffer behind the barrier, and nobody reads tile i - 1 any more: its buffer gets tile i + 2.
     template <bool kQNorm, bool kKNorm>
     static __device__ __forceinline__ void attend_tiles(Worker w, const TaskView &task, const Run &run, State &state,
                                                         const Form &form) {
-        Vec16 q[kHeadDim / 16] = {};
+        Vec16 q[kHeadDim / 16];
+        begin_tiles<kQNorm, kKNorm>(w, task, run, form.eps, q);
 #pragma unroll 1
-        for (uint32_t round = 0; round < run.tiles + kAhead + 1; round++) {
-            const uint32_t next = round - 1, tile = next - kAhead;
-            const bool is_first = round == 0, has_tile = round > kAhead;
+        for (uint32_t tile = 0; tile < run.tiles; tile++) {
             w.forget_coordinates(); // addresses are made anew: kept over the loop, they would cost spills
-            if (has_tile) {
-                copy_async_wait_but<kAhead - 1>();
-                fence_shared_stores();
-                named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-                if (run.is_cached(tile)) clear_values(w, run, tile);
-                fill_cached(w, run, next);
-            }
-            if (is_first || (next < run.tiles && !run.is_cached(next))) {
+            copy_async_wait_but<kAhead - 1>();
+            fence_shared_stores();
+            named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+            if (run.is_cached(tile)) clear_values(w, run, tile);
+            fill_cached(w, run, tile + kAhead);
+            if (is_fresh(run, tile + kAhead)) {
                 const Source source = Base::template source_of<kQNorm, kKNorm>(w, task, form.eps);
-                make_vectors(w, source, is_first ? queries_of(w, run, source) : keys_of(w, run, source, next));
-                if (!is_first) make_values(w, source, run, next);
+                make_vectors(w, source, keys_of(w, run, source, tile + kAhead));
+                make_values(w, source, run, tile + kAhead);
             }
-            if (is_first) {
-                named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-                load_queries(w, q);
-            }
-            if (has_tile) multiply_tile(w, state, q, buffer_of(w, tile), mask_of(w, run, tile, form));
+            multiply_tile(w, state, q, buffer_of(w, tile), mask_of(w, run, tile, form));
         }
     }
 
@@ -430,10 +444,11 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
                 if (was_last) place = {place.unit + 1, 0, 0};
                 continue;
             }
-            const Tile tile = Base::load_tile(w, w.batch_word(program::batch_token_query_tile + token));
+            const uint32_t index = w.batch_word(program::batch_token_query_tile + token);
+            const Tile tile = Base::load_tile(w, index);
             const uint32_t next = tile.info.first_token + tile.info.token_count;
             place.offset = next - begin;
-            if (tile.info.item_count > 0) continue;
+            if (!Base::is_prompt(w, index)) continue;
             run = make_run(w, task, tile, token, next - token, place.unit / kParts, window);
             return true;
         }

@@ -41,6 +41,7 @@ PERK_SHARED_CODE void perk_batch_put(perk_batch *batch, int32_t request, const i
 
 typedef struct perk_attention_cut {
     int32_t tokens_per_tile, max_items, max_positions; /* of the program */
+    int32_t warps;                                     /* the same: that share a KV head, an item each at a time */
     int32_t
         prompt_slice; /* the same: tokens of the step that a prompt's tiles lie in, so many each; 0: no such tiles */
     perk_query_tile *tiles;     /* filled, and the two below */
@@ -65,7 +66,7 @@ PERK_SHARED_CODE void perk_cut_query_tiles(const perk_batch *batch, perk_attenti
             tile->token_count = next - token;
             tile->fresh_token = first;
             tile->fresh_position = batch->positions[first];
-            tile->is_prompt = is_prompt;
+            tile->first_fresh_item = is_prompt ? -1 : 0;
             for (int32_t i = token; i < next; i++) cut->token_query_tile[i] = cut->tile_count;
             cut->tile_count++;
         }
@@ -77,11 +78,18 @@ PERK_SHARED_CODE int32_t perk_query_tile_length(const perk_batch *batch, const p
     return batch->positions[tile->first_token + tile->token_count - 1] + 1;
 }
 
+/* A tile's items over what the step adds: one a KV unit. */
+PERK_SHARED_CODE int32_t perk_query_tile_fresh_items(const perk_query_tile *tile) {
+    if (tile->first_fresh_item < 0) return 0;
+    return perk_pieces(tile->first_token + tile->token_count - tile->fresh_token, PERK_KV_UNIT);
+}
+
 /* Whether the cache, cut into pieces of `units` KV units, gives at most `most` items. */
 PERK_SHARED_CODE int perk_cut_fits(const perk_attention_cut *cut, int32_t units, int64_t most) {
     int64_t count = 0;
     for (int32_t i = 0; i < cut->tile_count && count <= most; i++)
-        if (!cut->tiles[i].is_prompt) count += perk_pieces(cut->tiles[i].fresh_position, units * PERK_KV_UNIT);
+        if (cut->tiles[i].first_fresh_item >= 0)
+            count += perk_pieces(cut->tiles[i].fresh_position, units * PERK_KV_UNIT);
     return count <= most;
 }
 
@@ -92,16 +100,24 @@ PERK_SHARED_CODE int32_t perk_cut_bound(int64_t positions, int64_t items, int32_
     return units < 1 ? 1 : units < high ? (int32_t)units : high;
 }
 
-/* The shortest pieces of the cache, in KV units, that give no more items than there are warps for a KV head. The sum of
- * the lengths bounds the answer closely from both sides: for a lone request there is nothing left to search. */
-PERK_SHARED_CODE int32_t perk_cut_choose_piece(const perk_batch *batch, const perk_attention_cut *cut) {
-    int64_t cached = 0, most = cut->max_items;
+/* Items of the cache that there may be: one for each warp. Items over what the step adds are short: where they are many
+ * (a batch of decoding requests has one each), warps take them beside one of the cache, else some warps have them
+ * alone. */
+PERK_SHARED_CODE int64_t perk_cut_most_items(const perk_attention_cut *cut, int64_t fresh) {
+    int64_t most = fresh * 8 <= cut->warps ? cut->warps - fresh : cut->warps;
+    return most > cut->tile_count ? most : cut->tile_count;
+}
+
+/* The shortest pieces of the cache, in KV units, that give no more items than that. The sum of the lengths bounds the
+ * answer closely from both sides: for a lone request there is nothing left to search. */
+PERK_SHARED_CODE int32_t perk_cut_choose_piece(const perk_attention_cut *cut) {
+    int64_t cached = 0, fresh = 0;
     for (int32_t i = 0; i < cut->tile_count; i++) {
-        int32_t fresh = cut->tiles[i].fresh_position;
-        if (cut->tiles[i].is_prompt) continue;
-        cached += fresh;
-        most -= perk_pieces(perk_query_tile_length(batch, &cut->tiles[i]) - fresh, PERK_KV_UNIT);
+        if (cut->tiles[i].first_fresh_item < 0) continue;
+        cached += cut->tiles[i].fresh_position;
+        fresh += perk_query_tile_fresh_items(&cut->tiles[i]);
     }
+    int64_t most = perk_cut_most_items(cut, fresh);
     int32_t high = perk_pieces(cut->max_positions, PERK_KV_UNIT);
     int32_t low = perk_cut_bound(cached, most, high);
     if (perk_cut_fits(cut, low, most)) return low;
@@ -128,19 +144,23 @@ PERK_SHARED_CODE void perk_cut_add_items(perk_attention_cut *cut, int32_t tile, 
     }
 }
 
-/* Fills tiles, items and token_query_tile. The batch fits the program. */
+/* Fills tiles, items and token_query_tile. The batch fits the program. Items are dealt to the workers in turn: those of
+ * the cache, which are long, come first, so that everybody gets as many of them. */
 PERK_SHARED_CODE void perk_cut_attention(const perk_batch *batch, perk_attention_cut *cut) {
     perk_cut_query_tiles(batch, cut);
-    int32_t piece = perk_cut_choose_piece(batch, cut) * PERK_KV_UNIT;
+    int32_t piece = perk_cut_choose_piece(cut) * PERK_KV_UNIT;
     cut->item_count = 0;
     for (int32_t i = 0; i < cut->tile_count; i++) {
         perk_query_tile *tile = &cut->tiles[i];
         tile->first_item = cut->item_count;
-        if (!tile->is_prompt) {
-            perk_cut_add_items(cut, i, 0, tile->fresh_position, piece);
-            perk_cut_add_items(cut, i, tile->fresh_position, perk_query_tile_length(batch, tile), PERK_KV_UNIT);
-        }
+        if (tile->first_fresh_item >= 0) perk_cut_add_items(cut, i, 0, tile->fresh_position, piece);
         tile->item_count = cut->item_count - tile->first_item;
+    }
+    for (int32_t i = 0; i < cut->tile_count; i++) {
+        perk_query_tile *tile = &cut->tiles[i];
+        if (tile->first_fresh_item < 0) continue;
+        tile->first_fresh_item = cut->item_count;
+        perk_cut_add_items(cut, i, tile->fresh_position, perk_query_tile_length(batch, tile), PERK_KV_UNIT);
     }
 }
 

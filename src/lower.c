@@ -475,10 +475,11 @@ int perk_plan_pages_per_request(const perk_config *config) {
     return (int)perk_ceil_div((uint64_t)config->max_seq_length, (uint64_t)config->page_size);
 }
 
-int perk_plan_items_per_query_tile(const perk_plan *plan) {
+int perk_plan_attention_items(const perk_plan *plan) {
     int most = plan->config.max_num_batched_tokens; /* that a request with items adds in a step */
     if (plan->prompt_slice > 0) most = PERK_MIN(most, PERK_PROMPT_TOKENS - 1);
-    return 1 + (int)perk_ceil_div((uint64_t)most, PERK_KV_UNIT);
+    int fresh = plan->max_query_tiles * (int)perk_ceil_div((uint64_t)most, PERK_KV_UNIT);
+    return PERK_MAX(plan->attention_parts * PERK_CONSUMER_WARPS, plan->max_query_tiles) + fresh;
 }
 
 perk_batch_layout perk_plan_batch_layout(const perk_plan *plan) {

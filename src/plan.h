@@ -206,8 +206,9 @@ static inline bool perk_plan_is_batched(const perk_plan *plan) { return plan->sl
 perk_batch_layout perk_plan_batch_layout(const perk_plan *plan);
 int perk_plan_batch_shared_bytes(const perk_plan *plan);
 int perk_plan_pages_per_request(const perk_config *config);
-/* Attention items that a query tile has at least: one over the cache, and one for each unit of what the step adds. */
-int perk_plan_items_per_query_tile(const perk_plan *plan);
+/* Attention items that a step may have: over the cache, one for each warp of a KV head, or each query tile; and one for
+ * each unit of what the step adds to a tile's request. */
+int perk_plan_attention_items(const perk_plan *plan);
 
 /* The checker (src/check.c): proves that every pair of conflicting accesses is ordered by the plan's own lists and
  * counters, within a step and between a step and the next, that every read sees the tensor it means, that nothing waits

@@ -105,14 +105,16 @@ static double fixed_cost(const perk_plan *plan, const perk_stage *stage) {
     return 2.0;
 }
 
-/* Keys and values that a task of attention's middle stage reads: those of its stage, in equal parts. */
-static double kv_bytes(const machine_run *run, const perk_stage *stage) {
+/* Keys and values that a task of attention's first stage reads: those of its stage, in equal parts. Workers that take a
+ * prompt together read the same ones, from L2. */
+static double attention_time(const machine_run *run, const perk_stage *stage) {
     const perk_plan *plan = run->plan;
+    bool is_prompt = plan->prompt_slice > 0 && run->load.tokens >= PERK_PROMPT_TOKENS;
+    int per_tile = PERK_MAX(1, is_prompt ? plan->prompt_slice : plan->tokens_per_query_tile);
     double positions = (double)plan->config.max_num_pages * plan->config.page_size;
-    double tiles = run->load.requests * (double)perk_ceil_div((uint64_t)run->load.tokens,
-                                                              (uint64_t)PERK_MAX(1, plan->tokens_per_query_tile));
-    return tiles * (run->load.context + run->load.tokens) * (double)plan->kv_layer_bytes / positions /
-           stage->task_count;
+    double tiles = run->load.requests * (double)perk_ceil_div((uint64_t)run->load.tokens, (uint64_t)per_tile);
+    double bytes = tiles * (run->load.context + run->load.tokens) * (double)plan->kv_layer_bytes / positions;
+    return bytes / stage->task_count / (is_prompt ? machine.slice_input : run->stream * machine.kv_share);
 }
 
 /* One chunk: when it is there, and the consumers, too, they take it. */
@@ -210,7 +212,7 @@ static void try_next(machine_run *run, worker *w) {
     else if (stage->stream.tensor >= 0)
         run_linear(run, w, stage, task);
     else if (plan->graph->ops[stage->op]->type == &perk_op_attention && ends_with(stage->name, ".partial"))
-        w->now += kv_bytes(run, stage) / (run->stream * machine.kv_share);
+        w->now += attention_time(run, stage);
     set_time(time, PERK_STAMP_DONE, w->now);
     w->runs = true;
 }

@@ -465,14 +465,19 @@ static void test_pool(void) {
 
 /* As simple as can be: lengthen the pieces until there are few enough. */
 static int32_t expected_piece(const perk_batch *batch, const perk_attention_cut *cut) {
+    int64_t fresh = 0;
+    for (int32_t i = 0; i < cut->tile_count; i++)
+        if (cut->tiles[i].first_fresh_item >= 0)
+            fresh +=
+                perk_pieces(perk_query_tile_length(batch, &cut->tiles[i]) - cut->tiles[i].fresh_position, PERK_KV_UNIT);
+    int64_t most = fresh * 8 <= cut->warps ? cut->warps - fresh : cut->warps;
     for (int32_t units = 1;; units++) {
         int64_t items = 0;
-        for (int32_t i = 0; i < cut->tile_count; i++) {
-            int32_t fresh = cut->tiles[i].fresh_position;
-            items += perk_pieces(fresh, units * PERK_KV_UNIT);
-            items += perk_pieces(perk_query_tile_length(batch, &cut->tiles[i]) - fresh, PERK_KV_UNIT);
-        }
-        if (items <= cut->max_items || units * PERK_KV_UNIT >= cut->max_positions) return units * PERK_KV_UNIT;
+        for (int32_t i = 0; i < cut->tile_count; i++)
+            if (cut->tiles[i].first_fresh_item >= 0)
+                items += perk_pieces(cut->tiles[i].fresh_position, units * PERK_KV_UNIT);
+        if (items <= most || items <= cut->tile_count || units * PERK_KV_UNIT >= cut->max_positions)
+            return units * PERK_KV_UNIT;
     }
 }
 
@@ -487,7 +492,7 @@ static void random_batch(perk_batch *batch, int32_t max_requests, int32_t max_po
 }
 
 static void test_attention(void) {
-    enum { TOKENS = 64, REQUESTS = 20, POSITIONS = 9000, ITEMS = 64 * 5 + 200 };
+    enum { TOKENS = 64, REQUESTS = 20, POSITIONS = 9000, ITEMS = 64 * 5 + 200, SLICE = 16 };
     int32_t words[4][TOKENS], requests[3][REQUESTS], tile_of[TOKENS];
     static perk_query_tile tiles[TOKENS];
     static perk_attention_item items[ITEMS];
@@ -503,29 +508,40 @@ static void test_attention(void) {
         random_batch(&batch, REQUESTS, POSITIONS, &dice);
         perk_attention_cut cut = {.tokens_per_tile = roll(&dice, 1, 8),
                                   .max_positions = POSITIONS,
+                                  .prompt_slice = run % 2 ? SLICE : 0,
+                                  .warps = roll(&dice, 1, 200),
+                                  .max_items = ITEMS,
                                   .tiles = tiles,
                                   .items = items,
                                   .token_query_tile = tile_of};
-        cut.max_items = roll(&dice, 64 * 5, ITEMS);
         perk_cut_attention(&batch, &cut);
         CHECK(cut.item_count <= cut.max_items, "%d items", cut.item_count);
-        int32_t piece = expected_piece(&batch, &cut), item = 0;
+        int32_t piece = expected_piece(&batch, &cut), item = 0, fresh_item = 0;
+        for (int32_t i = 0; i < cut.tile_count; i++) fresh_item += tiles[i].item_count;
         for (int32_t i = 0; i < cut.tile_count; i++) {
             const perk_query_tile *tile = &tiles[i];
-            int32_t begin = 0, end = perk_query_tile_length(&batch, tile);
-            CHECK(tile->first_item == item && tile->token_count <= cut.tokens_per_tile);
-            for (; item < tile->first_item + tile->item_count; item++) {
-                int32_t stop = begin < tile->fresh_position ? tile->fresh_position : end;
-                int32_t size = begin < tile->fresh_position ? piece : PERK_KV_UNIT;
+            int32_t end = perk_query_tile_length(&batch, tile), last_token = tile->first_token + tile->token_count - 1;
+            bool is_prompt = run % 2 && batch.token_count[tile->request] >= PERK_PROMPT_TOKENS;
+            CHECK(tile->first_item == item && (tile->first_fresh_item < 0) == is_prompt);
+            CHECK(is_prompt ? tile->first_token / SLICE == last_token / SLICE
+                            : tile->token_count <= cut.tokens_per_tile && tile->first_fresh_item == fresh_item);
+            int32_t begin = is_prompt ? end : 0;
+            for (int32_t j = 0; j < tile->item_count; j++, item++) {
                 CHECK(items[item].query_tile == i && items[item].kv_begin == begin);
-                begin = perk_lesser(begin + size, stop);
+                begin = perk_lesser(begin + piece, tile->fresh_position);
                 CHECK(items[item].kv_end == begin, "a piece of %d instead of %d", items[item].kv_end, begin);
+            }
+            CHECK(is_prompt || begin == tile->fresh_position);
+            for (int32_t j = 0; j < perk_query_tile_fresh_items(tile); j++, fresh_item++) {
+                CHECK(items[fresh_item].query_tile == i && items[fresh_item].kv_begin == begin);
+                begin = perk_lesser(begin + PERK_KV_UNIT, end);
+                CHECK(items[fresh_item].kv_end == begin);
             }
             CHECK(begin == end && batch.token_request[tile->first_token] == tile->request);
             CHECK(tile->fresh_token == batch.first_token[tile->request]);
             CHECK(tile->fresh_position == batch.positions[tile->fresh_token]);
         }
-        CHECK(item == cut.item_count);
+        CHECK(fresh_item == cut.item_count);
         for (int32_t t = 0; t < batch.num_tokens; t++)
             CHECK(t >= tiles[tile_of[t]].first_token &&
                   t < tiles[tile_of[t]].first_token + tiles[tile_of[t]].token_count);

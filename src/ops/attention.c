@@ -222,8 +222,7 @@ perk_status perk_attention_plan_shape(perk_lowering *l, const perk_op *op, perk_
     plan->max_query_tiles = PERK_MIN(tokens, tokens / per_tile + plan->config.max_num_batched_requests);
     if (plan->wide_tokens > 0 && !perk_plan_is_batched(plan) && (p->head_dim == 64 || p->head_dim == 128))
         plan->prompt_slice = PERK_PROMPT_ROWS / group;
-    plan->max_attention_items = PERK_MAX(plan->max_query_tiles * perk_plan_items_per_query_tile(plan),
-                                         plan->attention_parts * PERK_CONSUMER_WARPS);
+    plan->max_attention_items = perk_plan_attention_items(plan);
     plan->kv_layer_bytes = (uint64_t)plan->config.max_num_pages * (uint64_t)p->num_kv_heads *
                            (uint64_t)plan->config.page_size * (uint64_t)p->head_dim * 2 * 2;
     return PERK_OK;

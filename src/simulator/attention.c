@@ -242,7 +242,7 @@ static void attend_prompts(perk_sim_task *t, int unit) {
         int end = PERK_MIN(token + slice, tokens);
         while (token < end && !t->status) {
             perk_query_tile tile = load_tile(t, t->words[t->sim->layout.token_query_tile + token]);
-            if (tile.item_count == 0) attend_prompt(t, unit / parts, &tile);
+            if (tile.first_fresh_item < 0) attend_prompt(t, unit / parts, &tile);
             token = tile.first_token + tile.token_count;
         }
     }
@@ -261,12 +261,15 @@ void perk_sim_partial(perk_sim_task *t) {
 
 typedef struct merging {
     perk_sim_task *t;
-    int head, row, first_item, items; /* head: of the KV heads */
+    int head, row; /* head: of the KV heads */
+    const perk_query_tile *tile;
+    int items;
 } merging;
 
 static const float *partial_at(const merging *m, int item, int64_t at, int64_t count) {
-    int floats = partial_floats(&m->t->op->attention);
-    return perk_sim_read(m->t, 0, PERK_F32, m->head, (int64_t)(m->first_item + item) * floats + at, count);
+    int floats = partial_floats(&m->t->op->attention), cached = m->tile->item_count;
+    int64_t index = item < cached ? m->tile->first_item + item : m->tile->first_fresh_item + item - cached;
+    return perk_sim_read(m->t, 0, PERK_F32, m->head, index * floats + at, count);
 }
 
 static bool merge_pieces(const merging *m, float *total, float *sum) {
@@ -293,9 +296,9 @@ static bool merge_pieces(const merging *m, float *total, float *sum) {
 static void merge_row(perk_sim_task *t, int token, int query_head) {
     int group = group_of(&t->op->attention), dim = t->op->attention.head_dim;
     perk_query_tile tile = load_tile(t, t->words[t->sim->layout.token_query_tile + token]);
-    merging m = {t, query_head / group, (token - tile.first_token) * group + query_head % group, tile.first_item,
-                 tile.item_count};
-    if (tile.item_count == 0) return; /* a prompt's, which is finished */
+    merging m = {t, query_head / group, (token - tile.first_token) * group + query_head % group, &tile,
+                 tile.item_count + perk_query_tile_fresh_items(&tile)};
+    if (tile.first_fresh_item < 0) return; /* a prompt's, which is finished */
     float sum, *total = perk_sim_scratch(t, (size_t)dim);
     if (!total || !merge_pieces(&m, total, &sum)) return;
     uint16_t *out = perk_sim_write(t, 1, PERK_BF16, token, (int64_t)query_head * dim, dim);

@@ -40,7 +40,8 @@ static perk_status check_attention(const perk_simulator *sim, perk_error *err) {
         bool fits = plan->attention_parts >= 1 && per_tile >= 1 && plan->kv_layer_bytes == layer &&
                     per_tile <= PERK_QUERY_ROWS / (p->num_heads / p->num_kv_heads) && plan->prompt_slice >= 0 &&
                     plan->max_query_tiles >= PERK_MIN(tokens, tokens / per_tile + c->max_num_batched_requests) &&
-                    plan->max_attention_items / perk_plan_items_per_query_tile(plan) >= plan->max_query_tiles;
+                    plan->attention_parts <= plan->device.worker_count &&
+                    plan->max_attention_items >= perk_plan_attention_items(plan);
         if (!fits)
             return perk_fail(err, PERK_UNSUPPORTED, "%s: the plan's cut of attention is not that of this graph",
                              op->output->name);
