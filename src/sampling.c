@@ -97,9 +97,13 @@ void perk_sampling_free(perk_sampling *sampling) {
 /* ---- questions
  * -------------------------------------------------------------------------------------------------------------- */
 
-bool perk_sampling_adjusts(const perk_sampling *sampling) {
+bool perk_sampling_penalizes(const perk_sampling *sampling) {
     bool repetition = sampling->repetition_penalty > 0 && sampling->repetition_penalty != 1;
-    return repetition || sampling->presence_penalty != 0 || sampling->frequency_penalty != 0 || sampling->bias_count;
+    return repetition || sampling->presence_penalty != 0 || sampling->frequency_penalty != 0;
+}
+
+bool perk_sampling_adjusts(const perk_sampling *sampling) {
+    return perk_sampling_penalizes(sampling) || sampling->bias_count;
 }
 
 bool perk_sampling_needs_logits(const perk_sampling *sampling) {

@@ -12,6 +12,8 @@ perk_status perk_sampling_check(const perk_sampling *sampling, int32_t vocab_siz
 perk_status perk_sampling_copy(perk_sampling *copy, const perk_sampling *sampling, perk_error *err);
 void perk_sampling_free(perk_sampling *sampling);
 
+/* Whether tokens that were there before are penalized. */
+bool perk_sampling_penalizes(const perk_sampling *sampling);
 /* Whether logits are changed before a token is picked from them. */
 bool perk_sampling_adjusts(const perk_sampling *sampling);
 /* Whether a step must bring logits: false when its argmax is all that the request needs. */
