@@ -9,15 +9,36 @@
 /* What a request's sampling comes to; all zero: the largest logit. */
 typedef struct perk_draw_rule {
     uint64_t seed;
-    uint64_t top_p;                        /* 2^64 times it; 0: all */
-    uint64_t min_weight;                   /* 0: none */
-    float scale;                           /* log2(e) / temperature; 0: greedy */
-    float repetition, presence, frequency; /* penalties; repetition 1 and the others 0: none */
-    int32_t top_k;                         /* 0: all */
+    uint64_t top_p;      /* 2^64 times it; 0: all */
+    uint64_t min_weight; /* 0: none */
+    float scale;         /* log2(e) / temperature; 0: greedy */
+    float repetition;    /* penalties; repetition 1 and the others 0: none */
+    float presence, frequency;
+    int32_t top_k; /* 0: all */
     int32_t bias_count;
     int32_t has_penalties;
-    int32_t logprobs; /* 1 + the likeliest that are wanted; 0: none */
+    int32_t logprobs; /* 1 + how many of the likeliest are wanted; 0: none */
+    int32_t samples;  /* 0: the argmax of the logits as they are, and nothing more */
+    int32_t reserved;
 } perk_draw_rule;
+
+typedef struct perk_draw_bias {
+    int32_t token; /* each once */
+    float bias;
+} perk_draw_bias;
+
+enum { PERK_DRAW_TOP = 20, PERK_DRAW_LISTED = 2048 };
+
+/* What log probabilities are made of. */
+typedef struct perk_draw_record {
+    uint64_t sum;          /* of the weights at temperature 1 */
+    float largest, chosen; /* logits */
+    int32_t count, reserved;
+    struct perk_draw_top {
+        int32_t token;
+        float logit;
+    } top[PERK_DRAW_TOP]; /* [count] the likeliest, in any order */
+} perk_draw_record;
 
 /* The weight of the largest logit: so many of the largest vocabulary (2^22) add up without overflow. */
 #define PERK_WEIGHT_ONE_SHIFT 40

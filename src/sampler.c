@@ -59,6 +59,7 @@ perk_draw_rule perk_sampling_rule(const perk_sampling *sampling) {
         .bias_count = sampling->bias_count,
         .has_penalties = perk_sampling_penalizes(sampling),
         .logprobs = perk_sampling_logprob_count(sampling),
+        .samples = perk_sampling_needs_logits(sampling),
     };
 }
 
