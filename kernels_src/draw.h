@@ -27,7 +27,7 @@ typedef struct perk_draw_bias {
     float bias;
 } perk_draw_bias;
 
-enum { PERK_DRAW_TOP = 20, PERK_DRAW_LISTED = 2048 };
+enum { PERK_DRAW_TOP = 20, PERK_DRAW_LISTED = 2048, PERK_DRAW_BIASES = 4096 }; /* biases: of a request */
 
 /* What log probabilities are made of. */
 typedef struct perk_draw_record {
@@ -37,7 +37,8 @@ typedef struct perk_draw_record {
     struct perk_draw_top {
         int32_t token;
         float logit;
-    } top[PERK_DRAW_TOP]; /* [count] the likeliest, in any order */
+    } top[PERK_DRAW_TOP];  /* [count] the likeliest, in any order */
+    uint64_t reserved_too; /* whole pieces of 16 bytes */
 } perk_draw_record;
 
 /* The weight of the largest logit: so many of the largest vocabulary (2^22) add up without overflow. */

@@ -19,7 +19,7 @@ typedef struct perk_mail {
 typedef struct perk_token_record {
     int32_t slot, token; /* token -1: none, the request was cancelled */
     int32_t end;         /* PERK_END_* */
-    int32_t reserved;
+    int32_t has_details; /* not 0: log probabilities lie in the ring beside it */
 } perk_token_record;
 
 /* What the host wants of the launch; the larger counts. FULL is the kernel's own: no room for the next step's tokens.
@@ -53,7 +53,8 @@ typedef struct perk_post {
 typedef struct perk_desk {
     uint32_t gate;         /* step n of the launch: 2 n + 1 the launch ends before it, 2 n + 2 it may begin */
     uint32_t reserved[31]; /* the gate has a line of its own: all workers poll it */
-    uint32_t outbox_count; /* records of the last step in the outbox */
+    uint32_t outbox_count; /* records of the last step in the outbox, */
+    uint32_t outbox_step;  /* and that step */
 } perk_desk;
 
 #endif

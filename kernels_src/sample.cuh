@@ -98,9 +98,9 @@ struct Draw {
     }
     // The rule, to shared memory: by the way of L1 it might be an older one.
     __device__ __forceinline__ const perk_draw_rule *fetch_rule(const perk_draw_rule *rule) const {
-        const uint32_t address = w.reduction() + kRule, offset = w.thread * 16;
+        const uint32_t address = w.reduction() + kRule, offset = w.thread * 4;
         if (offset < sizeof(perk_draw_rule))
-            store_shared16(address + offset, load_coherent16(reinterpret_cast<const uint8_t *>(rule) + offset));
+            store_shared4(address + offset, load_coherent4(reinterpret_cast<const uint8_t *>(rule) + offset));
         barrier();
         return static_cast<const perk_draw_rule *>(shared_pointer(address));
     }

@@ -309,7 +309,7 @@ static perk_status step_once(perk_engine *engine, perk_error *err) {
 
 /* What the kernel cannot do, sampling, falls back to single steps. */
 static bool may_run_many(const perk_engine *engine) {
-    return engine->steps_a_launch > 1 && engine->executor->type->run && perk_scheduler_is_greedy(engine->scheduler);
+    return engine->steps_a_launch > 1 && engine->executor->type->run && perk_scheduler_picks_alone(engine->scheduler);
 }
 
 perk_status perk_engine_step(perk_engine *engine, int32_t *running, perk_error *err) {

@@ -63,6 +63,14 @@ perk_draw_rule perk_sampling_rule(const perk_sampling *sampling) {
     };
 }
 
+_Static_assert(sizeof(perk_draw_bias) == sizeof(perk_logit_bias), "a bias is the same on both sides");
+_Static_assert((int)PERK_DRAW_BIASES == (int)PERK_MAX_LOGIT_BIAS, "as many as a request may have");
+_Static_assert((int)PERK_DRAW_TOP == (int)PERK_MAX_TOP_LOGPROBS, "as many as a request may have");
+
+int32_t perk_sampling_slot_biases(const perk_sampling *sampling, perk_draw_bias *biases) {
+    return perk_sampling_biases(sampling, (perk_logit_bias *)(void *)biases);
+}
+
 /* ---- ranking: a heap that is popped only as far as somebody looks ---- */
 
 typedef struct candidate_ranking {
@@ -270,6 +278,24 @@ static void fill_logprobs(const perk_sampler *sampler, const float *logits, floa
     int32_t found = 1 + find_top(logits, sampler->vocab_size, top, logprobs + 1);
     for (int32_t i = 0; i < found; i++) logprobs[i].logprob = (float)((double)logprobs[i].logprob - normalizer);
     for (int32_t i = found; i <= top; i++) logprobs[i] = (perk_logprob){-1, -INFINITY};
+}
+
+static int compare_top(const void *a, const void *b) {
+    const struct perk_draw_top *x = a, *y = b;
+    if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+void perk_sampler_logprobs(const perk_draw_record *record, int32_t token, int32_t top, perk_logprob *logprobs) {
+    struct perk_draw_top best[PERK_DRAW_TOP];
+    int32_t found = PERK_MIN(PERK_MIN(record->count, top), (int32_t)PERK_DRAW_TOP);
+    double normalizer = perk_log_sum(record->largest, record->sum);
+    memcpy(best, record->top, sizeof best);
+    qsort(best, (size_t)PERK_MAX(found, 0), sizeof *best, compare_top);
+    logprobs[0] = (perk_logprob){token, (float)((double)record->chosen - normalizer)};
+    for (int32_t i = 0; i < top; i++)
+        logprobs[1 + i] = i < found ? (perk_logprob){best[i].token, (float)((double)best[i].logit - normalizer)}
+                                    : (perk_logprob){-1, -INFINITY};
 }
 
 perk_status perk_sampler_pick(perk_sampler *sampler, const float *logits, const perk_sampling *sampling,

@@ -43,6 +43,12 @@ perk_status perk_sampler_pick(perk_sampler *sampler, const float *logits, const 
 /* What the kernel needs to know of a request's sampling. */
 perk_draw_rule perk_sampling_rule(const perk_sampling *sampling);
 
+/* Its biases for the kernel, one a token: writes at most bias_count; returns how many. */
+int32_t perk_sampling_slot_biases(const perk_sampling *sampling, perk_draw_bias *biases);
+
+/* Log probabilities of a token that the kernel has picked, as perk_sampler_pick fills them in. */
+void perk_sampler_logprobs(const perk_draw_record *record, int32_t token, int32_t top, perk_logprob *logprobs);
+
 /* log(sum of exp(logits)), from the sum of their weights at temperature 1. */
 double perk_log_sum(float largest, uint64_t sum);
 

@@ -257,6 +257,8 @@ static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot
     memcpy(r->stop_ids, scheduler->eos_ids, sizeof r->stop_ids);
     for (int32_t i = 0; i < request->sampling.stop_token_count; i++)
         r->stop_ids[r->stop_count++] = request->sampling.stop_tokens[i];
+    r->rule = perk_sampling_rule(&request->sampling);
+    r->rule.bias_count = perk_sampling_slot_biases(&request->sampling, perk_slot_biases(&scheduler->schedule, slot));
     memcpy(perk_slot_tokens(&scheduler->schedule, slot), request->tokens,
            (size_t)request->prompt_length * sizeof *request->tokens);
     perk_schedule_arrive(&scheduler->schedule, slot);
@@ -347,11 +349,11 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
 
 /* ---- many steps at once ---- */
 
-bool perk_scheduler_is_greedy(const perk_scheduler *scheduler) {
+bool perk_scheduler_picks_alone(const perk_scheduler *scheduler) {
     const perk_request_list *lists[] = {&scheduler->queued, &scheduler->placed};
     for (size_t i = 0; i < PERK_COUNT(lists); i++)
         for (const perk_request *r = lists[i]->first; r; r = r->next)
-            if (r->sampling.temperature > 0) return false;
+            if (r->sampling.logprobs) return false;
     return true;
 }
 

@@ -54,10 +54,10 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
  * them by itself. */
 perk_schedule_limits perk_scheduler_limits(const perk_config *config);
 
-/* Whether all unfinished requests take the token that argmax picks. */
-bool perk_scheduler_is_greedy(const perk_scheduler *scheduler);
-/* Runs up to `max_steps` steps at once, on an executor that can (`run`), and takes their results in. For greedy
- * requests. What requests answer is offered to others only afterwards. */
+/* Whether perk_scheduler_run brings all that the unfinished requests want: it brings no log probabilities. */
+bool perk_scheduler_picks_alone(const perk_scheduler *scheduler);
+/* Runs up to `max_steps` steps at once, on an executor that can (`run`), and takes their results in. What requests
+ * answer is offered to others only afterwards. */
 perk_status perk_scheduler_run(perk_scheduler *scheduler, perk_executor *executor, uint32_t max_steps, perk_error *err);
 
 /* The key of a full page: a hash of its tokens and of all before, of which `before` is that of the page before (0:

@@ -212,32 +212,16 @@ static void make_row(sample_row *row, const perk_sampling *sampling, const float
     row->prompt_length = 1 + (int)(perk_uniform(seed, 2) * (row->length - 1));
     for (int i = 0; i < row->length; i++)
         row->tokens[i] = i % 4 ? (int)(perk_uniform(seed, 3 + (uint64_t)i) * vocab_size) : i % 3 ? row->best : 5;
-    for (int i = 0; i < sampling->bias_count; i++)
-        row->bias[i] = (perk_draw_bias){sampling->bias[i].token, sampling->bias[i].bias};
+    row->rule.bias_count = perk_sampling_slot_biases(sampling, row->bias);
 }
 
-static int compare_top(const void *a, const void *b) {
-    const struct perk_draw_top *x = a, *y = b;
-    return x->logit != y->logit ? (x->logit < y->logit) - (x->logit > y->logit)
-                                : (x->token > y->token) - (x->token < y->token);
-}
-
-static void check_logprobs(sample_row *row, const perk_logprob *wanted, int count, const char *what) {
-    perk_draw_record *record = &row->record;
-    double normalizer = perk_log_sum(record->largest, record->sum);
-    CHECK(wanted[0].token == row->token && wanted[0].logprob == (float)((double)record->chosen - normalizer),
-          "%s: log probability %g, wanted %g", what, (double)record->chosen - normalizer, (double)wanted[0].logprob);
-    CHECK(record->count <= count - 1, "%s: %d of the likeliest", what, record->count);
-    qsort(record->top, (size_t)record->count, sizeof *record->top, compare_top);
-    for (int i = 1; i < count; i++) {
-        if (i > record->count) {
-            CHECK(wanted[i].token == -1, "%s: place %d is missing", what, i);
-            continue;
-        }
-        const struct perk_draw_top *got = &record->top[i - 1];
-        CHECK(got->token == wanted[i].token && (float)((double)got->logit - normalizer) == wanted[i].logprob,
-              "%s: place %d is token %d, wanted %d", what, i, got->token, wanted[i].token);
-    }
+static void check_logprobs(const sample_row *row, const perk_logprob *wanted, int count, const char *what) {
+    perk_logprob got[1 + PERK_MAX_TOP_LOGPROBS];
+    perk_sampler_logprobs(&row->record, row->token, count - 1, got);
+    for (int i = 0; i < count; i++)
+        CHECK(got[i].token == wanted[i].token && got[i].logprob == wanted[i].logprob,
+              "%s: place %d is token %d with %g, wanted %d with %g", what, i, got[i].token, (double)got[i].logprob,
+              wanted[i].token, (double)wanted[i].logprob);
 }
 
 static void check_row(perk_sampler *sampler, const perk_sampling *sampling, const float *logits, sample_row *row,
