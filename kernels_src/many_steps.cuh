@@ -307,6 +307,7 @@ __device__ __forceinline__ bool schedule(const Worker &w, uint32_t step) {
 // ---- tokens that are drawn ----
 
 // The slot whose token comes of this row of logits, if it is not just the largest one. Known since the step began.
+template <uint32_t kVocabulary>
 __device__ __forceinline__ uint32_t slot_to_draw(const Worker &w, uint32_t row) {
     const perk_many_args &many = w.args.many;
     if (many.post == nullptr || row >= w.num_logit_rows()) return kNobody;
@@ -314,23 +315,40 @@ __device__ __forceinline__ uint32_t slot_to_draw(const Worker &w, uint32_t row) 
     return load_coherent4(&many.slots[slot].rule.samples) ? slot : kNobody;
 }
 
+// A row of logits, and the request in `slot` that it is for.
+template <uint32_t kStride>
+struct DrawInput {
+    const Worker &w;
+    const float *row_logits;
+    uint32_t row, slot;
+
+    __device__ __forceinline__ const perk_many_args &many() const { return w.args.many; }
+    __device__ __forceinline__ const perk_slot *request() const { return many().slots + slot; }
+    __device__ __forceinline__ const float *logits() const { return row_logits; }
+    __device__ __forceinline__ const perk_draw_rule *rule() const { return &request()->rule; }
+    __device__ __forceinline__ uint32_t length() const { return load_coherent4(&request()->length); }
+    __device__ __forceinline__ uint32_t prompt_length() const { return load_coherent4(&request()->prompt_length); }
+    __device__ __forceinline__ const int32_t *tokens() const {
+        return many().tokens + uint64_t(slot) * program::max_seq_length;
+    }
+    __device__ __forceinline__ const perk_draw_bias *biases() const {
+        return many().biases + uint64_t(slot) * PERK_DRAW_BIASES;
+    }
+    __device__ __forceinline__ float *adjusted() const { return many().adjusted + uint64_t(row) * kStride; }
+    __device__ __forceinline__ uint32_t *seen() const { return many().seen + uint64_t(row) * kStride; }
+    __device__ __forceinline__ uint2 *list() const {
+        return reinterpret_cast<uint2 *>(many().lists + uint64_t(row) * PERK_DRAW_LISTED);
+    }
+    __device__ __forceinline__ perk_draw_record *record() const {
+        return many().drawn + w.step() % 2 * program::max_logit_rows + row;
+    }
+};
+
 template <uint32_t kVocabulary, uint32_t kStride>
 __device__ __forceinline__ uint32_t draw_token(const Worker &w, uint32_t row, uint32_t slot, const float *logits,
                                                uint32_t best) {
-    const perk_many_args &many = w.args.many;
-    const perk_slot *r = many.slots + slot;
-    const uint64_t place = uint64_t(row) * kStride;
-    const DrawInput in{best,
-                       &r->rule,
-                       many.tokens + uint64_t(slot) * program::max_seq_length,
-                       int32_t(load_coherent4(&r->prompt_length)),
-                       int32_t(load_coherent4(&r->length)),
-                       many.biases + uint64_t(slot) * PERK_DRAW_BIASES,
-                       many.adjusted + place,
-                       many.seen + place,
-                       reinterpret_cast<uint2 *>(many.lists + uint64_t(row) * PERK_DRAW_LISTED),
-                       many.drawn + w.step() % 2 * program::max_logit_rows + row};
-    return Draw<kVocabulary>(w, logits).run(in);
+    const DrawInput<kStride> in{w, logits, row, slot};
+    return Draw<kVocabulary, DrawInput<kStride>>(w, in).run(best);
 }
 
 // ---- all workers ----

@@ -178,6 +178,7 @@ constexpr float kLowest = -3.402823466e38f;
 // A program of many steps draws a token from the row's logits instead, where the request wants that (many_steps.cuh).
 // A task owns the rows first, first + stride, ... Operands: 0 candidates [rows][tiles], 1 out, 2 logits.
 constexpr uint32_t kNobody = 0xffffffffu;
+template <uint32_t kVocabulary>
 __device__ __forceinline__ uint32_t slot_to_draw(const Worker &w, uint32_t row);
 template <uint32_t kVocabulary, uint32_t kStride>
 __device__ __forceinline__ uint32_t draw_token(const Worker &w, uint32_t row, uint32_t slot, const float *logits,
@@ -191,7 +192,7 @@ __device__ void argmax(Worker &w, const TaskView &task) {
     const uint8_t *candidates = w.args.activations + task.operand(0);
     int32_t *out = reinterpret_cast<int32_t *>(w.args.activations + task.operand(1));
     uint32_t slot = kNobody;
-    if constexpr (program::many_steps) slot = slot_to_draw(w, first);
+    if constexpr (program::many_steps) slot = slot_to_draw<kVocabulary>(w, first);
     await_inputs(w, task);
     for (uint32_t i = 0; i < count; i++) {
         const uint32_t row = first + i * stride;
@@ -222,7 +223,7 @@ __device__ void argmax(Worker &w, const TaskView &task) {
                     draw_token<kVocabulary, kStride>(w, row, slot, logits + uint64_t(row) * kStride, shared[0].index);
                 if (w.thread == 0) out[uint64_t(row) * kOutStride] = static_cast<int32_t>(token);
             }
-            if (i + 1 < count) slot = slot_to_draw(w, row + stride);
+            if (i + 1 < count) slot = slot_to_draw<kVocabulary>(w, row + stride);
         }
     }
 }

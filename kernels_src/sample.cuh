@@ -11,33 +11,30 @@
 
 namespace perk {
 
-// What a token is drawn from.
-struct DrawInput {
-    uint32_t best; // argmax of the logits
-    const perk_draw_rule *rule;
-    const int32_t *tokens; // [length] prompt and answer
-    int32_t prompt_length, length;
-    const perk_draw_bias *bias; // [rule->bias_count]
-    float *adjusted;            // [vocabulary, and up to 3 more] room for the row
-    uint32_t *seen;             // [vocabulary] zeros, before and after
-    uint2 *list;                // [PERK_DRAW_LISTED]
-    perk_draw_record *record;   // filled where the rule wants log probabilities
-};
-
 __device__ __forceinline__ uint64_t shuffle_xor8(uint64_t value, int offset) {
     const uint32_t low = __shfl_xor_sync(0xffffffffu, uint32_t(value), offset);
     const uint32_t high = __shfl_xor_sync(0xffffffffu, uint32_t(value >> 32), offset);
     return uint64_t(high) << 32 | low;
 }
 
-template <uint32_t kVocabulary>
+// What a token is drawn from. An `Input` finds all of it anew whenever it is asked, so that no addresses are kept in
+// registers through the passes:
+//   const float *logits()             [vocabulary] the model's own
+//   const perk_draw_rule *rule()
+//   const int32_t *tokens()           [length()] prompt, of prompt_length(), and answer
+//   const perk_draw_bias *biases()    [rule bias_count]
+//   float *adjusted()                 [vocabulary, and up to 3 more] room for the row
+//   uint32_t *seen()                  [vocabulary] zeros, before and after
+//   uint2 *list()                     [PERK_DRAW_LISTED] room for tokens
+//   perk_draw_record *record()        filled in where the rule wants log probabilities
+template <uint32_t kVocabulary, class Input>
 struct Draw {
     static constexpr uint32_t kHeld = 8; // tokens that a thread holds in registers
     static constexpr uint32_t kListed = kHeld * PERK_CONSUMER_THREADS;
-    static constexpr uint32_t kTries = 4;    // ranks that a pass looks at
-    static constexpr uint32_t kLinear = 8;   // so many passes divide the logits between two ranks, later ones the ranks
-    static constexpr uint32_t kNumbers = 10; // that a block adds up at once, at most
-    static constexpr uint32_t kLoads = 4;    // of 16 bytes in flight for a thread while it works on as many
+    static constexpr uint32_t kTries = 4;   // ranks that a pass looks at
+    static constexpr uint32_t kLinear = 8;  // so many passes divide the logits between two ranks, later ones the ranks
+    static constexpr uint32_t kNumbers = 8; // that a block adds up at once, at most
+    static constexpr uint32_t kLoads = 6;   // of 16 bytes in flight for a thread
     static constexpr uint32_t kLowest = 0x00800000u; // rank of the lowest finite number
     static constexpr uint32_t kHighest = 0xffffffffu;
     static constexpr uint32_t kMinusInfinity = 0xff800000u, kInfinity = 0x7f800000u;
@@ -53,7 +50,12 @@ struct Draw {
         uint32_t rank[kHeld], id[kHeld];
         uint32_t low, high;
         __device__ __forceinline__ bool covers(uint32_t from, uint32_t to) const { return low <= from && high >= to; }
-        __device__ __forceinline__ void forget() { low = kHighest, high = 0; }
+        // With the tokens themselves, so that they take no registers while others are looked for.
+        __device__ __forceinline__ void forget() {
+            low = kHighest, high = 0;
+#pragma unroll
+            for (uint32_t i = 0; i < kHeld; i++) rank[i] = id[i] = 0;
+        }
     };
 
     // The beginning of the ranking that is kept: all above a rank, and of those at it the first `count`, up to the id
@@ -64,14 +66,17 @@ struct Draw {
     };
 
     const Worker &w;
-    const float *logits;
-    uint2 *list;
+    const Input &in;
+    const float *logits; // those of the input, or the adjusted ones
     float largest, scale;
     uint32_t turn = 0; // of two buffers, so that one barrier a sum is enough
     Held held;
     Kept kept;
 
-    __device__ __forceinline__ Draw(const Worker &worker, const float *row) : w(worker), logits(row) { forget(); }
+    __device__ __forceinline__ Draw(const Worker &worker, const Input &input)
+        : w(worker), in(input), logits(input.logits()) {
+        forget();
+    }
     __device__ __forceinline__ void forget() {
         held.forget();
         kept = {kLowest, kHighest, 0};
@@ -96,13 +101,16 @@ struct Draw {
     __device__ __forceinline__ uint32_t *counter() const {
         return static_cast<uint32_t *>(shared_pointer(w.reduction() + kCounter));
     }
-    // The rule, to shared memory: by the way of L1 it might be an older one.
-    __device__ __forceinline__ const perk_draw_rule *fetch_rule(const perk_draw_rule *rule) const {
-        const uint32_t address = w.reduction() + kRule, offset = w.thread * 4;
+    // The rule, in shared memory: by the way of L1 it might be an older one.
+    __device__ __forceinline__ void fetch_rule() const {
+        const uint32_t offset = w.thread * 4;
         if (offset < sizeof(perk_draw_rule))
-            store_shared4(address + offset, load_coherent4(reinterpret_cast<const uint8_t *>(rule) + offset));
+            store_shared4(w.reduction() + kRule + offset,
+                          load_coherent4(reinterpret_cast<const uint8_t *>(in.rule()) + offset));
         barrier();
-        return static_cast<const perk_draw_rule *>(shared_pointer(address));
+    }
+    __device__ __forceinline__ const perk_draw_rule &rule() const {
+        return *static_cast<const perk_draw_rule *>(shared_pointer(w.reduction() + kRule));
     }
 
     // Every number becomes its sum over all threads.
@@ -121,10 +129,12 @@ struct Draw {
         }
         barrier();
 #pragma unroll
-        for (uint32_t i = 0; i < kCount; i++) {
-            numbers[i] = 0;
+        for (uint32_t i = 0; i < kCount; i++) numbers[i] = shared[i];
+        constexpr uint32_t kAtOnce = kCount == 1 ? PERK_CONSUMER_WARPS : 1; // many loads at once take many registers
+#pragma unroll kAtOnce
+        for (uint32_t warp = 1; warp < PERK_CONSUMER_WARPS; warp++) {
 #pragma unroll
-            for (uint32_t warp = 0; warp < PERK_CONSUMER_WARPS; warp++) numbers[i] += shared[warp * kCount + i];
+            for (uint32_t i = 0; i < kCount; i++) numbers[i] += shared[warp * kCount + i];
         }
     }
     __device__ __forceinline__ uint64_t sum(uint64_t number) {
@@ -162,21 +172,22 @@ struct Draw {
     __device__ __forceinline__ void visit(uint32_t begin, uint32_t end, Visit take) const {
         const uint32_t part = part_of(begin, end), stop = min(end, begin + (w.warp + 1) * part);
         uint32_t at = begin + w.warp * part + w.lane * 4;
-        Vec16 values[kLoads], next[kLoads];
-        load_logits(next, at, stop);
 #pragma unroll 1
         for (; at < stop; at += 128 * kLoads) {
-#pragma unroll
-            for (uint32_t i = 0; i < kLoads; i++) values[i] = next[i];
-            load_logits(next, at + 128 * kLoads, stop);
-#pragma unroll
+            Vec16 values[kLoads];
+            load_logits(values, at, stop);
+// As a loop, in which each piece takes the place of the one before: four times the passes' machine code would be in the
+// way of everything else.
+#pragma unroll 1
             for (uint32_t i = 0; i < kLoads; i++) {
-                const uint32_t bits[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
+                const uint32_t bits[4] = {values[0].x, values[0].y, values[0].z, values[0].w}, id = at + i * 128;
 #pragma unroll
                 for (uint32_t j = 0; j < 4; j++) {
-                    const bool is_there = kVocabulary % 4 == 0 || at + i * 128 + j < stop;
-                    take(at + i * 128 + j, __uint_as_float(is_there ? bits[j] : kMinusInfinity));
+                    const bool is_there = kVocabulary % 4 == 0 || id + j < stop;
+                    take(id + j, __uint_as_float(is_there ? bits[j] : kMinusInfinity));
                 }
+#pragma unroll
+                for (uint32_t j = 0; j + 1 < kLoads; j++) values[j] = values[j + 1];
             }
         }
     }
@@ -195,37 +206,43 @@ struct Draw {
 
     // Some ranks, and how many tokens are there and above, and what these weigh.
     struct Tries {
-        uint32_t from[kTries];
-        uint64_t count[kTries], weight[kTries], all, all_weight;
+        uint32_t from[kTries], count[kTries], all;
+        uint64_t weight[kTries], all_weight;
     };
     __device__ __forceinline__ void measure(Tries &t, bool weighs) {
-        uint64_t numbers[2 * kTries + 2] = {};
+        uint64_t weight[kTries] = {}, all_weight = 0;
         uint32_t count[kTries] = {}, all = 0;
         const uint32_t lowest = min(min(t.from[0], t.from[1]), min(t.from[2], t.from[3]));
         visit(0, kVocabulary, [&](uint32_t, float logit) {
             const uint32_t rank = perk_rank(logit);
-            const uint64_t weight = weighs ? perk_weight(logit, largest, scale) : 0;
+            const uint64_t mine = weighs ? perk_weight(logit, largest, scale) : 0;
             all += rank != PERK_RANK_NONE;
-            numbers[2 * kTries + 1] += weight;
+            all_weight += mine;
             if (rank < lowest) return;
 #pragma unroll
             for (uint32_t i = 0; i < kTries; i++)
                 if (rank >= t.from[i]) {
                     count[i]++;
-                    numbers[kTries + i] += weight;
+                    weight[i] += mine;
                 }
         });
-#pragma unroll
-        for (uint32_t i = 0; i < kTries; i++) numbers[i] = count[i];
-        numbers[2 * kTries] = all;
+        uint64_t numbers[kNumbers] = {uint64_t(count[1]) << 32 | count[0],
+                                      uint64_t(count[3]) << 32 | count[2],
+                                      all,
+                                      all_weight,
+                                      weight[0],
+                                      weight[1],
+                                      weight[2],
+                                      weight[3]};
+        static_assert(kTries == 4 && kNumbers == 8, "eight numbers");
         add_up(numbers);
 #pragma unroll
         for (uint32_t i = 0; i < kTries; i++) {
-            t.count[i] = numbers[i];
-            t.weight[i] = numbers[kTries + i];
+            t.count[i] = uint32_t(numbers[i / 2] >> i % 2 * 32);
+            t.weight[i] = numbers[4 + i];
         }
-        t.all = numbers[2 * kTries];
-        t.all_weight = numbers[2 * kTries + 1];
+        t.all = uint32_t(numbers[2]);
+        t.all_weight = numbers[3];
     }
 
     // Ranks above `low`, up to `high`, to look at next. Which ones matters for speed only.
@@ -250,14 +267,14 @@ struct Draw {
             const uint32_t rank = perk_rank(logit);
             if (rank < low || rank > high || (rank == low && at > last)) return;
             const uint32_t place = atomicAdd(counter(), 1u);
-            if (place < kListed) list[place] = make_uint2(rank, at);
+            if (place < kListed) in.list()[place] = make_uint2(rank, at);
         });
         barrier();
         const uint32_t count = *counter();
 #pragma unroll
         for (uint32_t i = 0; i < kHeld; i++) {
             const uint32_t place = i * PERK_CONSUMER_THREADS + w.thread;
-            const uint2 token = place < count ? load_coherent8(list + place) : make_uint2(PERK_RANK_NONE, 0);
+            const uint2 token = place < count ? load_coherent8(in.list() + place) : make_uint2(PERK_RANK_NONE, 0);
             held.rank[i] = token.x;
             held.id[i] = token.y;
         }
@@ -270,6 +287,33 @@ struct Draw {
 
     __device__ __forceinline__ uint64_t weight_of(uint32_t rank) const {
         return rank == PERK_RANK_NONE ? 0 : perk_weight(perk_rank_logit(rank), largest, scale);
+    }
+
+    // Visits the thread's tokens. A loop that turns them around once, since weights are much machine code.
+    template <class Visit>
+    __device__ __forceinline__ void for_held(Visit take) {
+#pragma unroll 1
+        for (uint32_t i = 0; i < kHeld; i++) {
+            const uint32_t rank = held.rank[0], id = held.id[0];
+            take(rank, id);
+#pragma unroll
+            for (uint32_t j = 0; j + 1 < kHeld; j++) held.rank[j] = held.rank[j + 1], held.id[j] = held.id[j + 1];
+            held.rank[kHeld - 1] = rank;
+            held.id[kHeld - 1] = id;
+        }
+    }
+    // Their measures, by `measure(rank, id)`; returns the sum of this thread's.
+    template <class Measure>
+    __device__ __forceinline__ uint64_t measure_held(uint64_t (&measures)[kHeld], Measure measure) {
+        uint64_t all = 0;
+        for_held([&](uint32_t rank, uint32_t id) {
+            const uint64_t mine = measure(rank, id);
+            all += mine;
+#pragma unroll
+            for (uint32_t j = 0; j + 1 < kHeld; j++) measures[j] = measures[j + 1];
+            measures[kHeld - 1] = mine;
+        });
+        return all;
     }
 
     // The highest rank so that what is held from there on measures at least `wanted`; it is from `low` to `high`.
@@ -288,91 +332,110 @@ struct Draw {
         return rank;
     }
 
-    // Cuts what is kept down: to the first `goal` tokens, or (kTopP) to the first that weigh goal / 2^64 of all that is
-    // kept. kLikeliest fills in the sum of all weights as well.
-    __device__ __forceinline__ void cut(Stage stage, uint64_t goal, perk_draw_record *record) {
+    // What is looked for: the rank so that those above it measure less than is wanted, and with those at it enough.
+    struct Search {
+        uint32_t low, high;     // it is one of these
+        uint64_t wanted, above; // what those above `high` measure
+    };
+
+    // By passes, until all that it can be are few enough to be held, which they then are, or until it is known. False:
+    // nothing is wanted.
+    __device__ __forceinline__ bool search_all(Search &s, Stage stage, uint64_t goal, uint64_t at_low) {
         const bool by_weight = stage == kTopP, was_cut = kept.count != 0;
-        uint32_t low = kept.rank, high = perk_rank(largest);
-        const uint64_t at_low = was_cut ? kept.count * weight_of(low) : 0; // of the weight
-        uint64_t above = 0, wanted = 0, count_from_low = kVocabulary, count_above = 0;
-        if (held.covers(low, high)) {
-            uint64_t mine = 0;
-#pragma unroll
-            for (uint32_t i = 0; i < kHeld; i++)
-                mine += held.rank[i] > low || (held.rank[i] == low && !was_cut) ? weight_of(held.rank[i]) : 0;
-            wanted = perk_nucleus(goal, sum(mine) + at_low); // only top-p finds tokens held
-        }
+        uint32_t count_from_low = kVocabulary, count_above = 0;
+        held.forget();
 #pragma unroll 1
-        for (uint32_t pass = 0; !held.covers(low, high) && (pass == 0 || low != high); pass++) {
+        for (uint32_t pass = 0;; pass++) {
             Tries t;
-            choose(t, low, high, pass);
-            if (was_cut && pass == 0) t.from[0] = low + 1;
+            choose(t, s.low, s.high, pass);
+            if (was_cut && pass == 0) t.from[0] = s.low + 1;
             measure(t, by_weight || (stage == kLikeliest && pass == 0));
             if (pass == 0) {
-                wanted = by_weight ? perk_nucleus(goal, was_cut ? t.weight[0] + at_low : t.all_weight)
-                                   : (goal < t.all ? goal : t.all);
-                if (stage == kLikeliest && w.thread == 0) record->sum = t.all_weight;
-                if (wanted == 0) return;
+                s.wanted = by_weight ? perk_nucleus(goal, was_cut ? t.weight[0] + at_low : t.all_weight)
+                                     : min(uint32_t(goal), t.all);
+                if (stage == kLikeliest && w.thread == 0) in.record()->sum = t.all_weight;
+                if (s.wanted == 0) return false;
             }
 #pragma unroll
             for (uint32_t i = 0; i < kTries; i++) {
                 const uint64_t measured = by_weight ? t.weight[i] : t.count[i];
-                if (measured >= wanted) {
-                    if (t.from[i] > low) low = t.from[i], count_from_low = t.count[i];
-                } else if (t.from[i] <= high) {
-                    high = t.from[i] - 1, count_above = t.count[i], above = measured;
+                if (measured >= s.wanted) {
+                    if (t.from[i] > s.low) s.low = t.from[i], count_from_low = t.count[i];
+                } else if (t.from[i] <= s.high) {
+                    s.high = t.from[i] - 1, count_above = t.count[i], s.above = measured;
                 }
             }
-            const bool is_whole = count_from_low <= kListed;
-            if (is_whole || (low != high && count_from_low - count_above <= kListed))
-                hold(low, is_whole ? kHighest : high, kHighest);
+            if (s.low == s.high || count_from_low - count_above <= kListed) break;
         }
-        if (held.covers(low, high)) {
-            if (held.high == kHighest) above = 0; // these are held, too
-            uint64_t measures[kHeld], mine = 0;
-#pragma unroll
-            for (uint32_t i = 0; i < kHeld; i++)
-                measures[i] = by_weight ? weight_of(held.rank[i]) : held.rank[i] != PERK_RANK_NONE;
-            low = search_rank(measures, wanted - above, low, high);
-#pragma unroll
-            for (uint32_t i = 0; i < kHeld; i++) mine += held.rank[i] > low ? measures[i] : 0;
-            above += sum(mine);
+        const bool is_whole = count_from_low <= kListed; // then those above are held, too
+        if (is_whole || s.low != s.high) hold(s.low, is_whole ? kHighest : s.high, kHighest);
+        return true;
+    }
+
+    // Cuts what is kept down: to the first `goal` tokens, or (kTopP) to the first that weigh goal / 2^64 of all that is
+    // kept. kLikeliest fills in the sum of all weights as well.
+    __device__ __forceinline__ void cut(Stage stage, uint64_t goal) {
+        const bool by_weight = stage == kTopP;
+        Search s{kept.rank, perk_rank(largest), 0, 0};
+        const uint64_t at_low = weight_of(s.low) * kept.count;
+        if (held.covers(s.low, s.high)) { // only top-p finds tokens held
+            const uint32_t first = s.low + (kept.count != 0);
+            uint64_t mine = 0;
+            for_held([&](uint32_t rank, uint32_t) { mine += rank >= first ? weight_of(rank) : 0; });
+            s.wanted = perk_nucleus(goal, sum(mine) + at_low);
+        } else if (!search_all(s, stage, goal, at_low)) {
+            return;
         }
-        const uint64_t each = by_weight ? weight_of(low) : 1;
-        kept = {low, kHighest, (wanted - above + each - 1) / each};
+        if (held.covers(s.low, s.high)) {
+            if (held.high == kHighest) s.above = 0;
+            uint64_t measures[kHeld] = {}, mine = 0;
+            measure_held(measures, [&](uint32_t rank, uint32_t) {
+                return by_weight ? weight_of(rank) : uint64_t(rank != PERK_RANK_NONE);
+            });
+            s.low = search_rank(measures, s.wanted - s.above, s.low, s.high);
+#pragma unroll
+            for (uint32_t i = 0; i < kHeld; i++) mine += held.rank[i] > s.low ? measures[i] : 0;
+            s.above += sum(mine);
+        }
+        // So many of those at the rank measure enough: a division, of which the machine has none.
+        const uint64_t each = by_weight ? weight_of(s.low) : 1, rest = s.wanted - s.above;
+        uint64_t fewer = 0;
+#pragma unroll 1
+        for (uint32_t bit = kIdBits; bit-- > 0;) {
+            const uint64_t next = fewer | 1u << bit;
+            if (next * each < rest) fewer = next;
+        }
+        kept = {s.low, kHighest, fewer + 1};
     }
 
     // ---- a place in the order of ids ----
 
     // The measure of a token where one is looked for: of the kept ones, their weight; of those at the cut, 1.
-    __device__ __forceinline__ uint64_t share(Stage stage, uint32_t rank, uint32_t id, uint64_t lightest) const {
+    __device__ __forceinline__ uint64_t share(Stage stage, uint32_t rank, uint32_t id) const {
         if (stage != kToken) return rank == kept.rank;
         if (rank < kept.rank || (rank == kept.rank && id > kept.last)) return 0;
         const uint64_t weight = weight_of(rank);
-        return weight < lightest ? 0 : weight;
+        return weight < rule().min_weight ? 0 : weight;
     }
 
     // When tokens lie side by side in the order of their ids, each as wide as its measure: the one at `place`, or, for
     // a token to be drawn, at `place` / 2^64 of the width of all. Where they are not held, passes over an eighth of
     // what the last one has looked at come first, and what was held is lost.
-    __device__ __forceinline__ uint32_t find_id(Stage stage, uint64_t place, uint64_t lightest) {
+    __device__ __forceinline__ uint32_t find_id(Stage stage, uint64_t place) {
         bool is_place = stage != kToken;
-        uint64_t measures[kHeld], mine = 0;
-        if (held.covers(kept.rank, is_place ? kept.rank : perk_rank(largest))) {
-#pragma unroll
-            for (uint32_t i = 0; i < kHeld; i++) mine += measures[i] = share(stage, held.rank[i], held.id[i], lightest);
-        } else {
+        if (!held.covers(kept.rank, is_place ? kept.rank : perk_rank(largest))) {
             uint32_t begin = 0, end = kVocabulary;
 #pragma unroll 1
-            for (; end - begin > kListed; is_place = true) narrow(stage, begin, end, is_place, place, lightest);
+            for (; end - begin > kListed; is_place = true) narrow(stage, begin, end, is_place, place);
 #pragma unroll
             for (uint32_t i = 0; i < kHeld; i++) {
                 const uint32_t id = held.id[i] = begin + i * PERK_CONSUMER_THREADS + w.thread;
-                const uint32_t rank = id < end ? perk_rank(load_float(logits + id)) : PERK_RANK_NONE;
-                mine += measures[i] = share(stage, rank, id, lightest);
+                held.rank[i] = id < end ? perk_rank(load_float(logits + id)) : PERK_RANK_NONE;
             }
-            held.forget();
+            held.low = kHighest, held.high = 0; // these are others
         }
+        uint64_t measures[kHeld] = {};
+        uint64_t mine = measure_held(measures, [&](uint32_t rank, uint32_t id) { return share(stage, rank, id); });
         const uint64_t all = sum(mine);
         if (!is_place) place = perk_high_product(place, all);
         if (stage != kToken && place + 1 == all) return kHighest; // all that are at the cut: none is cut off
@@ -389,10 +452,10 @@ struct Draw {
     }
 
     // One such pass: to the part of a warp in which the place lies; it is then a place there.
-    __device__ __forceinline__ void narrow(Stage stage, uint32_t &begin, uint32_t &end, bool is_place, uint64_t &place,
-                                           uint64_t lightest) {
+    __device__ __forceinline__ void narrow(Stage stage, uint32_t &begin, uint32_t &end, bool is_place,
+                                           uint64_t &place) {
         uint64_t mine = 0;
-        visit(begin, end, [&](uint32_t at, float logit) { mine += share(stage, perk_rank(logit), at, lightest); });
+        visit(begin, end, [&](uint32_t at, float logit) { mine += share(stage, perk_rank(logit), at); });
         for (int offset = 16; offset > 0; offset /= 2) mine += shuffle_xor8(mine, offset);
         uint64_t *shared = buffer(), all = 0;
         if (w.lane == 0) shared[w.warp] = mine;
@@ -409,7 +472,8 @@ struct Draw {
     // ---- log probabilities: of the model's own logits ----
 
     // The kept tokens are the likeliest.
-    __device__ __forceinline__ void write_record(perk_draw_record *record, uint32_t wanted) {
+    __device__ __forceinline__ void write_record(uint32_t wanted) {
+        perk_draw_record *record = in.record();
         if (wanted > 0 && !held.covers(kept.rank, kHighest)) hold(kept.rank, kHighest, kept.last);
         if (w.thread == 0) *counter() = 0;
         barrier();
@@ -431,94 +495,88 @@ struct Draw {
 
     // ---- bias and penalties: into a copy of the row ----
 
-    __device__ __forceinline__ void adjust(const DrawInput &in) {
-        const perk_draw_rule &rule = *in.rule;
-        float *adjusted = in.adjusted;
+    __device__ __forceinline__ void adjust() {
+        float *adjusted = in.adjusted();
 #pragma unroll 4
         for (uint32_t at = w.thread * 4; at < kVocabulary; at += PERK_CONSUMER_THREADS * 4)
             *reinterpret_cast<Vec16 *>(adjusted + at) = load_coherent16(logits + at);
         logits = adjusted;
         barrier();
-        for (uint32_t i = w.thread; i < uint32_t(rule.bias_count); i += PERK_CONSUMER_THREADS) {
-            const uint2 bias = load_coherent8(in.bias + i);
+        for (uint32_t i = w.thread; i < uint32_t(rule().bias_count); i += PERK_CONSUMER_THREADS) {
+            const uint2 bias = load_coherent8(in.biases() + i);
             adjusted[bias.x] = perk_sum(load_float(adjusted + bias.x), __uint_as_float(bias.y));
         }
         barrier();
-        if (!rule.has_penalties) return;
+        if (!rule().has_penalties) return;
+        const uint32_t length = in.length(), prompt_length = in.prompt_length();
         // How often each token is in the answer, and a bit for those that are in the prompt; then whoever takes the
         // number away applies it.
         constexpr uint32_t kInPrompt = 1u << 31;
-        for (uint32_t i = w.thread; i < uint32_t(in.length); i += PERK_CONSUMER_THREADS) {
-            const uint32_t token = load_coherent4(in.tokens + i);
+        for (uint32_t i = w.thread; i < length; i += PERK_CONSUMER_THREADS) {
+            const uint32_t token = load_coherent4(in.tokens() + i);
             if (token >= kVocabulary) continue;
-            if (i < uint32_t(in.prompt_length))
-                atomicOr(in.seen + token, kInPrompt);
+            if (i < prompt_length)
+                atomicOr(in.seen() + token, kInPrompt);
             else
-                atomicAdd(in.seen + token, 1u);
+                atomicAdd(in.seen() + token, 1u);
         }
         barrier();
-        for (uint32_t i = w.thread; i < uint32_t(in.length); i += PERK_CONSUMER_THREADS) {
-            const uint32_t token = load_coherent4(in.tokens + i);
-            const uint32_t times = token < kVocabulary ? atomicExch(in.seen + token, 0u) : 0;
+        for (uint32_t i = w.thread; i < length; i += PERK_CONSUMER_THREADS) {
+            const uint32_t token = load_coherent4(in.tokens() + i);
+            const uint32_t times = token < kVocabulary ? atomicExch(in.seen() + token, 0u) : 0;
             if (times == 0) continue;
-            adjusted[token] = perk_penalize(load_float(adjusted + token), &rule, int32_t(times & ~kInPrompt));
+            adjusted[token] = perk_penalize(load_float(adjusted + token), &rule(), int32_t(times & ~kInPrompt));
         }
         barrier();
     }
 
     // From the model's logits to those that are drawn from. False: `token` is not drawn, but the best of them.
-    __device__ __forceinline__ bool prepare(const DrawInput &in, uint32_t &token) {
-        const perk_draw_rule &rule = *in.rule;
+    __device__ __forceinline__ bool prepare(uint32_t &token) {
         uint32_t rank = perk_rank(largest);
-        if (rule.bias_count || rule.has_penalties) {
+        if (rule().bias_count || rule().has_penalties) {
             uint32_t id;
-            adjust(in);
+            adjust();
             rank = find_best(id);
             if (rank != PERK_RANK_NONE) token = id;
             largest = perk_rank_logit(rank);
         }
         forget();
-        scale = rule.scale;
+        scale = rule().scale;
         return scale > 0.0f && rank != PERK_RANK_NONE && rank != PERK_RANK_INFINITE;
     }
 
     // ---- all of it ----
 
-    // Returns the token, in every thread; an id outside the vocabulary when the logits are not finite numbers.
-    __device__ __forceinline__ uint32_t run(DrawInput in) {
-        const float *own = logits;
-        uint32_t token = in.best;
+    // `token`: argmax of the logits. Returns the token that is drawn, in every thread; an id outside the vocabulary
+    // when the logits are not finite numbers.
+    __device__ __forceinline__ uint32_t run(uint32_t token) {
         if (token >= kVocabulary) return token;
         largest = load_float(logits + token);
         if (perk_rank(largest) == PERK_RANK_INFINITE) return kHighest;
-        in.rule = fetch_rule(in.rule);
-        const perk_draw_rule &rule = *in.rule;
-        list = in.list;
+        fetch_rule();
         scale = PERK_LOG2_E;
 #pragma unroll 1
-        for (uint32_t stage = rule.logprobs ? kLikeliest : kTopK; stage <= kToken; stage++) {
-            if (stage == kTopK && !prepare(in, token)) break;
-            uint64_t goal = 0, place;
-            if (stage == kLikeliest) goal = rule.logprobs - 1;
-            if (stage == kTopK && uint32_t(rule.top_k) < kVocabulary) goal = rule.top_k;
-            if (stage == kTopP) goal = rule.top_p;
-            if (stage == kLikeliest || (stage != kToken && goal != 0)) cut(Stage(stage), goal, in.record);
+        for (uint32_t stage = rule().logprobs ? kLikeliest : kTopK; stage <= kToken; stage++) {
+            if (stage == kTopK && !prepare(token)) break;
+            uint64_t goal = 0;
+            if (stage == kLikeliest) goal = rule().logprobs - 1;
+            if (stage == kTopK && uint32_t(rule().top_k) < kVocabulary) goal = rule().top_k;
+            if (stage == kTopP) goal = rule().top_p;
+            if (stage == kLikeliest || (stage != kToken && goal != 0)) cut(Stage(stage), goal);
             if (stage != kToken && goal == 0) {
-                if (stage == kLikeliest) write_record(in.record, 0);
+                if (stage == kLikeliest) write_record(0);
                 continue;
             }
-            if (stage == kToken)
-                place = perk_random_bits(rule.seed, uint64_t(in.length - in.prompt_length));
-            else
-                place = kept.count - 1;
-            const uint32_t id = find_id(Stage(stage), place, rule.min_weight);
+            uint64_t place = kept.count - 1;
+            if (stage == kToken) place = perk_random_bits(rule().seed, in.length() - in.prompt_length());
+            const uint32_t id = find_id(Stage(stage), place);
             if (stage == kToken)
                 token = id;
             else
                 kept.last = id;
-            if (stage == kLikeliest) write_record(in.record, goal);
+            if (stage == kLikeliest) write_record(goal);
         }
-        if (rule.logprobs && w.thread == 0) in.record->chosen = load_float(own + token);
+        if (rule().logprobs && w.thread == 0) in.record()->chosen = load_float(in.logits() + token);
         barrier(); // the scratch is free again
         return token;
     }
