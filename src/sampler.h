@@ -1,12 +1,14 @@
-/* From a row of logits to a token. The distribution, exactly, so that it can be computed elsewhere too:
+/* From a row of logits to a token. The distribution, exactly, so that the kernel can compute it too
+ * (kernels_src/draw.h, sample.cuh):
  *
  *  1. Bias and penalties change the logits of the tokens that they name (include/perk/engine.h), in fp32, one operation
  *     after the other in the order given there.
  *  2. Temperature 0: the token with the largest logit, of equal ones the lowest id. Else tokens are ranked by logit,
- * the largest first, of equal ones the lowest id first, and have the weight exp((logit - largest) / temperature),
+ *     the largest first, of equal ones the lowest id first, and have the weight exp((logit - largest) / temperature),
  *     an integer multiple of 2^-40 (kernels_src/draw.h): sums are the same in every order.
  *  3. top_k keeps the first top_k of the ranking.
- *  4. top_p keeps of these the shortest beginning of the ranking whose weights add up to top_p of all of theirs.
+ *  4. top_p keeps of these the shortest beginning of the ranking whose weights add up to top_p of all of theirs
+ *     (their product rounded down, and at least one unit).
  *  5. min_p keeps of these those with a weight of at least min_p; the first one's is 1.
  *  6. The kept tokens, now in the order of their ids, share [0, sum of their weights); the token in whose share
  *     u * sum falls is drawn. u is uniform in [0, 1) and a function of the seed and of the token's place in its answer

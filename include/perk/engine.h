@@ -43,9 +43,9 @@ typedef struct perk_engine_options {
     perk_log log;
     perk_progress progress;
     int32_t no_prefix_sharing; /* 1: requests that begin alike share no pages of the KV cache */
-    int32_t steps_a_launch;    /* on a GPU, up to so many steps happen in one launch, without the host, as long as all
-                                  requests are greedy: perk_engine_step returns after them, or earlier when nothing is
-                                  unfinished. Cancelling waits as long. 0 or 1: one */
+    int32_t steps_a_launch;    /* on a GPU, up to so many steps happen in one launch, without the host, as long as no
+                                  request wants log probabilities: perk_engine_step returns after them, or earlier when
+                                  nothing is unfinished. Cancelling waits as long. 0 or 1: one */
     /* Programs of the GPU, by the tokens of a step that each is for, in any order; zeros are skipped. Of those that a
      * step fits, the smallest runs it. The program for max_num_batched_tokens is always there; when that is 0, it is
      * the largest number here. { max_num_batched_tokens } is one program alone. All 0: 1 and 8 as well, where they are
