@@ -80,14 +80,15 @@ static int64_t read_tokens(many_bench *b, perk_executor *gpu, int32_t *counts) {
     int64_t total = 0;
     for (size_t got; (got = perk_gpu_many_read(gpu, records, NULL, PERK_COUNT(records))) > 0; total += (int64_t)got)
         for (size_t i = 0; i < got; i++)
-            b->tokens[1][(size_t)records[i].slot * (size_t)b->answer + (size_t)counts[records[i].slot]++] =
-                records[i].token;
+            if (records[i].token >= 0)
+                b->tokens[1][(size_t)records[i].slot * (size_t)b->answer + (size_t)counts[records[i].slot]++] =
+                    records[i].token;
     return total;
 }
 
 static perk_status run_many(many_bench *b, perk_executor *gpu) {
     int32_t counts[64] = {0};
-    perk_gpu_many_options options = {.max_steps = 1};
+    perk_launch_options options = {.max_steps = 1};
     perk_gpu_many_result result;
     perk_status status = PERK_OK;
     for (int32_t i = 0; i < b->batch && !status; i++) {

@@ -15,11 +15,12 @@ typedef struct perk_mail {
     int32_t kind, slot;
 } perk_mail;
 
-/* A token of an answer, and with the last one why it is the last. */
+/* A token of an answer, and with the last one why it is the last, and what became of the request. */
 typedef struct perk_token_record {
-    int32_t slot, token; /* token -1: none, the request was cancelled */
-    int32_t end;         /* PERK_END_* */
-    int32_t has_details; /* not 0: log probabilities lie in the ring beside it */
+    int32_t slot, token;      /* token -1: none; the request begins to run, or with an end, was cancelled */
+    uint8_t end, has_details; /* PERK_END_*; not 0: log probabilities lie in the ring beside it */
+    uint16_t set_backs;       /* how often it was set back, as far as 16 bits count */
+    int32_t found;            /* positions that it found in pages of others */
 } perk_token_record;
 
 /* What the host wants of the launch; the larger counts. FULL is the kernel's own: no room for the next step's tokens.
@@ -47,6 +48,7 @@ typedef struct perk_post {
     uint32_t dealt;                  /* mails dealt with so far */
     uint32_t end, steps, unfinished; /* of the launch, once it has ended: PERK_LAUNCH_*; steps done */
     uint32_t reserved_too[27];
+    perk_standing standing; /* no older than the records that `written` counts */
 } perk_post;
 
 /* In device memory; zeros when a launch begins. */

@@ -80,11 +80,23 @@ __device__ __forceinline__ void send_details(const Worker &w, uint32_t written, 
     constexpr uint32_t kPieces = sizeof(perk_draw_record) / 16;
     const perk_draw_record *drawn = many.drawn + load_coherent4(&many.desk->outbox_step) % 2 * program::max_logit_rows;
     for (uint32_t i = 0; i < min(count, program::max_logit_rows); i++) {
-        if (load_coherent4(&many.outbox[i].has_details) == 0 || w.lane >= kPieces) continue;
+        const uint32_t ending = load_coherent16(many.outbox + i).z;
+        if ((ending >> 8 & 0xff) == 0 || w.lane >= kPieces) continue;
         const uint8_t *from = reinterpret_cast<const uint8_t *>(drawn + i) + w.lane * 16;
         uint8_t *to = reinterpret_cast<uint8_t *>(many.details + ((written + i) & many.record_mask)) + w.lane * 16;
         *reinterpret_cast<Vec16 *>(to) = load_coherent16(from);
     }
+}
+
+// How requests and pages stand. The scheduler may be at work on it again, if the clerk is late: then words are of
+// different steps.
+__device__ __forceinline__ void send_standing(const Worker &w) {
+    static_assert(sizeof(perk_standing) <= 32 * 4, "a word a lane");
+    uint32_t lane = w.lane;
+    forget(lane); // or addresses would be kept over the clerk's rounds, who has few registers
+    if (lane < sizeof(perk_standing) / 4)
+        reinterpret_cast<uint32_t *>(&w.args.many.post->standing)[lane] =
+            load_coherent4(reinterpret_cast<const uint32_t *>(w.args.many.schedule) + lane);
 }
 
 // The outbox to the host's ring; counted when all of it is there.
@@ -108,7 +120,10 @@ __device__ __forceinline__ void serve(const Worker &w) {
     do {
         told = __shfl_sync(0xffffffffu, load_told(w), 0);
         fence_block();
-        if (round_of(told) != round) written = send_records(w, written);
+        if (round_of(told) != round) {
+            send_standing(w);
+            written = send_records(w, written);
+        }
         round = round_of(told);
         const Vec16 wanted = load_host16(many.post); // posted, read, command
         mailed = fetch_mail(w, mailed, wanted.x);
@@ -164,8 +179,13 @@ __device__ __forceinline__ void finish_batch(const Worker &w, const perk_batch &
 struct Outbox {
     perk_token_record *records;
     uint32_t count;
-    __device__ __forceinline__ void put(int32_t slot, int32_t token, int32_t end, uint32_t has_details = 0) {
-        *reinterpret_cast<Vec16 *>(records + count++) = {uint32_t(slot), uint32_t(token), uint32_t(end), has_details};
+    __device__ __forceinline__ void put(int32_t slot, int32_t token, const perk_slot &r, bool has_details = false) {
+        Vec16 record{uint32_t(slot), uint32_t(token), uint32_t(r.end) | uint32_t(has_details) << 8, 0};
+        if (r.end != PERK_END_NONE) {
+            record.z |= uint32_t(perk_lesser(r.set_backs, 0xffff)) << 16;
+            record.w = uint32_t(r.found);
+        }
+        *reinterpret_cast<Vec16 *>(records + count++) = record;
     }
 };
 
@@ -177,7 +197,7 @@ __device__ __forceinline__ void commit_step(const Worker &w, perk_schedule &s, c
     for (int32_t row = 0; row < s.batch.num_logit_rows; row++) {
         const int32_t slot = s.logit_slots[row];
         const perk_slot &r = s.slots[slot];
-        outbox.put(slot, picks[row], r.end, r.rule.samples != 0 && r.rule.logprobs != 0);
+        outbox.put(slot, picks[row], r, r.rule.samples != 0 && r.rule.logprobs != 0);
     }
 }
 
@@ -190,10 +210,16 @@ __device__ __forceinline__ uint32_t deal_with_mail(const Worker &w, perk_schedul
             perk_schedule_arrive(&s, mail.slot);
         } else if (state == PERK_SLOT_WAITING || state == PERK_SLOT_RUNNING) { // else it has ended before
             perk_schedule_cancel(&s, mail.slot);
-            outbox.put(mail.slot, -1, PERK_END_CANCELLED);
+            outbox.put(mail.slot, -1, s.slots[mail.slot]);
         }
     }
     return dealt;
+}
+
+// Says of those that run for the first time that they do. Before the step, `running` did.
+__device__ __forceinline__ void tell_starts(const perk_schedule &s, int32_t running, Outbox &outbox) {
+    for (int32_t place = running; place < s.state->running; place++)
+        if (s.slots[s.order[place]].set_backs == 0) outbox.put(s.order[place], -1, s.slots[s.order[place]]);
 }
 
 // Hands the outbox to the clerk. `last`: kLast with the last one.
@@ -248,12 +274,14 @@ __device__ __forceinline__ bool prepare_step(const Worker &w, const int32_t *pic
     Outbox outbox{w.args.many.outbox, 0};
     uint32_t told = load_told(w), round = round_of(told), dealt = mails_of(told), why = PERK_LAUNCH_RUNS;
     uint32_t served = await_clerk(w, round);
+    int32_t running = 0;
     if (step > 0 && !is_bad) commit_step(w, s, picks, outbox);
     for (bool has_waited = false;; has_waited = true) {
         const bool has_mail = mails_of(served) != dealt;
         dealt = deal_with_mail(w, s, dealt, mails_of(served), outbox);
         why = is_bad ? uint32_t(PERK_LAUNCH_TOKEN) : judge(w, s, command_of(served), step, has_waited && !has_mail);
         if (why == PERK_LAUNCH_RUNS && s.state->unfinished > 0) {
+            running = s.state->running;
             perk_schedule_fill(&s);
             if (s.batch.num_tokens == 0) why = PERK_LAUNCH_STUCK;
         }
@@ -271,6 +299,7 @@ __device__ __forceinline__ bool prepare_step(const Worker &w, const int32_t *pic
     else
         end_launch(w, s, why, step);
     store_release_gpu(&w.args.many.desk->gate, 2 * step + (runs ? 2 : 1));
+    if (runs) tell_starts(s, running, outbox);
     tell(w, round + 1, dealt, outbox, runs ? 0 : kLast);
     return runs;
 }

@@ -63,6 +63,12 @@ typedef struct perk_schedule_state {
     uint64_t steps, step_tokens, answer_tokens, found_tokens, set_backs, finished; /* since the beginning */
 } perk_schedule_state;
 
+/* How requests and pages stand: how the block begins. */
+typedef struct perk_standing {
+    perk_schedule_state state;
+    perk_pool_state pool;
+} perk_standing;
+
 /* Places of the arrays in the block, in 64-bit words. */
 typedef struct perk_schedule_layout {
     uint64_t state, slots, tokens, hashes, order, free_slots, free_rows, pool, pages, table;
@@ -103,11 +109,11 @@ PERK_SHARED_CODE perk_schedule_layout perk_schedule_lay_out(const perk_schedule_
     uint64_t pages = (uint64_t)limits->page_count, logit_rows = (uint64_t)limits->logit_rows;
     uint64_t pages_each = (positions + (uint64_t)limits->page_size - 1) / (uint64_t)limits->page_size;
     layout.state = perk_schedule_array(&next, 1, sizeof(perk_schedule_state));
+    layout.pool = perk_schedule_array(&next, 1, sizeof(perk_pool_state)); /* next to it: perk_standing */
     layout.slots = perk_schedule_array(&next, slots, sizeof(perk_slot));
     layout.order = perk_schedule_array(&next, slots, sizeof(int32_t));
     layout.free_slots = perk_schedule_array(&next, slots, sizeof(int32_t));
     layout.free_rows = perk_schedule_array(&next, requests, sizeof(int32_t));
-    layout.pool = perk_schedule_array(&next, 1, sizeof(perk_pool_state));
     layout.pages = perk_schedule_array(&next, pages, sizeof(perk_page));
     layout.table = perk_schedule_array(&next, perk_pool_table_size(limits->page_count), sizeof(int32_t));
     layout.token_ids = perk_schedule_array(&next, tokens, sizeof(int32_t));

@@ -7,6 +7,7 @@
 
 #include <pthread.h>
 #include <stdio.h>
+#include <time.h>
 
 struct perk_engine {
     perk_model *model;
@@ -16,11 +17,22 @@ struct perk_engine {
     perk_batch *batch; /* of logits; that of requests is the scheduler's */
     perk_config config;
     perk_start_report report;
-    int32_t steps_a_launch;
-    perk_error failure;   /* of a step: closes the engine */
-    perk_on_step on_step; /* NULL: nobody watches */
+    perk_mode mode; /* SINGLE where the executor knows no other */
+    perk_launch_options launches;
+    bool launched;               /* the kernel runs steps by itself */
+    double last_news, news_each; /* when tokens came from it, and after how many seconds the next ones may */
+    double next_poll;            /* seconds that the next short sleep takes */
+    perk_error failure;          /* of a step: closes the engine */
+    perk_on_step on_step;        /* NULL: nobody watches */
     void *on_step_user;
 };
+
+enum { IDLE_LIMIT_MS = 100 };
+/* Tokens are expected after as long as the last ones took: most of that is slept in one piece, what follows in short
+ * ones that grow, by shares of it and within limits, so that waiting takes few percent of a core and tokens are late by
+ * few percent of a step. */
+static const double FIRST_NEWS_SECONDS = 1e-3, SLEPT_SHARE = 0.9, POLLED_SHARE = 1.0 / 64, GROWTH = 1.25,
+                    SHORTEST_SLEEP = 20e-6, LONGEST_SLEEP = 20e-3, LONGEST_POLL = 5e-3;
 
 static double milliseconds_since(double start) { return (perk_now() - start) * 1e3; }
 
@@ -84,14 +96,15 @@ static int by_number(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The caller's sizes of a step below max_num_batched_tokens, or else the defaults. */
+/* The caller's sizes of a step below max_num_batched_tokens, or else the defaults; none of these beside a program of
+ * many steps, which leaves little to others. */
 static void choose_programs(const int32_t wanted[PERK_MAX_PROGRAMS], int32_t most, perk_gpu_options *gpu) {
     static const int32_t defaults[] = {1, 8};
     int32_t sizes[PERK_MAX_PROGRAMS] = {0};
     gpu->smaller_are_optional = true;
     for (int i = 0; i < PERK_MAX_PROGRAMS; i++)
         if ((sizes[i] = wanted[i])) gpu->smaller_are_optional = false;
-    for (size_t i = 0; i < PERK_COUNT(defaults) && gpu->smaller_are_optional; i++)
+    for (size_t i = 0; i < PERK_COUNT(defaults) && gpu->smaller_are_optional && !gpu->many_steps; i++)
         if (defaults[i] <= most / 2) sizes[i] = defaults[i];
     qsort(sizes, PERK_MAX_PROGRAMS, sizeof *sizes, by_number);
     for (int i = 0; i < PERK_MAX_PROGRAMS; i++) {
@@ -105,7 +118,7 @@ static perk_status open_gpu(perk_engine *engine, const perk_engine_options *opti
                             .portable = options->portable != 0,
                             .unchecked = options->unchecked != 0,
                             .no_cache = options->no_cache != 0,
-                            .many_steps = options->steps_a_launch > 1,
+                            .many_steps = options->mode != PERK_MODE_SINGLE,
                             .cache_folder = options->cache_folder,
                             .threads = options->threads,
                             .log = options->log,
@@ -137,8 +150,14 @@ static perk_status check_options(const perk_engine_options *options, perk_error 
     if (options->precision < 0 || options->precision > 2)
         return perk_fail(err, PERK_INVALID_ARGUMENT, "precision %d: must be 0, 1 (bf16) or 2 (fp32)",
                          options->precision);
+    if (options->mode < PERK_MODE_SINGLE || options->mode > PERK_MODE_ONLINE)
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "mode %d: unknown", (int)options->mode);
     if (options->steps_a_launch < 0)
-        return perk_fail(err, PERK_INVALID_ARGUMENT, "steps_a_launch %d: must be 0 or more", options->steps_a_launch);
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "steps_a_launch %d: must be 0 (no limit) or more",
+                         options->steps_a_launch);
+    if (options->idle_limit_ms < 0)
+        return perk_fail(err, PERK_INVALID_ARGUMENT, "idle_limit_ms %d: must be 0 (the default) or more",
+                         options->idle_limit_ms);
     if (options->threads < 0)
         return perk_fail(err, PERK_INVALID_ARGUMENT, "threads %d: must be 0 (all cores) or more", options->threads);
     for (int i = 0; i < PERK_MAX_PROGRAMS; i++)
@@ -194,7 +213,6 @@ static perk_status open_model(perk_engine *engine, const char *path, const perk_
     const perk_model *model = engine->model;
     perk_model_report_unread(model, &options->log);
     engine->config = options->config;
-    engine->steps_a_launch = options->steps_a_launch;
     if ((status = fit_programs(&engine->config, options->program_tokens, err))) return status;
     if ((status = perk_config_resolve(&engine->config, model->max_positions, err))) return status;
     bool length_was_asked_for = options->config.max_seq_length != 0;
@@ -203,6 +221,22 @@ static perk_status open_model(perk_engine *engine, const char *path, const perk_
     if ((status = perk_batch_create(&engine->batch, &engine->config, err))) return status;
     return perk_scheduler_create(&engine->scheduler, &engine->config, model->vocab_size, model->eos_ids,
                                  model->eos_count, !options->no_prefix_sharing, err);
+}
+
+static void set_mode(perk_engine *engine, const perk_engine_options *options) {
+    if (options->mode == PERK_MODE_SINGLE) return;
+    if (!engine->executor->type->online) {
+        perk_log_write(&options->log, PERK_LOG_INFO, "single steps: the %s executor knows no others",
+                       engine->executor->type->name);
+        return;
+    }
+    engine->mode = options->mode;
+    engine->news_each = FIRST_NEWS_SECONDS;
+    engine->next_poll = SHORTEST_SLEEP;
+    if (engine->mode == PERK_MODE_COMPLETION)
+        engine->launches.max_steps = (uint32_t)options->steps_a_launch;
+    else
+        engine->launches.idle_limit_ms = options->idle_limit_ms ? (uint32_t)options->idle_limit_ms : IDLE_LIMIT_MS;
 }
 
 perk_status perk_engine_open(perk_engine **out, const char *model_folder, const perk_engine_options *options,
@@ -226,6 +260,7 @@ perk_status perk_engine_open(perk_engine **out, const char *model_folder, const 
         tokenizer_load_end(&load, &engine->tokenizer, &options->log, status ? NULL : err); /* the first error counts */
     if (!status) status = tokenizer_status;
     if (status) goto out;
+    set_mode(engine, options);
     engine->report.total_ms = milliseconds_since(start);
     *out = engine;
     engine = NULL;
@@ -263,6 +298,7 @@ static perk_status check_open(const perk_engine *engine, perk_error *err) {
 static perk_status close_after(perk_engine *engine, perk_status status, const perk_error *failure, perk_error *err) {
     engine->failure = *failure;
     engine->failure.status = status;
+    engine->launched = false;
     if (err) *err = engine->failure;
     return status;
 }
@@ -307,24 +343,114 @@ static perk_status step_once(perk_engine *engine, perk_error *err) {
     return status ? status : perk_scheduler_commit(engine->scheduler, &result, err);
 }
 
-/* What the kernel cannot do, sampling, falls back to single steps. */
-static bool may_run_many(const perk_engine *engine) {
-    return engine->steps_a_launch > 1 && engine->executor->type->run && perk_scheduler_picks_alone(engine->scheduler);
+/* ---- a kernel that goes from step to step by itself ---- */
+
+/* Takes in what has come. Whatever a launch that has ended has made is taken in with it. */
+static perk_status exchange(perk_engine *engine, int32_t *news, perk_error *err) {
+    int32_t late = 0;
+    bool ended = false;
+    perk_status status = perk_scheduler_exchange(engine->scheduler, news, err);
+    if (!status) status = engine->executor->type->online->poll(engine->executor, &ended, err);
+    if (status || !ended) return status;
+    engine->launched = false;
+    status = perk_scheduler_exchange(engine->scheduler, &late, err);
+    *news += late;
+    return status;
 }
 
-perk_status perk_engine_step(perk_engine *engine, int32_t *running, perk_error *err) {
-    if (running) *running = 0;
+static void sleep_for(double seconds) {
+    struct timespec time = {.tv_sec = (time_t)seconds, .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)};
+    nanosleep(&time, NULL);
+}
+
+static perk_status pause_kernel(perk_engine *engine, perk_error *err) {
+    perk_status status = PERK_OK;
+    if (engine->launched) engine->executor->type->online->stop(engine->executor);
+    while (!status && engine->launched) {
+        int32_t news;
+        status = exchange(engine, &news, err);
+        if (!status && engine->launched) sleep_for(SHORTEST_SLEEP);
+    }
+    return status;
+}
+
+/* Where the schedule must be for whatever the host does with requests and pages. */
+static perk_status bring_back(perk_engine *engine, perk_error *err) {
+    perk_status status = pause_kernel(engine, err);
+    return status || !perk_scheduler_is_away(engine->scheduler) ? status
+                                                                : perk_scheduler_take_back(engine->scheduler, err);
+}
+
+static double clamp(double value, double least, double most) { return value < least ? least : PERK_MIN(value, most); }
+
+/* Seconds until it makes sense to look again. A pause between two texts is no reason to expect another one. */
+static double until_news(perk_engine *engine, bool news) {
+    if (engine->mode == PERK_MODE_ONLINE && perk_scheduler_unfinished(engine->scheduler) == 0)
+        return engine->launches.idle_limit_ms * 1e-3 + LONGEST_POLL; /* until it has ended */
+    if (!news) {
+        double sleep = engine->next_poll;
+        engine->next_poll = PERK_MIN(sleep * GROWTH, LONGEST_POLL);
+        return sleep;
+    }
+    double now = perk_now(), since = now - engine->last_news;
+    engine->last_news = now;
+    engine->news_each = PERK_MIN(since, engine->news_each * GROWTH);
+    engine->next_poll = clamp(engine->news_each * POLLED_SHARE, SHORTEST_SLEEP, LONGEST_POLL);
+    return clamp(engine->news_each * SLEPT_SHARE, SHORTEST_SLEEP, LONGEST_SLEEP);
+}
+
+/* Where a launch has ended and another follows, the schedule stays where it is. Otherwise it comes home: the host has
+ * it, or a kernel that runs. */
+static perk_status run_kernel(perk_engine *engine, int32_t *news, perk_error *err) {
+    perk_status status = PERK_OK;
+    bool was_launched = engine->launched;
+    if (was_launched) status = exchange(engine, news, err);
+    if (status || engine->launched) return status;
+    bool is_over = was_launched && engine->mode == PERK_MODE_COMPLETION;
+    if (is_over || perk_scheduler_unfinished(engine->scheduler) == 0) return bring_back(engine, err);
+    status = perk_scheduler_launch(engine->scheduler, engine->executor, &engine->launches, err);
+    engine->launched = status == PERK_OK;
+    return status;
+}
+
+perk_status perk_engine_poll(perk_engine *engine, bool *news, double *again, perk_error *err) {
+    *news = false;
+    *again = 0;
     perk_status status = check_open(engine, err);
     if (status) return status;
     perk_error failure = {0};
-    if (may_run_many(engine))
-        status = perk_scheduler_run(engine->scheduler, engine->executor, (uint32_t)engine->steps_a_launch, &failure);
-    else
-        status = step_once(engine, &failure);
+    int32_t count = 0;
+    status = engine->mode == PERK_MODE_SINGLE ? step_once(engine, &failure) : run_kernel(engine, &count, &failure);
     if (status) return close_after(engine, status, &failure, err);
+    *news = engine->mode == PERK_MODE_SINGLE || count > 0;
+    if (engine->launched) *again = until_news(engine, *news);
+    return PERK_OK;
+}
+
+perk_status perk_engine_step(perk_engine *engine, int32_t *running, perk_error *err) {
+    bool news;
+    double again;
+    if (running) *running = 0;
+    for (;;) {
+        perk_status status = perk_engine_poll(engine, &news, &again, err);
+        if (status) return status;
+        bool is_done = news || perk_scheduler_unfinished(engine->scheduler) == 0;
+        if (again == 0 || (is_done && engine->mode == PERK_MODE_ONLINE)) break;
+        sleep_for(again);
+    }
     if (running) *running = perk_scheduler_unfinished(engine->scheduler);
     return PERK_OK;
 }
+
+perk_status perk_engine_pause(perk_engine *engine, perk_error *err) {
+    perk_status status = check_open(engine, err);
+    if (status) return status;
+    perk_error failure = {0};
+    status = bring_back(engine, &failure);
+    return status ? close_after(engine, status, &failure, err) : PERK_OK;
+}
+
+bool perk_engine_stays(const perk_engine *engine) { return engine->launched; }
 
 void perk_engine_statistics(const perk_engine *engine, perk_engine_stats *out) {
     perk_scheduler_statistics(engine->scheduler, out);
@@ -462,6 +588,8 @@ perk_status perk_engine_stream_logits(perk_engine *engine, const int32_t *ids, s
     perk_status status = check_open(engine, err);
     if (!status) status = check_ids(engine, ids, count, err);
     if (status || count == 0) return status;
+    perk_error lost = {0};
+    if ((status = bring_back(engine, &lost))) return close_after(engine, status, &lost, err);
     size_t page_size = (size_t)engine->config.page_size;
     int32_t page_count = (int32_t)perk_ceil_div(count, page_size);
     int32_t *pages = perk_calloc((size_t)engine->batch->pages_per_request, sizeof *pages);

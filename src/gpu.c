@@ -421,6 +421,7 @@ void perk_gpu_keep_to_largest(perk_executor *executor, bool kept) { gpu_of(execu
 void perk_gpu_program_steps(const perk_executor *executor, uint64_t steps[PERK_MAX_PROGRAMS]) {
     const perk_gpu *gpu = (const perk_gpu *)executor;
     for (int i = 0; i < gpu->program_count; i++) steps[i] = gpu->programs[i].steps;
+    steps[gpu->program_count - 1] += perk_gpu_many_steps(executor);
 }
 
 /* ---- tensors, for tests ---- */
@@ -552,6 +553,7 @@ static void release_program(const perk_gpu *gpu, const perk_gpu_program *p) {
 /* With the context current. */
 static void release_objects(perk_gpu *gpu) {
     const perk_driver *driver = gpu->driver;
+    if (gpu->many) perk_gpu_online.stop(&gpu->executor);
     if (gpu->stream) driver->cuStreamSynchronize(gpu->stream);
     perk_gpu_many_close(gpu);
     for (int i = 0; i < PERK_SPACE_COUNT; i++) release_memory(gpu, &gpu->spaces[i]);
@@ -581,7 +583,7 @@ static void gpu_free(perk_executor *self) {
 }
 
 static const perk_executor_type gpu_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free, NULL};
-static const perk_executor_type many_steps_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free, perk_gpu_many_steps};
+static const perk_executor_type many_steps_type = {"gpu", gpu_step, gpu_write, gpu_read, gpu_free, &perk_gpu_online};
 
 /* Programs are made on several threads, and whoever listens hears one at a time. */
 typedef struct ordered_log {

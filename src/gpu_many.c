@@ -7,6 +7,8 @@
 #include "scheduler.h"
 
 enum { RING_RECORDS = 1 << 14, ALIGNMENT = 256 };
+/* The driver is asked now and then, in case that the kernel has ended without a word. */
+static const double DRIVER_SECONDS = 0.1;
 
 /* What the host knows of a slot. */
 typedef struct slot_owner {
@@ -30,6 +32,9 @@ struct perk_gpu_many {
     slot_owner *owners; /* [slots] */
     uint32_t posted, read;
     uint32_t most_steps; /* of a launch */
+    bool launched;       /* and its end not seen yet */
+    double asked;        /* when the driver was, how the launch is */
+    uint64_t steps_before;
     perk_many_args args;
 };
 
@@ -54,7 +59,8 @@ static void *take(cursor *c, uint64_t bytes) {
 
 static uint32_t mail_ring(const perk_schedule_limits *limits) {
     uint32_t size = 1;
-    while (size < 2 * (uint32_t)limits->slots) size *= 2; /* a slot has an arrival and a cancel at most */
+    /* A slot has an arrival and a cancel at most, and a late cancel of who had it before. */
+    while (size < 3 * (uint32_t)limits->slots) size *= 2;
     return size;
 }
 
@@ -297,7 +303,7 @@ void perk_gpu_many_command(perk_executor *executor, uint32_t command) {
 /* ---- launches ---- */
 
 /* With the context current. */
-static perk_status run_launch(perk_gpu *gpu, const perk_gpu_many_options *options, perk_error *err) {
+static perk_status begin_launch(perk_gpu *gpu, const perk_launch_options *options, perk_error *err) {
     struct perk_gpu_many *many = gpu->many;
     perk_many_args args = many->args;
     args.max_steps = options->max_steps ? PERK_MIN(options->max_steps, many->most_steps) : many->most_steps;
@@ -305,41 +311,53 @@ static perk_status run_launch(perk_gpu *gpu, const perk_gpu_many_options *option
     args.dealt = many->post->dealt;
     args.written = many->post->written;
     many->post->end = PERK_LAUNCH_RUNS;
+    many->asked = perk_now();
     perk_status status = perk_gpu_launch(gpu, gpu->largest, &args, err);
-    if (!status)
-        status = perk_driver_check(gpu->driver, gpu->driver->cuStreamSynchronize(gpu->stream), err,
-                                   "running steps from %u on", gpu->largest->steps);
-    if (status || gpu->hang->complete) return status ? status : PERK_HANG;
-    switch (many->post->end) {
-    case PERK_LAUNCH_RUNS: return perk_fail(err, PERK_INTERNAL, "the launch ended and did not say why");
-    case PERK_LAUNCH_STUCK:
-        return perk_fail(err, PERK_INTERNAL, "the kernel found no work among %u unfinished requests",
-                         many->post->unfinished);
-    case PERK_LAUNCH_TOKEN:
-        return perk_fail(err, PERK_INTERNAL, "step %u picked a token outside the model's vocabulary",
-                         gpu->largest->steps + many->post->steps - 1);
-    default: return PERK_OK;
-    }
+    many->launched = status == PERK_OK;
+    return status;
 }
 
-perk_status perk_gpu_many_run(perk_executor *executor, const perk_gpu_many_options *options,
-                              perk_gpu_many_result *result, perk_error *err) {
+/* Waits; with the context current. */
+static perk_status end_launch(perk_gpu *gpu, perk_error *err) {
+    const perk_post *post = gpu->many->post;
+    gpu->many->launched = false;
+    perk_status status = perk_driver_check(gpu->driver, gpu->driver->cuStreamSynchronize(gpu->stream), err,
+                                           "running steps from %u on", gpu->largest->steps);
+    if (status || gpu->hang->complete) return status ? status : PERK_HANG;
+    switch (post->end) {
+    case PERK_LAUNCH_RUNS: return perk_fail(err, PERK_INTERNAL, "the launch ended and did not say why");
+    case PERK_LAUNCH_STUCK:
+        return perk_fail(err, PERK_INTERNAL, "the kernel found no work among %u unfinished requests", post->unfinished);
+    case PERK_LAUNCH_TOKEN:
+        return perk_fail(err, PERK_INTERNAL, "step %u picked a token outside the model's vocabulary",
+                         gpu->largest->steps + post->steps - 1);
+    default: break;
+    }
+    gpu->largest->steps += post->steps;
+    return PERK_OK;
+}
+
+static perk_status check_alive(const perk_gpu *gpu, perk_error *err) {
+    if (gpu->failed) *err = gpu->failure;
+    return gpu->failed ? gpu->failure.status : PERK_OK;
+}
+
+perk_status perk_gpu_many_run(perk_executor *executor, const perk_launch_options *options, perk_gpu_many_result *result,
+                              perk_error *err) {
     perk_gpu *gpu = (perk_gpu *)executor;
     perk_error local;
     if (!err) err = &local; /* what closes the executor is kept */
     *result = (perk_gpu_many_result){0};
-    if (gpu->failed) {
-        *err = gpu->failure;
-        return gpu->failure.status;
-    }
-    perk_status status = perk_gpu_enter(gpu, err);
+    perk_status status = check_alive(gpu, err);
+    if (status) return status;
+    status = perk_gpu_enter(gpu, err);
     if (!status) {
-        status = run_launch(gpu, options, err);
+        status = begin_launch(gpu, options, err);
+        if (!status) status = end_launch(gpu, err);
         perk_gpu_leave(gpu);
     }
     if (status) return perk_gpu_fail_step(gpu, gpu->largest, status, err);
     const perk_post *post = gpu->many->post;
-    gpu->largest->steps += post->steps;
     *result = (perk_gpu_many_result){.end = post->end,
                                      .steps = post->steps,
                                      .unfinished = post->unfinished,
@@ -348,47 +366,160 @@ perk_status perk_gpu_many_run(perk_executor *executor, const perk_gpu_many_optio
 }
 
 /* Between launches. Page tables are of the batch that the kernel makes; the host's schedule has them in its block. */
-static perk_status copy_schedule(perk_gpu *gpu, uint64_t *block, bool to_device, perk_error *err) {
+static perk_status send_schedule(perk_gpu *gpu, const uint64_t *block, perk_error *err) {
     const struct perk_gpu_many *many = gpu->many;
-    const perk_driver *driver = gpu->driver;
-    CUdeviceptr schedule = (CUdeviceptr)(uintptr_t)many->args.schedule;
     CUdeviceptr page_table = (CUdeviceptr)(uintptr_t)(many->args.batch + gpu->largest->layout.page_table);
-    uint64_t *host_table = block + many->layout.page_table;
-    size_t bytes = many->layout.words * sizeof *block;
     size_t table_bytes = (size_t)many->limits.requests * (size_t)perk_plan_pages_per_request(&gpu->config) * 4;
-    if (to_device) {
-        perk_status status = perk_gpu_upload(gpu, schedule, block, bytes, "the schedule", err);
-        return status ? status : perk_gpu_upload(gpu, page_table, host_table, table_bytes, "page tables", err);
-    }
-    CUresult result = driver->cuMemcpyDtoH(block, schedule, bytes);
-    if (result == CUDA_SUCCESS) result = driver->cuMemcpyDtoH(host_table, page_table, table_bytes);
-    return perk_driver_check(driver, result, err, "copying the schedule");
+    perk_status status = perk_gpu_upload(gpu, (CUdeviceptr)(uintptr_t)many->args.schedule, block,
+                                         many->layout.words * sizeof *block, "the schedule", err);
+    return status ? status
+                  : perk_gpu_upload(gpu, page_table, block + many->layout.page_table, table_bytes, "page tables", err);
+}
+
+static perk_status fetch_schedule(perk_gpu *gpu, uint64_t *block, perk_error *err) {
+    const struct perk_gpu_many *many = gpu->many;
+    CUdeviceptr page_table = (CUdeviceptr)(uintptr_t)(many->args.batch + gpu->largest->layout.page_table);
+    size_t table_bytes = (size_t)many->limits.requests * (size_t)perk_plan_pages_per_request(&gpu->config) * 4;
+    CUresult result = gpu->driver->cuMemcpyDtoH(block, (CUdeviceptr)(uintptr_t)many->args.schedule,
+                                                many->layout.words * sizeof *block);
+    if (result == CUDA_SUCCESS)
+        result = gpu->driver->cuMemcpyDtoH(block + many->layout.page_table, page_table, table_bytes);
+    return perk_driver_check(gpu->driver, result, err, "copying the schedule");
 }
 
 perk_status perk_gpu_many_schedule(perk_executor *executor, uint64_t *block, perk_error *err) {
     perk_gpu *gpu = (perk_gpu *)executor;
     perk_status status = perk_gpu_enter(gpu, err);
     if (status) return status;
-    status = copy_schedule(gpu, block, false, err);
+    status = fetch_schedule(gpu, block, err);
     perk_gpu_leave(gpu);
     return status;
 }
 
-perk_status perk_gpu_many_steps(perk_executor *executor, perk_schedule *schedule, uint32_t max_steps, perk_error *err) {
-    perk_gpu *gpu = (perk_gpu *)executor;
+/* ---- online, over a schedule of the host's ---- */
+
+uint32_t perk_gpu_many_steps(const perk_executor *executor) {
+    const struct perk_gpu_many *many = ((const perk_gpu *)executor)->many;
+    return many && many->launched ? (uint32_t)(many->post->standing.state.steps - many->steps_before) : 0;
+}
+
+static perk_status begin_online(perk_gpu *gpu, const perk_schedule *schedule, const perk_launch_options *options,
+                                perk_error *err) {
     struct perk_gpu_many *many = gpu->many;
-    const perk_gpu_many_options options = {.max_steps = max_steps};
-    perk_gpu_many_result result;
-    if (memcmp(&schedule->limits, &many->limits, sizeof many->limits) != 0)
+    perk_status status = PERK_OK;
+    if (schedule) {
+        many->post->standing = (perk_standing){*schedule->state, *schedule->pool.state};
+        status =
+            send_schedule(gpu, (const uint64_t *)(const void *)schedule->state, err); /* stands first in the block */
+    }
+    many->steps_before = many->post->standing.state.steps;
+    store(&many->post->command, PERK_COMMAND_NONE);
+    return status ? status : begin_launch(gpu, options, err);
+}
+
+static perk_status online_launch(perk_executor *self, const perk_schedule *schedule, const perk_launch_options *options,
+                                 perk_error *err) {
+    perk_gpu *gpu = (perk_gpu *)self;
+    if (schedule && memcmp(&schedule->limits, &gpu->many->limits, sizeof schedule->limits) != 0)
         return perk_fail(err, PERK_INTERNAL, "the schedule has other limits than the program");
-    uint64_t *block = (uint64_t *)(void *)schedule->state; /* stands first in it */
-    perk_status status = perk_gpu_enter(gpu, err);
+    perk_status status = check_alive(gpu, err);
     if (status) return status;
-    status = copy_schedule(gpu, block, true, err);
-    if (!status) status = perk_gpu_many_run(executor, &options, &result, err);
-    if (!status) status = copy_schedule(gpu, block, false, err);
+    status = perk_gpu_enter(gpu, err);
+    if (status) return status;
+    status = begin_online(gpu, schedule, options, err);
     perk_gpu_leave(gpu);
-    many->read = many->post->written; /* the tokens are in the schedule */
-    store(&many->post->read, many->read);
+    return status ? perk_gpu_fail_step(gpu, gpu->largest, status, err) : PERK_OK;
+}
+
+/* Whether the launch says that it has ended, or the driver does. */
+static bool seems_ended(const perk_gpu *gpu) {
+    struct perk_gpu_many *many = gpu->many;
+    if (load(&many->post->end) != PERK_LAUNCH_RUNS || load(&gpu->hang->complete)) return true;
+    if (perk_now() - many->asked < DRIVER_SECONDS) return false;
+    many->asked = perk_now();
+    if (perk_gpu_enter(gpu, NULL)) return true;
+    CUresult result = gpu->driver->cuStreamQuery(gpu->stream);
+    perk_gpu_leave(gpu);
+    return result != CUDA_ERROR_NOT_READY;
+}
+
+static perk_status online_poll(perk_executor *self, bool *ended, perk_error *err) {
+    perk_gpu *gpu = (perk_gpu *)self;
+    *ended = !gpu->many->launched || seems_ended(gpu);
+    if (!*ended || !gpu->many->launched) return PERK_OK;
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (!status) {
+        status = end_launch(gpu, err);
+        perk_gpu_leave(gpu);
+    }
+    return status ? perk_gpu_fail_step(gpu, gpu->largest, status, err) : PERK_OK;
+}
+
+static void online_stop(perk_executor *self) { perk_gpu_many_command(self, PERK_COMMAND_STOP); }
+
+static void online_arrive(perk_executor *self, const perk_schedule *schedule, int32_t slot) {
+    struct perk_gpu_many *many = many_of(self);
+    const perk_slot *r = &schedule->slots[slot];
+    uint64_t positions = (uint64_t)many->limits.positions, pages = (uint64_t)schedule->batch.pages_per_request;
+    many->slots[slot] = *r;
+    memcpy(many->tokens + (uint64_t)slot * positions, perk_slot_tokens(schedule, slot),
+           (size_t)r->prompt_length * sizeof *many->tokens);
+    if (r->hash_count)
+        memcpy(many->hashes + (uint64_t)slot * pages, perk_slot_hashes(schedule, slot),
+               (size_t)r->hash_count * sizeof *many->hashes);
+    if (r->rule.bias_count)
+        memcpy(many->biases + (uint64_t)slot * PERK_DRAW_BIASES, perk_slot_biases(schedule, slot),
+               (size_t)r->rule.bias_count * sizeof *many->biases);
+    post_mail(many, PERK_MAIL_ARRIVAL, slot);
+}
+
+static void online_cancel(perk_executor *self, int32_t slot) { post_mail(many_of(self), PERK_MAIL_CANCEL, slot); }
+
+static perk_standing online_stand(const perk_executor *self) { return ((const perk_gpu *)self)->many->post->standing; }
+
+/* What the kernel would have done with its mail. */
+static void deal_with_mail(struct perk_gpu_many *many, perk_schedule *schedule) {
+    uint64_t positions = (uint64_t)many->limits.positions, pages = (uint64_t)schedule->batch.pages_per_request;
+    for (; many->post->dealt != many->posted; many->post->dealt++) {
+        const perk_mail *mail = &many->mails[many->post->dealt & many->args.mail_mask];
+        perk_slot *r = &schedule->slots[mail->slot];
+        if (mail->kind == PERK_MAIL_ARRIVAL) {
+            *r = many->slots[mail->slot];
+            memcpy(perk_slot_tokens(schedule, mail->slot), many->tokens + (uint64_t)mail->slot * positions,
+                   (size_t)r->prompt_length * sizeof *many->tokens);
+            memcpy(perk_slot_hashes(schedule, mail->slot), many->hashes + (uint64_t)mail->slot * pages,
+                   (size_t)r->hash_count * sizeof *many->hashes);
+            memcpy(perk_slot_biases(schedule, mail->slot), many->biases + (uint64_t)mail->slot * PERK_DRAW_BIASES,
+                   (size_t)r->rule.bias_count * sizeof *many->biases);
+            perk_schedule_arrive(schedule, mail->slot);
+        } else if (r->state == PERK_SLOT_WAITING || r->state == PERK_SLOT_RUNNING) {
+            perk_schedule_cancel(schedule, mail->slot);
+        }
+    }
+}
+
+/* Which slots are free is the host's alone to say. */
+static perk_status online_take_back(perk_executor *self, perk_schedule *schedule, perk_error *err) {
+    perk_gpu *gpu = (perk_gpu *)self;
+    int32_t free_slots = schedule->state->free_slots, *kept = perk_calloc((size_t)schedule->limits.slots, sizeof *kept);
+    if (!kept) return perk_fail_memory(err, "the schedule");
+    memcpy(kept, schedule->free_slots, (size_t)free_slots * sizeof *kept);
+    perk_status status = perk_gpu_many_schedule(self, (uint64_t *)(void *)schedule->state, err);
+    if (!status) {
+        schedule->state->free_slots = free_slots;
+        memcpy(schedule->free_slots, kept, (size_t)free_slots * sizeof *kept);
+        for (int32_t i = 0; i < free_slots; i++) schedule->slots[kept[i]].state = PERK_SLOT_FREE;
+        deal_with_mail(gpu->many, schedule);
+    }
+    free(kept);
     return status;
 }
+
+const perk_online_type perk_gpu_online = {.launch = online_launch,
+                                          .poll = online_poll,
+                                          .stop = online_stop,
+                                          .arrive = online_arrive,
+                                          .cancel = online_cancel,
+                                          .read = perk_gpu_many_read,
+                                          .stand = online_stand,
+                                          .take_back = online_take_back};

@@ -35,11 +35,6 @@ size_t perk_gpu_many_read(perk_executor *executor, perk_token_record *records, p
  * ends a launch after the step that runs, DRAIN as soon as nothing is unfinished. */
 void perk_gpu_many_command(perk_executor *executor, uint32_t command);
 
-typedef struct perk_gpu_many_options {
-    uint32_t max_steps;     /* 0: as many as one launch can count */
-    uint32_t idle_limit_ms; /* the launch ends when nothing was unfinished for so long; 0: at once */
-} perk_gpu_many_options;
-
 typedef struct perk_gpu_many_result {
     uint32_t end;        /* PERK_LAUNCH_* */
     uint32_t steps;      /* of this launch */
@@ -48,12 +43,14 @@ typedef struct perk_gpu_many_result {
 } perk_gpu_many_result;
 
 /* One launch, until it ends by itself. Another one goes on where it ended. */
-perk_status perk_gpu_many_run(perk_executor *executor, const perk_gpu_many_options *options,
-                              perk_gpu_many_result *result, perk_error *err);
+perk_status perk_gpu_many_run(perk_executor *executor, const perk_launch_options *options, perk_gpu_many_result *result,
+                              perk_error *err);
 
-/* The executor's `run`: the caller's schedule goes to the device and comes back. Its limits are those of
- * perk_plan_schedule_limits. An executor is used so, or through the mailbox, not both. */
-perk_status perk_gpu_many_steps(perk_executor *executor, perk_schedule *schedule, uint32_t max_steps, perk_error *err);
+/* The executor's `online`: the schedule is the caller's, and goes to the device and back. Its limits are those of
+ * perk_plan_schedule_limits. An executor is used so, or through what stands above, not both. */
+extern const perk_online_type perk_gpu_online;
+/* Steps of the launch under way that are done; 0 between launches. */
+uint32_t perk_gpu_many_steps(const perk_executor *executor);
 
 /* For tests, between launches: the kernel's state of requests and pages, copied into `block` (the words of
  * perk_schedule_lay_out over perk_plan_schedule_limits). */

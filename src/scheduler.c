@@ -22,12 +22,13 @@ struct perk_scheduler {
     uint64_t *block; /* the schedule's state */
     perk_schedule schedule;
     perk_sampler *sampler;
-    perk_request **placed_in; /* [slots] */
-    int32_t *picks;           /* [logit rows] */
-    uint64_t submitted, finished_count;
-    perk_request_list queued;   /* in the order of arrival, for a slot */
-    perk_request_list placed;   /* in a slot */
-    perk_request_list finished; /* kept until their owner frees them */
+    perk_request **placed_in;                          /* [slots] */
+    int32_t *picks;                                    /* [logit rows] */
+    perk_executor *away;                               /* who has the schedule; NULL: it is here */
+    uint64_t submitted, finished_count, answer_tokens; /* answer_tokens: that requests got */
+    perk_request_list queued;                          /* in the order of arrival, for a slot */
+    perk_request_list placed;                          /* in a slot */
+    perk_request_list finished;                        /* kept until their owner frees them */
 };
 
 static void list_append(perk_request_list *list, perk_request *request) {
@@ -201,16 +202,16 @@ const perk_logprob *perk_request_logprobs(const perk_request *request, size_t pl
 
 perk_finish perk_request_finish(const perk_request *request) { return request->finish; }
 
-/* The request is out of the schedule, or never was in it. */
-static void finish(perk_request *request, perk_finish reason) {
+/* The request is out of the schedule, or never was in it; `slot` is free again, or -1. */
+static void finish(perk_request *request, perk_finish reason, int32_t slot) {
     perk_scheduler *scheduler = request->scheduler;
     if (request->slot >= 0) {
         const perk_slot *r = &scheduler->schedule.slots[request->slot];
         request->found = r->found;
         request->set_backs = r->set_backs;
         scheduler->placed_in[request->slot] = NULL;
-        perk_schedule_close(&scheduler->schedule, request->slot);
     }
+    if (slot >= 0) perk_schedule_close(&scheduler->schedule, slot);
     request->slot = -1;
     request->finish = reason;
     request->ended = perk_now();
@@ -219,9 +220,14 @@ static void finish(perk_request *request, perk_finish reason) {
 }
 
 void perk_request_cancel(perk_request *request) {
+    perk_executor *away = request->scheduler->away;
+    int32_t slot = request->slot;
     if (request->finish != PERK_FINISH_NONE) return;
-    if (request->slot >= 0) perk_schedule_cancel(&request->scheduler->schedule, request->slot);
-    finish(request, PERK_FINISH_CANCELLED);
+    if (slot >= 0 && away)
+        away->type->online->cancel(away, slot); /* and the slot is free when the executor says so */
+    else if (slot >= 0)
+        perk_schedule_cancel(&request->scheduler->schedule, slot);
+    finish(request, PERK_FINISH_CANCELLED, away ? -1 : slot);
 }
 
 void perk_request_free(perk_request *request) {
@@ -261,8 +267,12 @@ static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot
     r->rule.bias_count = perk_sampling_slot_biases(&request->sampling, perk_slot_biases(&scheduler->schedule, slot));
     memcpy(perk_slot_tokens(&scheduler->schedule, slot), request->tokens,
            (size_t)request->prompt_length * sizeof *request->tokens);
-    perk_schedule_arrive(&scheduler->schedule, slot);
+    r->length = r->prompt_length;
     extend_hashes(scheduler, slot);
+    if (scheduler->away)
+        scheduler->away->type->online->arrive(scheduler->away, &scheduler->schedule, slot);
+    else
+        perk_schedule_arrive(&scheduler->schedule, slot);
     request->slot = slot;
     scheduler->placed_in[slot] = request;
     list_move(request, &scheduler->placed);
@@ -340,50 +350,97 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
         perk_request *request = scheduler->placed_in[slot];
         if (!request) continue;
         request->tokens[request->length++] = scheduler->picks[row];
+        scheduler->answer_tokens++;
         if (request->answered == 0) request->answered = now;
         extend_hashes(scheduler, slot);
-        if (schedule->slots[slot].state == PERK_SLOT_FINISHED) finish(request, (perk_finish)schedule->slots[slot].end);
+        if (schedule->slots[slot].state == PERK_SLOT_FINISHED)
+            finish(request, (perk_finish)schedule->slots[slot].end, slot);
     }
     return PERK_OK;
 }
 
-/* ---- many steps at once ---- */
+/* ---- steps without the host ---- */
 
-bool perk_scheduler_picks_alone(const perk_scheduler *scheduler) {
-    const perk_request_list *lists[] = {&scheduler->queued, &scheduler->placed};
-    for (size_t i = 0; i < PERK_COUNT(lists); i++)
-        for (const perk_request *r = lists[i]->first; r; r = r->next)
-            if (r->sampling.logprobs) return false;
-    return true;
-}
+bool perk_scheduler_is_away(const perk_scheduler *scheduler) { return scheduler->away != NULL; }
 
-/* Takes in what has become of a request's slot. */
-static perk_status take_answer(perk_scheduler *scheduler, perk_request *request, double begin, perk_error *err) {
-    const perk_slot *r = &scheduler->schedule.slots[request->slot];
-    int32_t slot = request->slot;
-    if (r->length < request->length || r->length > request->limit)
-        return perk_fail(err, PERK_INTERNAL, "a request of %d tokens came back with %d", request->length, r->length);
-    if (request->started == 0 && (r->state != PERK_SLOT_WAITING || r->set_backs > 0)) request->started = begin;
-    if (request->answered == 0 && r->length > request->length) request->answered = perk_now();
-    memcpy(request->tokens + request->length, perk_slot_tokens(&scheduler->schedule, slot) + request->length,
-           (size_t)(r->length - request->length) * sizeof(int32_t));
-    request->length = r->length;
-    extend_hashes(scheduler, slot);
-    if (r->state == PERK_SLOT_FINISHED) finish(request, (perk_finish)r->end);
-    return PERK_OK;
-}
-
-perk_status perk_scheduler_run(perk_scheduler *scheduler, perk_executor *executor, uint32_t max_steps,
-                               perk_error *err) {
-    double begin = perk_now();
+perk_status perk_scheduler_launch(perk_scheduler *scheduler, perk_executor *executor,
+                                  const perk_launch_options *options, perk_error *err) {
+    bool is_here = !scheduler->away;
     place_queued(scheduler);
-    if (scheduler->placed.count == 0) return PERK_OK;
-    perk_status status = executor->type->run(executor, &scheduler->schedule, max_steps, err);
-    for (perk_request *r = scheduler->placed.first, *next; r && !status; r = next) {
-        next = r->next;
-        status = take_answer(scheduler, r, begin, err);
-    }
+    perk_status status = executor->type->online->launch(executor, is_here ? &scheduler->schedule : NULL, options, err);
+    if (!status) scheduler->away = executor;
     return status;
+}
+
+/* `details`: of the token, where its request wants log probabilities. */
+static perk_status take_token(perk_request *request, int32_t token, const perk_draw_record *details, perk_error *err) {
+    if (token < 0 || token >= request->scheduler->vocab_size || request->length == request->limit)
+        return perk_fail(err, PERK_INTERNAL, "a request of %d tokens that ends at %d got token %d", request->length,
+                         request->limit, token);
+    int32_t each = perk_sampling_logprob_count(&request->sampling);
+    if (each && !details)
+        return perk_fail(err, PERK_INTERNAL, "a token came without the log probabilities that were asked for");
+    if (each)
+        perk_sampler_logprobs(details, token, each - 1,
+                              request->logprobs + (size_t)(request->length - request->prompt_length) * (size_t)each);
+    request->tokens[request->length++] = token;
+    request->scheduler->answer_tokens++;
+    if (request->answered == 0) request->answered = perk_now();
+    return PERK_OK;
+}
+
+/* One record. The requests of some were cancelled here meanwhile: of them, the slot alone counts. */
+static perk_status take_record(perk_scheduler *scheduler, const perk_token_record *record,
+                               const perk_draw_record *details, perk_error *err) {
+    perk_request *request = scheduler->placed_in[record->slot];
+    perk_slot *r = &scheduler->schedule.slots[record->slot];
+    bool ends = record->end != PERK_END_NONE;
+    if (!request) {
+        if (ends) perk_schedule_close(&scheduler->schedule, record->slot);
+        return PERK_OK;
+    }
+    if (request->started == 0) request->started = perk_now();
+    bool has_token = record->token >= 0 || (ends && record->end != PERK_END_CANCELLED);
+    perk_status status =
+        has_token ? take_token(request, record->token, record->has_details ? details : NULL, err) : PERK_OK;
+    if (status || !ends) return status;
+    r->found = record->found;
+    r->set_backs = record->set_backs;
+    finish(request, (perk_finish)record->end, record->slot);
+    return PERK_OK;
+}
+
+perk_status perk_scheduler_exchange(perk_scheduler *scheduler, int32_t *news, perk_error *err) {
+    perk_token_record records[64];
+    perk_draw_record details[64];
+    perk_executor *away = scheduler->away;
+    perk_status status = PERK_OK;
+    *news = 0;
+    for (size_t count; !status && (count = away->type->online->read(away, records, details, PERK_COUNT(records))) > 0;)
+        for (size_t i = 0; i < count && !status; i++) {
+            status = take_record(scheduler, &records[i], &details[i], err);
+            *news += records[i].token >= 0 || records[i].end != PERK_END_NONE;
+        }
+    if (!status) place_queued(scheduler);
+    return status;
+}
+
+perk_status perk_scheduler_take_back(perk_scheduler *scheduler, perk_error *err) {
+    perk_executor *away = scheduler->away;
+    perk_schedule *schedule = &scheduler->schedule;
+    perk_status status = away->type->online->take_back(away, schedule, err);
+    if (status) return status;
+    scheduler->away = NULL;
+    for (int32_t slot = 0; slot < schedule->limits.slots; slot++) {
+        const perk_request *request = scheduler->placed_in[slot];
+        if (!request && schedule->slots[slot].state == PERK_SLOT_FINISHED) perk_schedule_close(schedule, slot);
+        if (!request) continue;
+        if (schedule->slots[slot].length != request->length)
+            return perk_fail(err, PERK_INTERNAL, "a request of %d tokens came back with %d", request->length,
+                             schedule->slots[slot].length);
+        extend_hashes(scheduler, slot);
+    }
+    return PERK_OK;
 }
 
 /* ---- statistics ---- */
@@ -407,23 +464,29 @@ void perk_request_statistics(const perk_request *request, perk_request_stats *ou
 }
 
 void perk_scheduler_statistics(const perk_scheduler *scheduler, perk_engine_stats *out) {
-    const perk_schedule_state *state = scheduler->schedule.state;
-    const perk_pool *pool = &scheduler->schedule.pool;
+    const perk_executor *away = scheduler->away;
+    const perk_schedule *schedule = &scheduler->schedule;
+    const perk_standing standing =
+        away ? away->type->online->stand(away) : (perk_standing){*schedule->state, *schedule->pool.state};
+    const perk_schedule_state *state = &standing.state;
+    const perk_pool_state *pool = &standing.pool;
+    int32_t unfinished = perk_scheduler_unfinished(scheduler), pages = schedule->pool.page_count;
     double places = (double)state->steps * scheduler->config.max_num_batched_tokens;
-    *out = (perk_engine_stats){.submitted = scheduler->submitted,
-                               .finished = scheduler->finished_count,
-                               .steps = state->steps,
-                               .step_tokens = state->step_tokens,
-                               .answer_tokens = state->answer_tokens,
-                               .found_tokens = state->found_tokens,
-                               .set_backs = state->set_backs,
-                               .evictions = pool->state->evictions,
-                               .batch_fill = places > 0 ? (double)state->step_tokens / places : 0,
-                               .waiting = perk_scheduler_unfinished(scheduler) - state->running,
-                               .running = state->running,
-                               .pages = pool->page_count,
-                               .pages_in_use = pool->page_count - pool->state->unused,
-                               .pages_kept = pool->state->kept};
+    *out = (perk_engine_stats){
+        .submitted = scheduler->submitted,
+        .finished = scheduler->finished_count,
+        .steps = state->steps,
+        .step_tokens = state->step_tokens,
+        .answer_tokens = scheduler->answer_tokens,
+        .found_tokens = state->found_tokens,
+        .set_backs = state->set_backs,
+        .evictions = pool->evictions,
+        .batch_fill = places > 0 ? (double)state->step_tokens / places : 0,
+        .waiting = PERK_MAX(unfinished - state->running, 0), /* one may have been cancelled here alone */
+        .running = state->running,
+        .pages = pages,
+        .pages_in_use = pages - pool->unused,
+        .pages_kept = pool->kept};
 }
 
 /* ---- pages for others ---- */

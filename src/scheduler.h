@@ -54,11 +54,19 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
  * them by itself. */
 perk_schedule_limits perk_scheduler_limits(const perk_config *config);
 
-/* Whether perk_scheduler_run brings all that the unfinished requests want: it brings no log probabilities. */
-bool perk_scheduler_picks_alone(const perk_scheduler *scheduler);
-/* Runs up to `max_steps` steps at once, on an executor that can (`run`), and takes their results in. What requests
- * answer is offered to others only afterwards. */
-perk_status perk_scheduler_run(perk_scheduler *scheduler, perk_executor *executor, uint32_t max_steps, perk_error *err);
+/* ---- steps without the host (executor->type->online) ----
+ * The schedule is with an executor from the first launch until it is taken back. Meanwhile requests can be submitted,
+ * cancelled and freed as ever, but no step can be filled and no page borrowed. What requests answer is offered to
+ * others only after that. */
+
+bool perk_scheduler_is_away(const perk_scheduler *scheduler);
+/* Begins a launch; all that is queued goes along, as far as there are slots. */
+perk_status perk_scheduler_launch(perk_scheduler *scheduler, perk_executor *executor,
+                                  const perk_launch_options *options, perk_error *err);
+/* Takes in the tokens that have come, and sends what is queued after them. *news: how many requests have some. */
+perk_status perk_scheduler_exchange(perk_scheduler *scheduler, int32_t *news, perk_error *err);
+/* After the last launch has ended and all its tokens were taken in. */
+perk_status perk_scheduler_take_back(perk_scheduler *scheduler, perk_error *err);
 
 /* The key of a full page: a hash of its tokens and of all before, of which `before` is that of the page before (0:
  * there is none). */

@@ -9,10 +9,13 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
 typedef struct service_request service_request;
+
+enum { TIMER_SLACK_NS = 1000 }; /* of the thread's short sleeps; 50,000 by default */
 
 struct service_request {
     uint64_t id;
@@ -228,13 +231,30 @@ static void deliver_all(perk_service *service) {
     pthread_mutex_lock(&service->lock);
 }
 
-static void step(perk_service *service) {
+/* Returns in how many seconds to look again at a kernel that runs by itself; 0: there is nothing to wait for. */
+static double step(perk_service *service) {
     perk_error failure = {0};
+    bool news;
+    double again;
     service->stepping = true;
     pthread_mutex_unlock(&service->lock);
-    perk_status status = perk_engine_step(service->engine, NULL, &failure);
+    perk_status status = perk_engine_poll(service->engine, &news, &again, &failure);
     pthread_mutex_lock(&service->lock);
     if (status) service->failure = failure;
+    return again;
+}
+
+/* A kernel that stays leaves the GPU. What it has made until then is published with the rest. */
+static void leave_gpu(perk_service *service) {
+    perk_error failure = {0};
+    pthread_mutex_unlock(&service->lock);
+    perk_status status = perk_engine_pause(service->engine, &failure);
+    pthread_mutex_lock(&service->lock);
+    if (status && !service->failure.status) service->failure = failure;
+}
+
+static bool must_leave_gpu(const perk_service *service) {
+    return service->paused || (service->draining && service->unfinished == 0);
 }
 
 static bool can_step(const perk_service *service) {
@@ -251,19 +271,44 @@ static void cancel_all(perk_service *service) {
     publish_all(service);
 }
 
+static struct timespec time_in(int64_t nanoseconds) {
+    struct timespec end;
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_sec += nanoseconds / 1000000000;
+    end.tv_nsec += (long)(nanoseconds % 1000000000);
+    if (end.tv_nsec >= 1000000000) {
+        end.tv_nsec -= 1000000000;
+        end.tv_sec++;
+    }
+    return end;
+}
+
+/* One round; returns the seconds to wait before the next, unless somebody wants something. Negative: without limit. */
+static double serve_once(perk_service *service) {
+    double again = -1;
+    empty_inbox(service);
+    bool runs = perk_engine_stays(service->engine) && !service->paused && !service->failure.status;
+    if (can_step(service) || runs) again = step(service);
+    if (perk_engine_stays(service->engine) && must_leave_gpu(service)) leave_gpu(service);
+    if (publish_all(service)) deliver_all(service);
+    service->stepping = perk_engine_stays(service->engine);
+    if (!service->stepping && must_leave_gpu(service)) pthread_cond_broadcast(&service->idle);
+    bool wanted = service->inbox || service->closing || (service->stepping && must_leave_gpu(service));
+    if (wanted) return 0;
+    return again > 0 ? again : can_step(service) ? 0 : -1;
+}
+
 static void *serve(void *argument) {
     perk_service *service = argument;
+    prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS);
     pthread_mutex_lock(&service->lock);
     while (!service->closing) {
-        empty_inbox(service);
-        bool stepping = can_step(service);
-        if (stepping) step(service);
-        if (publish_all(service)) deliver_all(service);
-        if (stepping) {
-            service->stepping = false;
-            if (service->paused) pthread_cond_broadcast(&service->idle);
-        } else if (!service->inbox && !service->closing && !can_step(service)) {
+        double seconds = serve_once(service);
+        if (seconds < 0) {
             pthread_cond_wait(&service->work, &service->lock);
+        } else if (seconds > 0) {
+            struct timespec end = time_in((int64_t)(seconds * 1e9));
+            pthread_cond_timedwait(&service->work, &service->lock, &end);
         }
     }
     cancel_all(service);
@@ -296,7 +341,7 @@ static void init_locks(perk_service *service) {
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&service->lock, NULL);
-    pthread_cond_init(&service->work, NULL);
+    pthread_cond_init(&service->work, &monotonic);
     pthread_cond_init(&service->news, &monotonic);
     pthread_cond_init(&service->idle, NULL);
     pthread_condattr_destroy(&monotonic);
@@ -467,25 +512,13 @@ perk_status perk_service_logprobs(perk_service *service, uint64_t id, size_t pla
     return status;
 }
 
-static struct timespec time_in(int32_t milliseconds) {
-    struct timespec end;
-    clock_gettime(CLOCK_MONOTONIC, &end);
-    end.tv_sec += milliseconds / 1000;
-    end.tv_nsec += (long)(milliseconds % 1000) * 1000000;
-    if (end.tv_nsec >= 1000000000) {
-        end.tv_nsec -= 1000000000;
-        end.tv_sec++;
-    }
-    return end;
-}
-
 perk_status perk_service_wait(perk_service *service, uint64_t id, int32_t *tokens, size_t capacity, int32_t timeout_ms,
                               perk_answer *answer, perk_error *err) {
     service_request *request;
     *answer = (perk_answer){0};
     perk_status status = refuse_callback(service, "wait", err);
     if (status) return status;
-    struct timespec end = time_in(PERK_MAX(timeout_ms, 0));
+    struct timespec end = time_in((int64_t)PERK_MAX(timeout_ms, 0) * 1000000);
     bool late = timeout_ms == 0;
     pthread_mutex_lock(&service->lock);
     /* Looked up anew each time: it may be released meanwhile. */
@@ -555,6 +588,7 @@ perk_status perk_service_pause(perk_service *service, perk_error *err) {
     if (status) return status;
     pthread_mutex_lock(&service->lock);
     service->paused = true;
+    pthread_cond_signal(&service->work);
     while (service->stepping && service->paused) pthread_cond_wait(&service->idle, &service->lock);
     pthread_mutex_unlock(&service->lock);
     return PERK_OK;
@@ -568,7 +602,9 @@ perk_status perk_service_drain(perk_service *service, perk_error *err) {
         status = perk_fail(err, PERK_INVALID_ARGUMENT, "a paused service cannot drain: perk_service_resume first");
     else
         service->draining = true;
-    while (!status && service->draining && service->unfinished > 0) pthread_cond_wait(&service->idle, &service->lock);
+    pthread_cond_signal(&service->work);
+    while (!status && service->draining && (service->unfinished > 0 || service->stepping) && !service->ended)
+        pthread_cond_wait(&service->idle, &service->lock);
     pthread_mutex_unlock(&service->lock);
     return status;
 }

@@ -28,6 +28,17 @@ typedef enum perk_backend {
 
 enum { PERK_MAX_PROGRAMS = 8 };
 
+/* How steps follow each other on a GPU; the reference executor knows single ones alone. In the two others the kernel
+ * batches, picks and ends by itself, in launches of many steps, all in the program for max_num_batched_tokens. Requests
+ * for which it cannot choose (temperature, penalties, bias, log probabilities) make all steps single ones until they
+ * have ended; nothing is lost or computed again by that. A model for which there is no such kernel is refused. */
+typedef enum perk_mode {
+    PERK_MODE_SINGLE = 0,     /* a launch a step: who calls perk_engine_step owns the loop */
+    PERK_MODE_COMPLETION = 1, /* a launch until nothing is unfinished, or of steps_a_launch steps */
+    PERK_MODE_ONLINE = 2,     /* the kernel stays: requests go to it, and tokens come from it, while it runs. It ends by
+                                 itself when nothing was unfinished for idle_limit_ms; the next request brings it back */
+} perk_mode;
+
 typedef struct perk_engine_options {
     perk_backend backend;
     int32_t device;           /* ordinal of the CUDA device */
@@ -43,15 +54,15 @@ typedef struct perk_engine_options {
     perk_log log;
     perk_progress progress;
     int32_t no_prefix_sharing; /* 1: requests that begin alike share no pages of the KV cache */
-    int32_t steps_a_launch;    /* on a GPU, up to so many steps happen in one launch, without the host, as long as no
-                                  request wants log probabilities: perk_engine_step returns after them, or earlier when
-                                  nothing is unfinished. Cancelling waits as long. 0 or 1: one */
+    perk_mode mode;
+    int32_t steps_a_launch; /* PERK_MODE_COMPLETION: at most; 0: no limit */
+    int32_t idle_limit_ms;  /* PERK_MODE_ONLINE; 0: 100 */
     /* Programs of the GPU, by the tokens of a step that each is for, in any order; zeros are skipped. Of those that a
      * step fits, the smallest runs it. The program for max_num_batched_tokens is always there; when that is 0, it is
-     * the largest number here. { max_num_batched_tokens } is one program alone. All 0: 1 and 8 as well, where they are
-     * no more than half of max_num_batched_tokens: a step of one request then pays for nothing that others need, and
-     * 8 tokens are what one product of the tensor cores takes. Of these defaults, those that cannot be had (no
-     * compiler, and not in the cache) are left out. */
+     * the largest number here. { max_num_batched_tokens } is one program alone. All 0: with PERK_MODE_SINGLE 1 and 8 as
+     * well, where they are no more than half of max_num_batched_tokens: a step of one request then pays for nothing
+     * that others need, and 8 tokens are what one product of the tensor cores takes. Of these defaults, those that
+     * cannot be had (no compiler, and not in the cache) are left out. */
     int32_t program_tokens[PERK_MAX_PROGRAMS];
 } perk_engine_options;
 
@@ -153,9 +164,14 @@ PERK_API int32_t perk_engine_vocab_size(const perk_engine *engine);
  * PERK_INVALID_ARGUMENT for an id outside the vocabulary or sampling numbers out of range. */
 PERK_API perk_status perk_engine_submit(perk_engine *engine, const int32_t *prompt, size_t prompt_length,
                                         const perk_sampling *sampling, perk_request **out, perk_error *err);
-/* Runs one step over the running requests, the oldest first. *running: how many are unfinished after it; 0 also when
- * there was nothing to do. A step that fails closes the engine: every later call on it fails in the same way. */
+/* Runs one step over the running requests, the oldest first; with PERK_MODE_COMPLETION, one launch; with
+ * PERK_MODE_ONLINE, returns when some request has new tokens or has ended, and the kernel goes on meanwhile. *running:
+ * how many are unfinished after it; 0 also when there was nothing to do. A step that fails closes the engine: every
+ * later call on it fails in the same way. */
 PERK_API perk_status perk_engine_step(perk_engine *engine, int32_t *running, perk_error *err);
+/* Ends a kernel that stays, after the step that it is at: the GPU is free for others until the next perk_engine_step,
+ * with which all goes on. Nothing happens where none runs. */
+PERK_API perk_status perk_engine_pause(perk_engine *engine, perk_error *err);
 /* The tokens made so far (the end token included); valid until the request is freed, and more follow in place. */
 PERK_API const int32_t *perk_request_tokens(const perk_request *request, size_t *count);
 PERK_API perk_finish perk_request_finish(const perk_request *request);

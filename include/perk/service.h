@@ -25,8 +25,9 @@ typedef struct perk_service perk_service;
 
 /* Called by the service's thread between two steps, for each request that has new tokens or has ended. `tokens`, valid
  * during the call, are those since the last one; with a `finish` other than NONE it is the request's last call. The
- * next step begins when all have returned; one may still come for a request that another thread has just released. It
- * may submit, poll, cancel and release, but not wait, pause, drain or close. */
+ * next step begins when all have returned; with PERK_MODE_ONLINE, the next tokens are taken in then. One may still come
+ * for a request that another thread has just released. It may submit, poll, cancel and release, but not wait, pause,
+ * drain or close. */
 typedef void (*perk_on_news)(void *user, uint64_t request, const int32_t *tokens, size_t count, perk_finish finish);
 
 typedef struct perk_service_options {
@@ -69,7 +70,8 @@ PERK_API perk_status perk_service_wait(perk_service *service, uint64_t request, 
  * *count is 0 when the request did not ask for them or the place has no token yet. PERK_NOT_FOUND: no such request. */
 PERK_API perk_status perk_service_logprobs(perk_service *service, uint64_t request, size_t place,
                                            perk_logprob *logprobs, size_t capacity, size_t *count, perk_error *err);
-/* Ends a request before the next step; nothing happens to one that has ended. */
+/* Ends a request before the next step (with PERK_MODE_ONLINE, the kernel may be at work on it for one more); nothing
+ * happens to one that has ended. */
 PERK_API perk_status perk_service_cancel(perk_service *service, uint64_t request, perk_error *err);
 /* Cancels the request if it is unfinished, and forgets it: its number means nothing any more. */
 PERK_API perk_status perk_service_release(perk_service *service, uint64_t request, perk_error *err);
@@ -85,9 +87,11 @@ PERK_API perk_status perk_service_news(perk_service *service, uint64_t *requests
 
 /* ---- the whole ---- */
 
-/* Returns when no step runs; none begins until perk_service_resume. Requests may be submitted meanwhile. */
+/* Returns when no step runs and no kernel stays on the GPU; none begins until perk_service_resume. Requests may be
+ * submitted meanwhile. */
 PERK_API perk_status perk_service_pause(perk_service *service, perk_error *err);
-/* Refuses new requests, and returns when all others have ended. Fails with PERK_INVALID_ARGUMENT while paused. */
+/* Refuses new requests, and returns when all others have ended and no kernel stays on the GPU. Fails with
+ * PERK_INVALID_ARGUMENT while paused. */
 PERK_API perk_status perk_service_drain(perk_service *service, perk_error *err);
 /* Ends a pause, or the refusal of new requests after perk_service_drain. */
 PERK_API perk_status perk_service_resume(perk_service *service, perk_error *err);

@@ -26,6 +26,7 @@ void perk_serve_add_options(perk_cli_options *list, perk_serve_options *o) {
                             "serve: prompt and answer; the longest that come", 1, INT32_MAX),
         PERK_CLI_OPTION_INT("max-pages", &o->max_pages, "N", "serve: KV pages in the pool", 1, INT32_MAX),
         PERK_CLI_OPTION_CHOICE("backend", &o->backend, "auto|gpu|reference", "serve: auto: the GPU where there is one"),
+        PERK_CLI_OPTION_CHOICE("mode", &o->mode, PERK_CLI_MODES, "serve: how steps follow each other on a GPU"),
     };
     perk_cli_add(list, items, (int)PERK_COUNT(items));
 }
@@ -78,6 +79,7 @@ static perk_status fill_engine(serve_bench *b, perk_error *err) {
     }
     if (b->options.soak && !b->options.max_unfinished) b->options.max_unfinished = (int32_t)batch * 4;
     b->engine.backend = (perk_backend)b->options.backend;
+    b->engine.mode = (perk_mode)b->options.mode;
     b->engine.threads = o->threads;
     b->engine.portable = o->portable;
     b->engine.random_weights = o->random_weights;
@@ -118,6 +120,7 @@ static perk_status answer_samples_alone(const serve_bench *b, perk_error *err) {
     perk_engine *engine;
     if (b->plan.sample_count == 0) return PERK_OK;
     options.no_prefix_sharing = 1;
+    options.mode = PERK_MODE_SINGLE;
     int32_t *prompt = perk_calloc((size_t)b->plan.longest_prompt, sizeof *prompt);
     if (!prompt) return perk_fail_memory(err, "a prompt");
     perk_status status = perk_engine_open(&engine, b->command->bench.model, &options, err);
@@ -173,6 +176,8 @@ static json_t *setup_json(const serve_bench *b) {
                              config->max_seq_length, "max_unfinished", o->max_unfinished, "cancels", (double)o->cancels,
                              "alike", (double)o->alike, "seed", (json_int_t)b->plan.seed, "random_weights",
                              b->engine.random_weights, "start", perk_cli_report_json(&b->report));
+    static const char *const modes[] = {"single", "completion", "online"}; /* PERK_CLI_MODES */
+    json_object_set_new(json, "mode", json_string(modes[b->engine.mode]));
     json_object_set_new(json, "duration_s", o->duration > 0 ? json_real((double)o->duration) : json_null());
     if (o->trace) json_object_set_new(json, "trace", json_string(o->trace));
     if (o->trace) return json;

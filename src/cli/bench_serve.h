@@ -16,7 +16,7 @@ typedef struct perk_serve_options {
     int32_t max_seq_length, max_pages; /* of the engine */
     int32_t max_unfinished;            /* a request beyond is refused; 0: none is */
     int32_t checks;                    /* answers to compare with those that the request gets alone */
-    int backend, soak;
+    int backend, mode, soak;
 } perk_serve_options;
 
 void perk_serve_add_options(perk_cli_options *list, perk_serve_options *options);

@@ -110,6 +110,9 @@ typedef struct perk_cli_engine {
     perk_engine_options options;
 } perk_cli_engine;
 
+/* In the order of perk_mode. */
+#define PERK_CLI_MODES "single|completion|online"
+
 void perk_cli_add_engine(perk_cli_options *options, perk_cli_engine *engine);
 /* Opens what the options say, and prints the start report with --verbose. `command` is for messages. Returns
  * PERK_EXIT_GO_ON, else the exit code after a message. */

@@ -17,7 +17,10 @@ static const perk_cli_command commands[] = {
      "({\"id\": bias}), stop_tokens (ids), logprobs (true), top_logprobs, id (anything: the answer has it, too).\n"
      "The answers come a line each, in the same order: as with --json without start, found_tokens (of the\n"
      "prompt, in pages that others had filled) and, where asked for, logprobs; or error, and then the exit\n"
-     "code is 1. Steps are shared: see --max-batched-requests.",
+     "code is 1. Steps are shared: see --max-batched-requests.\n"
+     "--mode: on a GPU every step is a launch (single), or one launch makes all steps until all requests\n"
+     "have ended (completion), or the kernel stays and takes requests while it runs (online). Requests\n"
+     "that sample make all steps single ones until they have ended.",
      "  perk run --model examples/tiny --prompt \"Once upon a time\"\n"
      "  perk run --model Qwen3-8B --chat --system \"You are terse.\"\n"
      "  perk run --model bench/configs/qwen3-8b --random-weights --tokens 1,2,3 --json\n"
@@ -111,7 +114,7 @@ static const perk_cli_command commands[] = {
      "line {\"arrival_s\": 0.25, \"prompt_tokens\": 40, \"answer_tokens\": 100} each, with \"cancel_after\": N\n"
      "where it is to be cancelled after N tokens. Times are as the requests' owner sees them, from the\n"
      "time of arrival on. It fails when a token is lost or repeated, a page is still held at the end, or\n"
-     "one of the --checks answers is not the one that the request gets alone.",
+     "one of the --checks answers is not the one that the request gets alone. --mode is that of perk run.",
      "  perk bench decode --model bench/configs/qwen3-8b --random-weights --batch 1,8,32 --json\n"
      "  perk bench prefill --model bench/configs/qwen3-8b --random-weights --max-batched-tokens 64\n"
      "  perk bench startup --model examples/tiny\n"

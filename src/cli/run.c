@@ -8,7 +8,7 @@ typedef struct run_options {
     perk_cli_engine engine;
     perk_sampling sampling;
     const char *prompt, *system, *tokens, *prompts;
-    int chat, ignore_eos;
+    int chat, ignore_eos, mode;
     perk_cli_dump dump;
 } run_options;
 
@@ -28,6 +28,7 @@ static int parse(const perk_cli_command *command, run_options *run, int argc, ch
         PERK_CLI_OPTION_TEXT("system", &run->system, "TEXT", "system message of the chat"),
         PERK_CLI_OPTION_TEXT("tokens", &run->tokens, "1,2,3", "a prompt of raw token ids"),
         PERK_CLI_OPTION_TEXT("prompts", &run->prompts, "FILE", "a request a line in JSON; -: stdin"),
+        PERK_CLI_OPTION_CHOICE("mode", &run->mode, PERK_CLI_MODES, "steps on a GPU: a launch each, or many"),
         PERK_CLI_OPTION_INT("max-tokens", &run->sampling.max_tokens, "N", "of the answer; 0: as many as fit", 0,
                             INT32_MAX),
         PERK_CLI_OPTION_FLOAT("temperature", &run->sampling.temperature, "T", "0: greedy (the default)", 0, 1e6),
@@ -50,6 +51,7 @@ static int parse(const perk_cli_command *command, run_options *run, int argc, ch
     int code = perk_cli_parse(command, &options, argc, argv, 0, NULL);
     if (code != PERK_EXIT_GO_ON) return code;
     run->sampling.ignore_eos = run->ignore_eos;
+    run->engine.options.mode = (perk_mode)run->mode;
     if (run->tokens && (run->prompt || run->chat))
         return perk_cli_usage(command, "--tokens goes with neither --prompt nor --chat");
     if (run->prompts && (run->tokens || run->prompt || run->chat))

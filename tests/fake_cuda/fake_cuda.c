@@ -49,6 +49,33 @@ static bool busy; /* work was started since the last wait */
 static _Thread_local CUcontext stack[MAX_DEPTH];
 static _Thread_local int depth;
 
+/* A launch of many steps, which the host talks to while it runs: on a thread. Whatever would wait for it does. */
+static struct {
+    pthread_mutex_t waiting;
+    pthread_t thread;
+    bool runs, done; /* runs: and nobody has waited for it yet; done: atomic */
+    fake_emulate_entry *entry;
+    unsigned grid, block, shared, seed;
+    perk_kernel_args args;
+} background = {.waiting = PTHREAD_MUTEX_INITIALIZER};
+
+static void *run_background(void *unused) {
+    void *params[] = {&background.args};
+    background.entry(background.grid, background.block, background.shared, params, true, background.seed);
+    __atomic_store_n(&background.done, true, __ATOMIC_RELEASE);
+    return unused;
+}
+
+static void wait_for_background(const char *function) {
+    static const char *const never_wait[] = {"cuStreamQuery", "cuCtxPushCurrent", "cuCtxPopCurrent"};
+    for (size_t i = 0; i < sizeof never_wait / sizeof never_wait[0]; i++)
+        if (strcmp(function, never_wait[i]) == 0) return;
+    pthread_mutex_lock(&background.waiting);
+    if (background.runs) pthread_join(background.thread, NULL);
+    background.runs = false;
+    pthread_mutex_unlock(&background.waiting);
+}
+
 /* ---- the test's side ---- */
 
 EXPORT CUcontext fake_cuda_current(void) { return depth ? stack[depth - 1] : NULL; }
@@ -96,6 +123,7 @@ static bool strikes(const char *function) {
 
 static CUresult begin(const char *function, bool needs_context) {
     CUresult result = CUDA_SUCCESS;
+    wait_for_background(function);
     pthread_mutex_lock(&mutex);
     state.calls++;
     if (strikes(function)) {
@@ -495,12 +523,24 @@ typedef struct shape {
     bool cooperative;
 } shape;
 
+static CUresult launch_background(fake_emulate_entry *entry, shape s, const void *args) {
+    background.entry = entry;
+    background.grid = s.grid, background.block = s.block, background.shared = s.shared;
+    background.seed = state.seed + (unsigned)state.launches;
+    memcpy(&background.args, args, sizeof background.args);
+    __atomic_store_n(&background.done, false, __ATOMIC_RELEASE);
+    background.runs = pthread_create(&background.thread, NULL, run_background, NULL) == 0;
+    return background.runs ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+
 static CUresult launch(const char *caller, CUfunction kernel, CUstream stream, shape s, void **params) {
     state.launches++;
     busy = true;
     const kernel_function *f = find_function(caller, kernel);
     CUresult result = f ? check(caller, STREAM, stream) : CUDA_ERROR_INVALID_HANDLE;
     if (!s.grid || !s.block || s.block > 1024) return CUDA_ERROR_INVALID_VALUE;
+    if (result == CUDA_SUCCESS && f->entry && s.cooperative && ((const perk_kernel_args *)params[0])->many.post)
+        return launch_background(f->entry, s, params[0]);
     if (result == CUDA_SUCCESS && f->entry)
         f->entry(s.grid, s.block, s.shared, params, s.cooperative, state.seed + (unsigned)state.launches);
     return result;
@@ -561,6 +601,7 @@ CUresult cuStreamSynchronize(CUstream stream) {
 
 CUresult cuStreamQuery(CUstream stream) {
     BEGIN(cuStreamQuery)
+    if (background.runs && !__atomic_load_n(&background.done, __ATOMIC_ACQUIRE)) return CUDA_ERROR_NOT_READY;
     return check("cuStreamQuery", STREAM, stream);
 }
 

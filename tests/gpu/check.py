@@ -122,6 +122,7 @@ class Check:
         self.program("test_gpu_hang", 60)
         self.program("test_sample", 60, PERK_TEST_GPU="1")
         self.program("test_many_steps", 60, PERK_TEST_GPU="1")
+        self.program("test_online", 60, PERK_TEST_GPU="1")
         self.script("starts.py", 150)
         self.script("trust.py", 240)
         self.parity(shapes.QUICK, 240)

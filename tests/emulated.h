@@ -1,0 +1,45 @@
+/* What tests of engines on the emulator share: the emulator in place of driver and compiler, and a model that it runs
+ * in little time. After test_cache.h's make_scratch. */
+#ifndef PERK_TESTS_EMULATED_H
+#define PERK_TESTS_EMULATED_H
+
+#include "fake_cuda/fake_cuda.h"
+#include "test_cache.h"
+
+#include <dlfcn.h>
+
+static inline void open_emulator(int workers) {
+    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
+    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
+    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
+    CHECK(library, "%s", dlerror());
+    fake_cuda *(*driver_state)(void);
+    fake_nvrtc *(*compiler_state)(void);
+    *(void **)&driver_state = dlsym(library, "fake_cuda_state");
+    *(void **)&compiler_state = dlsym(library, "fake_nvrtc_state");
+    CHECK(driver_state && compiler_state);
+    driver_state()->device.sm_count = workers;
+    compiler_state()->emulates = true;
+}
+
+/* The shipped model with two of its six layers: as sure of its tokens as the whole, and faster to emulate. `root` is
+ * the repository's. */
+static inline path_text make_small_model(const char *root) {
+    static char text[4096];
+    path_text folder = path_in(scratch, "model");
+    char *whole_root = realpath(root, NULL); /* links lead there */
+    CHECK(whole_root, "%s", root);
+    path_text tiny = path_in(whole_root, "examples/tiny");
+    free(whole_root);
+    FILE *file = fopen(path_in(tiny.text, "config.json").text, "rb");
+    CHECK(file && fread(text, 1, sizeof text - 1, file) > 0 && fclose(file) == 0, "%s", tiny.text);
+    char *layers = strstr(text, "\"num_hidden_layers\": 6");
+    CHECK(layers && mkdir(folder.text, 0700) == 0);
+    layers[strlen("\"num_hidden_layers\": ")] = '2';
+    file = fopen(path_in(folder.text, "config.json").text, "wb");
+    CHECK(file && fputs(text, file) >= 0 && fclose(file) == 0);
+    CHECK(symlink(path_in(tiny.text, "model.safetensors").text, path_in(folder.text, "model.safetensors").text) == 0);
+    return folder;
+}
+
+#endif

@@ -1,0 +1,285 @@
+/* A service whose kernel stays on the GPU (PERK_MODE_ONLINE), on the emulator: requests come when they like, are
+ * cancelled, run short of pages, sample; the service is paused and drained, the kernel ends idle and comes back; every
+ * token is the one of single steps. And an engine without a service. PERK_TEST_GPU=1 runs it on the GPU; the argument
+ * is the root of the repository, where that is not where it was built. */
+#include "emulated.h"
+#include "perk/service.h"
+#include "sampler.h"
+
+#include <poll.h>
+#include <pthread.h>
+#include <time.h>
+
+enum { WORKERS = 2, KINDS = 8, POSITIONS = 64, REQUESTS = 16 };
+
+static perk_error err;
+static path_text cache, folder;
+/* Pages for one of the largest requests: three that run together are short of them. */
+static const perk_config CONFIG = {.max_num_batched_tokens = 8,
+                                   .max_num_batched_requests = 3,
+                                   .page_size = 16,
+                                   .max_num_pages = 4,
+                                   .max_seq_length = POSITIONS};
+
+/* What a request asks for, and what it gets by single steps. */
+typedef struct test_kind {
+    int32_t prompt[POSITIONS], answer[POSITIONS];
+    size_t length, answer_length;
+    perk_sampling sampling;
+} test_kind;
+
+static test_kind kinds[KINDS];
+
+static int draw(uint64_t seed, uint64_t *place, int low, int high) {
+    return low + (int)(perk_uniform(seed, (*place)++) * (high - low + 1));
+}
+
+static perk_engine *open_engine(perk_mode mode, int32_t idle_limit_ms) {
+    perk_engine *engine;
+    const perk_engine_options options = {.backend = PERK_BACKEND_GPU,
+                                         .config = CONFIG,
+                                         .cache_folder = cache.text,
+                                         .mode = mode,
+                                         .idle_limit_ms = idle_limit_ms};
+    CHECK_OK(perk_engine_open(&engine, folder.text, &options, &err));
+    return engine;
+}
+
+/* Half of the prompts begin alike. The last kind samples, though hardly: it makes all fall back to single steps. */
+static void make_kinds(void) {
+    uint64_t place = 0;
+    perk_engine *engine = open_engine(PERK_MODE_SINGLE, 0);
+    const int32_t vocab = perk_engine_vocab_size(engine);
+    for (int k = 0; k < KINDS; k++) {
+        test_kind *kind = &kinds[k];
+        perk_request *request;
+        int32_t running = 1;
+        kind->length = (size_t)draw(9, &place, k % 2 ? 18 : 1, 22);
+        for (size_t t = 0; t < kind->length; t++)
+            kind->prompt[t] = k % 2 && t < 20 ? ((int32_t)t * 37 + 11) % vocab : draw(9, &place, 0, vocab - 1);
+        kind->sampling = (perk_sampling){.max_tokens = draw(9, &place, 2, 9), .ignore_eos = 1};
+        if (k == KINDS - 1) kind->sampling.temperature = 1e-4f;
+        CHECK_OK(perk_engine_submit(engine, kind->prompt, kind->length, &kind->sampling, &request, &err));
+        while (running) CHECK_OK(perk_engine_step(engine, &running, &err));
+        const int32_t *tokens = perk_request_tokens(request, &kind->answer_length);
+        memcpy(kind->answer, tokens, kind->answer_length * sizeof *tokens);
+        CHECK((int32_t)kind->answer_length == kind->sampling.max_tokens);
+        perk_request_free(request);
+    }
+    perk_engine_free(engine);
+}
+
+/* ---- what the service's thread hears ---- */
+
+typedef struct test_track {
+    uint64_t id;
+    int kind;
+    size_t told; /* by the callback */
+    perk_finish finish;
+    bool cancelled;
+} test_track;
+
+typedef struct test_run {
+    perk_service *service;
+    pthread_mutex_t lock; /* guards all below */
+    test_track tracks[REQUESTS];
+    int count, ended, checked;
+    uint64_t tokens;   /* of those that were checked */
+    double thread_cpu; /* of the service's thread, at its last call */
+} test_run;
+
+static double thread_cpu(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
+}
+
+static double wall(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
+}
+
+static void hear(void *user, uint64_t id, const int32_t *tokens, size_t count, perk_finish finish) {
+    test_run *run = user;
+    pthread_mutex_lock(&run->lock);
+    int i = 0;
+    while (i < run->count && run->tracks[i].id != id) i++;
+    CHECK(i < run->count, "news of nobody");
+    test_track *track = &run->tracks[i];
+    const test_kind *kind = &kinds[track->kind];
+    CHECK(!track->finish && track->told + count <= kind->answer_length);
+    CHECK(count == 0 || memcmp(tokens, kind->answer + track->told, count * sizeof *tokens) == 0,
+          "request %d: other tokens than by single steps", i);
+    track->told += count;
+    track->finish = finish;
+    run->ended += finish != PERK_FINISH_NONE;
+    run->thread_cpu = thread_cpu();
+    pthread_mutex_unlock(&run->lock);
+}
+
+static void submit(test_run *run, int k) {
+    pthread_mutex_lock(&run->lock); /* the callback must find it */
+    test_track *track = &run->tracks[run->count];
+    *track = (test_track){.kind = k};
+    CHECK_OK(perk_service_submit(run->service, kinds[k].prompt, kinds[k].length, &kinds[k].sampling, &track->id, &err));
+    run->count++;
+    pthread_mutex_unlock(&run->lock);
+}
+
+static int ended(test_run *run) {
+    pthread_mutex_lock(&run->lock);
+    int count = run->ended;
+    pthread_mutex_unlock(&run->lock);
+    return count;
+}
+
+static void open_run(test_run *run, int32_t idle_limit_ms) {
+    *run = (test_run){.lock = PTHREAD_MUTEX_INITIALIZER};
+    const perk_service_options options = {.on_news = hear, .user = run};
+    CHECK_OK(perk_service_open(&run->service, open_engine(PERK_MODE_ONLINE, idle_limit_ms), &options, &err));
+}
+
+/* Everything that was submitted has ended, and is accounted for. */
+static void check_run(test_run *run) {
+    perk_engine_stats stats;
+    uint64_t set_backs = 0;
+    CHECK_OK(perk_service_drain(run->service, &err));
+    CHECK(ended(run) == run->count);
+    for (; run->checked < run->count; run->checked++) {
+        const test_track *track = &run->tracks[run->checked];
+        perk_answer answer;
+        int32_t got[POSITIONS];
+        CHECK_OK(perk_service_poll(run->service, track->id, got, POSITIONS, &answer, &err));
+        CHECK(answer.count == track->told && answer.finish == track->finish);
+        CHECK(memcmp(got, kinds[track->kind].answer, answer.count * sizeof *got) == 0);
+        CHECK(track->finish == PERK_FINISH_LENGTH ? track->told == kinds[track->kind].answer_length
+                                                  : track->cancelled && track->finish == PERK_FINISH_CANCELLED);
+        const perk_request_stats *s = &answer.stats;
+        CHECK(s->queue_ms >= 0 && s->prefill_ms >= 0 && s->decode_ms >= 0);
+        CHECK(track->cancelled || (s->prefill_ms > 0 && s->answer_tokens == (int32_t)track->told));
+        run->tokens += track->told;
+        set_backs += (uint64_t)s->set_backs;
+    }
+    perk_service_statistics(run->service, &stats);
+    CHECK(stats.submitted == (uint64_t)run->count && stats.finished == stats.submitted);
+    CHECK(stats.running == 0 && stats.waiting == 0 && stats.pages_in_use == 0, "%d running, %d waiting, %d pages",
+          stats.running, stats.waiting, stats.pages_in_use);
+    CHECK(stats.answer_tokens == run->tokens && stats.steps > 0 && stats.step_tokens >= stats.steps);
+    CHECK(stats.set_backs >= set_backs && stats.batch_fill > 0 && stats.batch_fill <= 1);
+    uint64_t steps = 0;
+    for (int i = 0; i < PERK_MAX_PROGRAMS; i++) steps += stats.program_steps[i];
+    CHECK(steps == stats.steps, "programs ran %llu of %llu steps", (unsigned long long)steps,
+          (unsigned long long)stats.steps);
+    fprintf(stderr, "  %d requests, %llu steps, %llu set back, %llu positions found\n", run->count,
+            (unsigned long long)stats.steps, (unsigned long long)stats.set_backs,
+            (unsigned long long)stats.found_tokens);
+}
+
+/* ---- requests that come and go ---- */
+
+static void test_arrivals(uint64_t seed, int32_t idle_limit_ms, int kind_count) {
+    test_run run;
+    uint64_t place = 0;
+    open_run(&run, idle_limit_ms);
+    while (ended(&run) < REQUESTS) {
+        if (run.count < REQUESTS) submit(&run, draw(seed, &place, 0, kind_count - 1));
+        int victim = draw(seed, &place, 0, 5 * REQUESTS);
+        if (victim < run.count) {
+            pthread_mutex_lock(&run.lock);
+            run.tracks[victim].cancelled |= !run.tracks[victim].finish;
+            pthread_mutex_unlock(&run.lock);
+            CHECK_OK(perk_service_cancel(run.service, run.tracks[victim].id, &err));
+        }
+        usleep((useconds_t)draw(seed, &place, 0, 40000));
+    }
+    check_run(&run);
+    perk_service_free(run.service);
+}
+
+/* A pause ends the kernel with requests under way, and they go on after it. Waiting costs the service's thread little.
+ */
+static void test_pause(void) {
+    test_run run;
+    perk_engine_stats before, after;
+    open_run(&run, 0);
+    for (int k = 0; k < 4; k++) submit(&run, k);
+    for (int i = 0; i < 3; i++) {
+        usleep(60000);
+        CHECK_OK(perk_service_pause(run.service, &err));
+        perk_service_statistics(run.service, &before);
+        if (i == 1) submit(&run, 4);
+        usleep(20000);
+        perk_service_statistics(run.service, &after);
+        CHECK(after.steps == before.steps, "a step during the pause");
+        CHECK_OK(perk_service_resume(run.service, &err));
+    }
+    check_run(&run);
+    CHECK_OK(perk_service_resume(run.service, &err));
+    double begin = wall(), cpu = run.thread_cpu;
+    for (int k = 0; k < 6; k++) submit(&run, k);
+    check_run(&run);
+    double share = (run.thread_cpu - cpu) / (wall() - begin);
+    fprintf(stderr, "  the service's thread: %.1f %% of a core\n", 100 * share);
+    CHECK(share < 0.1);
+    CHECK_OK(perk_service_resume(run.service, &err));
+    for (int k = 0; k < 4; k++) submit(&run, k);
+    usleep(50000);
+    perk_service_free(run.service); /* in the middle of it */
+}
+
+/* ---- an engine of its own ---- */
+
+static int count_tokens(void *user, int32_t token, const char *text, size_t size) {
+    const test_kind *kind = &kinds[1];
+    size_t *count = user;
+    (void)text, (void)size;
+    CHECK(token == kind->answer[*count]);
+    ++*count;
+    return 0;
+}
+
+static void test_engine(void) {
+    perk_engine *engine = open_engine(PERK_MODE_ONLINE, 1000);
+    perk_request *other;
+    perk_generation generation;
+    size_t count = 0;
+    int32_t running;
+    float *logits = calloc((size_t)perk_engine_vocab_size(engine), sizeof *logits);
+    CHECK(logits);
+    CHECK_OK(perk_engine_submit(engine, kinds[0].prompt, kinds[0].length, &kinds[0].sampling, &other, &err));
+    CHECK_OK(perk_engine_generate(engine, kinds[1].prompt, kinds[1].length, &kinds[1].sampling, count_tokens, &count,
+                                  &generation, &err));
+    CHECK(count == kinds[1].answer_length && generation.finish == PERK_FINISH_LENGTH);
+    CHECK_OK(perk_engine_logits(engine, kinds[2].prompt, 1, logits, &err)); /* whatever runs */
+    CHECK_OK(perk_engine_pause(engine, &err));
+    do CHECK_OK(perk_engine_step(engine, &running, &err));
+    while (running);
+    const int32_t *tokens = perk_request_tokens(other, &count);
+    CHECK(count == kinds[0].answer_length && memcmp(tokens, kinds[0].answer, count * sizeof *tokens) == 0);
+    CHECK_OK(perk_engine_submit(engine, kinds[2].prompt, kinds[2].length, &kinds[2].sampling, &other, &err));
+    perk_request_cancel(other);
+    CHECK(perk_request_finish(other) == PERK_FINISH_CANCELLED);
+    CHECK_OK(perk_engine_step(engine, &running, &err));
+    CHECK(running == 0);
+    free(logits);
+    perk_engine_free(engine);
+}
+
+int main(int argc, char **argv) {
+    if (strstr(EMULATOR_CXX, "NOTFOUND") && !getenv("PERK_TEST_GPU")) {
+        fprintf(stderr, "skipped: no C++ compiler was found\n");
+        return TEST_SKIP;
+    }
+    make_scratch();
+    if (!getenv("PERK_TEST_GPU")) open_emulator(WORKERS);
+    cache = path_in(scratch, "cache");
+    folder = make_small_model(argc > 1 ? argv[1] : PERK_SOURCE_DIR);
+    make_kinds();
+    test_engine();
+    test_arrivals(1, 0, KINDS - 1);
+    test_arrivals(2, 1, KINDS - 1);
+    test_arrivals(3, 0, KINDS);
+    test_pause();
+    return 0;
+}
