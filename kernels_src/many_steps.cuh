@@ -79,12 +79,14 @@ __device__ __forceinline__ void send_details(const Worker &w, uint32_t written, 
     const perk_many_args &many = w.args.many;
     constexpr uint32_t kPieces = sizeof(perk_draw_record) / 16;
     const perk_draw_record *drawn = many.drawn + load_coherent4(&many.desk->outbox_step) % 2 * program::max_logit_rows;
+    uint32_t lane = w.lane;
+    forget(lane); // as below
+#pragma unroll 1
     for (uint32_t i = 0; i < min(count, program::max_logit_rows); i++) {
-        const uint32_t ending = load_coherent16(many.outbox + i).z;
-        if ((ending >> 8 & 0xff) == 0 || w.lane >= kPieces) continue;
-        const uint8_t *from = reinterpret_cast<const uint8_t *>(drawn + i) + w.lane * 16;
-        uint8_t *to = reinterpret_cast<uint8_t *>(many.details + ((written + i) & many.record_mask)) + w.lane * 16;
-        *reinterpret_cast<Vec16 *>(to) = load_coherent16(from);
+        const uint32_t ending = load_coherent4(reinterpret_cast<const uint32_t *>(many.outbox + i) + 2);
+        if ((ending >> 8 & 0xff) == 0 || lane >= kPieces) continue;
+        perk_draw_record *to = many.details + ((written + i) & many.record_mask);
+        reinterpret_cast<Vec16 *>(to)[lane] = load_coherent16(reinterpret_cast<const Vec16 *>(drawn + i) + lane);
     }
 }
 
