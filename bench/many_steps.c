@@ -78,7 +78,7 @@ static perk_status measure_single(many_bench *b) {
 static int64_t read_tokens(many_bench *b, perk_executor *gpu, int32_t *counts) {
     perk_token_record records[256];
     int64_t total = 0;
-    for (size_t got; (got = perk_gpu_many_read(gpu, records, PERK_COUNT(records))) > 0; total += (int64_t)got)
+    for (size_t got; (got = perk_gpu_many_read(gpu, records, NULL, PERK_COUNT(records))) > 0; total += (int64_t)got)
         for (size_t i = 0; i < got; i++)
             if (records[i].token >= 0)
                 b->tokens[1][(size_t)records[i].slot * (size_t)b->answer + (size_t)counts[records[i].slot]++] =

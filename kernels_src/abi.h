@@ -211,24 +211,34 @@ struct perk_post;
 struct perk_mail;
 struct perk_slot;
 struct perk_token_record;
+struct perk_draw_bias;
+struct perk_draw_record;
 struct perk_desk;
 
 typedef struct perk_many_args {
     /* mapped host memory; post null: one step, over the batch that is there */
     struct perk_post *post;
-    const struct perk_mail *mails;      /* [mail_mask + 1] */
-    const struct perk_slot *host_slots; /* [slots] */
-    const int32_t *host_tokens;         /* [slots][positions] */
-    const uint64_t *host_hashes;        /* [slots][pages_per_request] */
-    struct perk_token_record *records;  /* [record_mask + 1] */
+    const struct perk_mail *mails;            /* [mail_mask + 1] */
+    const struct perk_slot *host_slots;       /* [slots] */
+    const int32_t *host_tokens;               /* [slots][positions] */
+    const uint64_t *host_hashes;              /* [slots][pages_per_request] */
+    struct perk_token_record *records;        /* [record_mask + 1] */
+    struct perk_draw_record *details;         /* [record_mask + 1] of records that say so */
+    const struct perk_draw_bias *host_biases; /* [slots][PERK_DRAW_BIASES] */
     /* device memory */
     struct perk_desk *desk;
     uint64_t *schedule;      /* the block of perk_schedule_lay_out */
-    struct perk_slot *slots; /* in that block, and the two below */
+    struct perk_slot *slots; /* in that block, and the four below */
     int32_t *tokens;
     uint64_t *hashes;
+    struct perk_draw_bias *biases;
+    const int32_t *logit_slots;
     struct perk_mail *inbox;          /* [mail_mask + 1] */
     struct perk_token_record *outbox; /* [logit rows + slots] */
+    struct perk_draw_record *drawn;   /* [2][logit rows] steps take turns */
+    float *adjusted;                  /* [logit rows][PERK_ROW_STRIDE(vocabulary)], as the next */
+    uint32_t *seen;                   /* zeros between two draws */
+    uint64_t *lists;                  /* [logit rows][PERK_DRAW_LISTED] */
     int32_t *batch;                   /* that of the arguments, to write */
     const int32_t *picks;             /* [logit rows], PERK_ROW_STRIDE(1) words apart */
     uint64_t idle_limit_ns;

@@ -17,9 +17,10 @@ typedef struct perk_mail {
 
 /* A token of an answer, and with the last one why it is the last, and what became of the request. */
 typedef struct perk_token_record {
-    int32_t slot, token;     /* token -1: none; the request begins to run, or with an end, was cancelled */
-    uint16_t end, set_backs; /* PERK_END_*; how often it was set back, as far as 16 bits count */
-    int32_t found;           /* positions that it found in pages of others */
+    int32_t slot, token;      /* token -1: none; the request begins to run, or with an end, was cancelled */
+    uint8_t end, has_details; /* PERK_END_*; not 0: log probabilities lie in the ring beside it */
+    uint16_t set_backs;       /* how often it was set back, as far as 16 bits count */
+    int32_t found;            /* positions that it found in pages of others */
 } perk_token_record;
 
 /* What the host wants of the launch; the larger counts. FULL is the kernel's own: no room for the next step's tokens.
@@ -54,7 +55,8 @@ typedef struct perk_post {
 typedef struct perk_desk {
     uint32_t gate;         /* step n of the launch: 2 n + 1 the launch ends before it, 2 n + 2 it may begin */
     uint32_t reserved[31]; /* the gate has a line of its own: all workers poll it */
-    uint32_t outbox_count; /* records of the last step in the outbox */
+    uint32_t outbox_count; /* records of the last step in the outbox, */
+    uint32_t outbox_step;  /* and that step */
 } perk_desk;
 
 #endif

@@ -8,6 +8,8 @@
 // reads or writes for the step before any more.
 #pragma once
 
+#include "sample.cuh"
+
 namespace perk {
 
 constexpr uint32_t kClerk = PERK_CONSUMER_WARPS + 2; // warp of worker 0; the one before it feeds wide linears
@@ -51,7 +53,11 @@ __device__ __forceinline__ void fetch_request(const Worker &w, uint32_t slot) {
                    pages = uint64_t(slot) * program::pages_per_request;
     const uint32_t length = load_host4(&from->prompt_length), hashes = load_host4(&from->hash_count);
     fetch_words(w, many.tokens + tokens, many.host_tokens + tokens, min(length, program::max_seq_length));
+    const uint32_t biases = load_host4(&from->rule.bias_count);
     fetch_words(w, many.hashes + pages, many.host_hashes + pages, 2 * min(hashes, program::pages_per_request));
+    fetch_words(w, many.biases + uint64_t(slot) * PERK_DRAW_BIASES,
+                many.host_biases + uint64_t(slot) * PERK_DRAW_BIASES,
+                min(biases, uint32_t(PERK_DRAW_BIASES)) * sizeof(perk_draw_bias) / 4);
     fetch_words(w, many.slots + slot, from, sizeof(perk_slot) / 4);
 }
 
@@ -66,6 +72,22 @@ __device__ __forceinline__ uint32_t fetch_mail(const Worker &w, uint32_t mailed,
         if (w.lane == 0) many.inbox[mailed & many.mail_mask] = {kind, slot};
     }
     return mailed;
+}
+
+// What belongs to records of the outbox: of its first ones, a record a row of logits.
+__device__ __forceinline__ void send_details(const Worker &w, uint32_t written, uint32_t count) {
+    const perk_many_args &many = w.args.many;
+    constexpr uint32_t kPieces = sizeof(perk_draw_record) / 16;
+    const perk_draw_record *drawn = many.drawn + load_coherent4(&many.desk->outbox_step) % 2 * program::max_logit_rows;
+    uint32_t lane = w.lane;
+    forget(lane); // as below
+#pragma unroll 1
+    for (uint32_t i = 0; i < min(count, program::max_logit_rows); i++) {
+        const uint32_t ending = load_coherent4(reinterpret_cast<const uint32_t *>(many.outbox + i) + 2);
+        if ((ending >> 8 & 0xff) == 0 || lane >= kPieces) continue;
+        perk_draw_record *to = many.details + ((written + i) & many.record_mask);
+        reinterpret_cast<Vec16 *>(to)[lane] = load_coherent16(reinterpret_cast<const Vec16 *>(drawn + i) + lane);
+    }
 }
 
 // How requests and pages stand. The scheduler may be at work on it again, if the clerk is late: then words are of
@@ -87,6 +109,7 @@ __device__ __forceinline__ uint32_t send_records(const Worker &w, uint32_t writt
     for (uint32_t i = w.lane; i < count; i += 32)
         *reinterpret_cast<Vec16 *>(many.records + ((written + i) & many.record_mask)) =
             load_coherent16(many.outbox + i);
+    send_details(w, written, count);
     fence_system();
     __syncwarp();
     if (w.lane == 0) store_release_system(&many.post->written, written + count);
@@ -161,8 +184,8 @@ __device__ __forceinline__ void finish_batch(const Worker &w, const perk_batch &
 struct Outbox {
     perk_token_record *records;
     uint32_t count;
-    __device__ __forceinline__ void put(int32_t slot, int32_t token, const perk_slot &r) {
-        Vec16 record{uint32_t(slot), uint32_t(token), uint32_t(r.end), 0};
+    __device__ __forceinline__ void put(int32_t slot, int32_t token, const perk_slot &r, bool has_details = false) {
+        Vec16 record{uint32_t(slot), uint32_t(token), uint32_t(r.end) | uint32_t(has_details) << 8, 0};
         if (r.end != PERK_END_NONE) {
             record.z |= uint32_t(perk_lesser(r.set_backs, 0xffff)) << 16;
             record.w = uint32_t(r.found);
@@ -178,7 +201,8 @@ __device__ __forceinline__ void commit_step(const Worker &w, perk_schedule &s, c
     perk_schedule_commit(&s, picks);
     for (int32_t row = 0; row < s.batch.num_logit_rows; row++) {
         const int32_t slot = s.logit_slots[row];
-        outbox.put(slot, picks[row], s.slots[slot]);
+        const perk_slot &r = s.slots[slot];
+        outbox.put(slot, picks[row], r, r.rule.samples != 0 && r.rule.logprobs != 0);
     }
 }
 
@@ -207,6 +231,7 @@ __device__ __forceinline__ void tell_starts(const perk_schedule &s, int32_t runn
 __device__ __forceinline__ void tell(const Worker &w, uint32_t round, uint32_t dealt, const Outbox &outbox,
                                      uint32_t last) {
     w.args.many.desk->outbox_count = outbox.count;
+    w.args.many.desk->outbox_step = w.step(); // the one that was taken in
     fence_block();
     store_shared4(w.shared + SharedMap::told, tell_word(round, dealt) | last);
 }
@@ -311,6 +336,53 @@ __device__ __forceinline__ bool schedule(const Worker &w, uint32_t step) {
     if (w.args.many.post != nullptr) return prepare_step(w, picks, is_bad, step);
     store_release_gpu(&w.args.many.desk->gate, 2 * step + (step == 0 ? 2 : 1));
     return step == 0;
+}
+
+// ---- tokens that are drawn ----
+
+// The slot whose token comes of this row of logits, if it is not just the largest one. Known since the step began.
+template <uint32_t kVocabulary>
+__device__ __forceinline__ uint32_t slot_to_draw(const Worker &w, uint32_t row) {
+    const perk_many_args &many = w.args.many;
+    if (many.post == nullptr || row >= w.num_logit_rows()) return kNobody;
+    const uint32_t slot = load_coherent4(many.logit_slots + row);
+    return load_coherent4(&many.slots[slot].rule.samples) ? slot : kNobody;
+}
+
+// A row of logits, and the request in `slot` that it is for.
+template <uint32_t kStride>
+struct DrawInput {
+    const Worker &w;
+    const float *row_logits;
+    uint32_t row, slot;
+
+    __device__ __forceinline__ const perk_many_args &many() const { return w.args.many; }
+    __device__ __forceinline__ const perk_slot *request() const { return many().slots + slot; }
+    __device__ __forceinline__ const float *logits() const { return row_logits; }
+    __device__ __forceinline__ const perk_draw_rule *rule() const { return &request()->rule; }
+    __device__ __forceinline__ uint32_t length() const { return load_coherent4(&request()->length); }
+    __device__ __forceinline__ uint32_t prompt_length() const { return load_coherent4(&request()->prompt_length); }
+    __device__ __forceinline__ const int32_t *tokens() const {
+        return many().tokens + uint64_t(slot) * program::max_seq_length;
+    }
+    __device__ __forceinline__ const perk_draw_bias *biases() const {
+        return many().biases + uint64_t(slot) * PERK_DRAW_BIASES;
+    }
+    __device__ __forceinline__ float *adjusted() const { return many().adjusted + uint64_t(row) * kStride; }
+    __device__ __forceinline__ uint32_t *seen() const { return many().seen + uint64_t(row) * kStride; }
+    __device__ __forceinline__ uint2 *list() const {
+        return reinterpret_cast<uint2 *>(many().lists + uint64_t(row) * PERK_DRAW_LISTED);
+    }
+    __device__ __forceinline__ perk_draw_record *record() const {
+        return many().drawn + w.step() % 2 * program::max_logit_rows + row;
+    }
+};
+
+template <uint32_t kVocabulary, uint32_t kStride>
+__device__ __forceinline__ uint32_t draw_token(const Worker &w, uint32_t row, uint32_t slot, const float *logits,
+                                               uint32_t best) {
+    const DrawInput<kStride> in{w, logits, row, slot};
+    return Draw<kVocabulary, DrawInput<kStride>>(w, in).run(best);
 }
 
 // ---- all workers ----

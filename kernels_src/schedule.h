@@ -17,6 +17,7 @@
 #ifndef PERK_SCHEDULE_H
 #define PERK_SCHEDULE_H
 
+#include "draw.h"
 #include "pages.h"
 #include "step.h"
 
@@ -50,6 +51,7 @@ typedef struct perk_slot {
     int32_t set_backs;
     int32_t stop_count;
     int32_t stop_ids[PERK_STOP_IDS];
+    perk_draw_rule rule; /* how its tokens are picked, for a kernel that does it by itself */
 } perk_slot;
 
 typedef struct perk_schedule_state {
@@ -70,7 +72,7 @@ typedef struct perk_standing {
 /* Places of the arrays in the block, in 64-bit words. */
 typedef struct perk_schedule_layout {
     uint64_t state, slots, tokens, hashes, order, free_slots, free_rows, pool, pages, table;
-    uint64_t token_ids, positions, token_request, logit_rows, logit_slots, first_token, token_count, kv_length,
+    uint64_t biases, token_ids, positions, token_request, logit_rows, logit_slots, first_token, token_count, kv_length,
         page_table;
     uint64_t words; /* of the block */
 } perk_schedule_layout;
@@ -81,10 +83,11 @@ typedef struct perk_schedule {
     int32_t page_shift;
     perk_schedule_state *state;
     perk_slot *slots;
-    int32_t *tokens;     /* [slots][positions] */
-    uint64_t *hashes;    /* [slots][pages_per_request] of all tokens up to the end of each full page */
-    int32_t *order;      /* [slots] the unfinished ones by age; those that run come first */
-    int32_t *free_slots; /* stacks */
+    int32_t *tokens;        /* [slots][positions] */
+    uint64_t *hashes;       /* [slots][pages_per_request] of all tokens up to the end of each full page */
+    perk_draw_bias *biases; /* [slots][PERK_DRAW_BIASES] what the rules ask for */
+    int32_t *order;         /* [slots] the unfinished ones by age; those that run come first */
+    int32_t *free_slots;    /* stacks */
     int32_t *free_rows;
     perk_pool pool;
     perk_batch batch;     /* of the step under way */
@@ -124,6 +127,7 @@ PERK_SHARED_CODE perk_schedule_layout perk_schedule_lay_out(const perk_schedule_
     layout.page_table = perk_schedule_array(&next, requests * pages_each, sizeof(int32_t));
     layout.hashes = perk_schedule_array(&next, slots * pages_each, sizeof(uint64_t));
     layout.tokens = perk_schedule_array(&next, slots * positions, sizeof(int32_t));
+    layout.biases = perk_schedule_array(&next, slots * PERK_DRAW_BIASES, sizeof(perk_draw_bias));
     layout.words = next;
     return layout;
 }
@@ -149,6 +153,7 @@ PERK_SHARED_CODE void perk_schedule_bind(perk_schedule *s, const perk_schedule_l
     s->slots = (perk_slot *)(block + layout.slots);
     s->tokens = (int32_t *)(block + layout.tokens);
     s->hashes = block + layout.hashes;
+    s->biases = (perk_draw_bias *)(block + layout.biases);
     s->order = (int32_t *)(block + layout.order);
     s->free_slots = (int32_t *)(block + layout.free_slots);
     s->free_rows = (int32_t *)(block + layout.free_rows);
@@ -177,6 +182,10 @@ PERK_SHARED_CODE int32_t *perk_slot_tokens(const perk_schedule *s, int32_t slot)
     return s->tokens + (uint64_t)slot * (uint64_t)s->limits.positions;
 }
 
+PERK_SHARED_CODE perk_draw_bias *perk_slot_biases(const perk_schedule *s, int32_t slot) {
+    return s->biases + (uint64_t)slot * PERK_DRAW_BIASES;
+}
+
 PERK_SHARED_CODE uint64_t *perk_slot_hashes(const perk_schedule *s, int32_t slot) {
     return s->hashes + (uint64_t)slot * (uint64_t)s->batch.pages_per_request;
 }
@@ -186,7 +195,7 @@ PERK_SHARED_CODE int32_t *perk_slot_pages(const perk_schedule *s, const perk_slo
 }
 
 /* A free slot for a new request, or -1. The caller writes its tokens, prompt_length, limit (above prompt_length, at
- * most the positions), stop ids, and, if it is to share pages, hashes; then it arrives. */
+ * most the positions), stop ids, rule and biases, and, if it is to share pages, hashes; then it arrives. */
 PERK_SHARED_CODE int32_t perk_schedule_open(perk_schedule *s) {
     if (s->state->free_slots == 0) return -1;
     int32_t slot = s->free_slots[--s->state->free_slots];
@@ -196,7 +205,7 @@ PERK_SHARED_CODE int32_t perk_schedule_open(perk_schedule *s) {
     r->prompt_length = r->length = r->limit = 0;
     r->cached = r->page_count = r->hash_count = r->offered = r->scheduled = 0;
     r->row = r->logit_row = -1;
-    r->found = r->set_backs = r->stop_count = 0;
+    r->found = r->set_backs = r->stop_count = r->rule.samples = 0;
     return slot;
 }
 

@@ -404,11 +404,6 @@ static double until_news(perk_engine *engine, bool news) {
 static perk_status run_kernel(perk_engine *engine, int32_t *news, perk_error *err) {
     perk_status status = PERK_OK;
     bool was_launched = engine->launched;
-    if (!perk_scheduler_fits_kernel(engine->scheduler)) {
-        *news = 1;
-        status = bring_back(engine, err);
-        return status ? status : step_once(engine, err);
-    }
     if (was_launched) status = exchange(engine, news, err);
     if (status || engine->launched) return status;
     bool is_over = was_launched && engine->mode == PERK_MODE_COMPLETION;

@@ -20,9 +20,9 @@ typedef struct perk_launch_options {
     uint32_t idle_limit_ms; /* the launch ends when nothing was unfinished for so long; 0: at once */
 } perk_launch_options;
 
-/* Steps that follow each other without the host: fill, the forward pass, commit, with the tokens that argmax picks. The
- * schedule is with the executor from the first launch until it is taken back, through any number of launches; requests
- * go there by mail, and tokens come back as records. One thread calls. */
+/* Steps that follow each other without the host: fill, the forward pass, commit, with the tokens that requests want.
+ * The schedule is with the executor from the first launch until it is taken back, through any number of launches;
+ * requests go there by mail, and tokens come back as records. One thread calls. */
 typedef struct perk_online_type {
     /* Begins a launch, and does not wait. `schedule`: goes to the executor; NULL: it has it. */
     perk_status (*launch)(perk_executor *self, const perk_schedule *schedule, const perk_launch_options *options,
@@ -34,9 +34,10 @@ typedef struct perk_online_type {
     /* A request that was written into an open slot of `schedule` arrives there instead; its slot is read meanwhile. */
     void (*arrive)(perk_executor *self, const perk_schedule *schedule, int32_t slot);
     void (*cancel)(perk_executor *self, int32_t slot);
-    /* Copies up to `room` records, in the order of their making; returns how many. The slot of a request may be closed
+    /* Copies up to `room` records, in the order of their making; returns how many. `details` [room], may be NULL: of
+     * those that have some. The slot of a request may be closed
      * and opened again when the record of its end was read. */
-    size_t (*read)(perk_executor *self, perk_token_record *records, size_t room);
+    size_t (*read)(perk_executor *self, perk_token_record *records, perk_draw_record *details, size_t room);
     /* How requests and pages stand: of some step, no older than the last record that was read. */
     perk_standing (*stand)(const perk_executor *self);
     /* After the end of the launch, with all records read: everything is the host's again. Slots that are open or free

@@ -3,6 +3,7 @@
 
 #include "gpu_state.h"
 #include "plan_steps.h"
+#include "sampler.h"
 #include "scheduler.h"
 
 enum { RING_RECORDS = 1 << 14, ALIGNMENT = 256 };
@@ -26,6 +27,8 @@ struct perk_gpu_many {
     int32_t *tokens;
     uint64_t *hashes;
     perk_token_record *records;
+    perk_draw_record *details;
+    perk_draw_bias *biases;
     slot_owner *owners; /* [slots] */
     uint32_t posted, read;
     uint32_t most_steps; /* of a launch */
@@ -67,7 +70,7 @@ static uint64_t place_host(struct perk_gpu_many *many, uint64_t host, uint64_t d
     uint64_t pages = perk_ceil_div(positions, (uint64_t)limits->page_size), mails = mail_ring(limits);
     perk_many_args *args = &many->args;
     cursor at[2] = {{host, 0}, {device, 0}};
-    void *post[2], *mail[2], *slot[2], *token[2], *hash[2], *record[2];
+    void *post[2], *mail[2], *slot[2], *token[2], *hash[2], *record[2], *detail[2], *bias[2];
     for (int side = 0; side < 2; side++) {
         post[side] = take(&at[side], sizeof(perk_post));
         mail[side] = take(&at[side], mails * sizeof(perk_mail));
@@ -75,6 +78,8 @@ static uint64_t place_host(struct perk_gpu_many *many, uint64_t host, uint64_t d
         token[side] = take(&at[side], slots * positions * sizeof(int32_t));
         hash[side] = take(&at[side], slots * pages * sizeof(uint64_t));
         record[side] = take(&at[side], RING_RECORDS * sizeof(perk_token_record));
+        detail[side] = take(&at[side], RING_RECORDS * sizeof(perk_draw_record));
+        bias[side] = take(&at[side], slots * PERK_DRAW_BIASES * sizeof(perk_draw_bias));
     }
     many->post = post[0], args->post = post[1];
     many->mails = mail[0], args->mails = mail[1];
@@ -82,6 +87,8 @@ static uint64_t place_host(struct perk_gpu_many *many, uint64_t host, uint64_t d
     many->tokens = token[0], args->host_tokens = token[1];
     many->hashes = hash[0], args->host_hashes = hash[1];
     many->records = record[0], args->records = record[1];
+    many->details = detail[0], args->details = detail[1];
+    many->biases = bias[0], args->host_biases = bias[1];
     args->mail_mask = (uint32_t)mails - 1;
     args->record_mask = RING_RECORDS - 1;
     return at[0].next;
@@ -95,10 +102,18 @@ static uint64_t place_device(const perk_gpu *gpu, struct perk_gpu_many *many, ui
     args->batch = take(&at, (uint64_t)gpu->largest->layout.words * 4);
     args->inbox = take(&at, mail_ring(&many->limits) * sizeof(perk_mail));
     args->outbox = take(&at, (uint64_t)perk_plan_outbox_records(gpu->largest->plan) * sizeof(perk_token_record));
+    uint64_t rows = (uint64_t)many->limits.logit_rows;
+    uint64_t row_words = rows * PERK_ROW_STRIDE((uint64_t)perk_plan_vocab_size(gpu->largest->plan));
+    args->drawn = take(&at, 2 * rows * sizeof(perk_draw_record));
+    args->adjusted = take(&at, row_words * sizeof(float));
+    args->seen = take(&at, row_words * sizeof(uint32_t));
+    args->lists = take(&at, rows * PERK_DRAW_LISTED * sizeof(uint64_t));
     uint64_t schedule = (uint64_t)(uintptr_t)args->schedule;
     args->slots = (perk_slot *)(uintptr_t)(schedule + many->layout.slots * 8);
     args->tokens = (int32_t *)(uintptr_t)(schedule + many->layout.tokens * 8);
     args->hashes = (uint64_t *)(uintptr_t)(schedule + many->layout.hashes * 8);
+    args->biases = (perk_draw_bias *)(uintptr_t)(schedule + many->layout.biases * 8);
+    args->logit_slots = (const int32_t *)(uintptr_t)(schedule + many->layout.logit_slots * 8);
     return at.next;
 }
 
@@ -211,6 +226,8 @@ static perk_status check_arrival(const struct perk_gpu_many *many, const perk_gp
     if (a->stop_count < 0 || a->stop_count > PERK_STOP_IDS)
         return perk_fail(err, PERK_LIMIT, "%d token ids that end an answer: at most %d can be watched", a->stop_count,
                          (int)PERK_STOP_IDS);
+    perk_status status = a->sampling ? perk_sampling_check(a->sampling, (int32_t)vocab_size, err) : PERK_OK;
+    if (status) return status;
     for (int32_t i = 0; i < a->prompt_length; i++)
         if (a->prompt[i] < 0 || a->prompt[i] >= vocab_size)
             return perk_fail(err, PERK_INVALID_ARGUMENT,
@@ -230,6 +247,10 @@ static void write_slot(struct perk_gpu_many *many, int32_t slot, const perk_gpu_
                      .row = -1,
                      .logit_row = -1,
                      .stop_count = a->stop_count};
+    if (a->sampling) {
+        r->rule = perk_sampling_rule(a->sampling);
+        r->rule.bias_count = perk_sampling_slot_biases(a->sampling, many->biases + (uint64_t)slot * PERK_DRAW_BIASES);
+    }
     if (a->stop_count) memcpy(r->stop_ids, a->stop_ids, (size_t)a->stop_count * sizeof *a->stop_ids);
     memcpy(many->tokens + (uint64_t)slot * (uint64_t)many->limits.positions, a->prompt,
            (size_t)a->prompt_length * sizeof *a->prompt);
@@ -262,12 +283,13 @@ void perk_gpu_many_cancel(perk_executor *executor, int32_t slot) {
     post_mail(many, PERK_MAIL_CANCEL, slot);
 }
 
-size_t perk_gpu_many_read(perk_executor *executor, perk_token_record *records, size_t room) {
+size_t perk_gpu_many_read(perk_executor *executor, perk_token_record *records, perk_draw_record *details, size_t room) {
     struct perk_gpu_many *many = many_of(executor);
     uint32_t written = load(&many->post->written);
     size_t count = 0;
     for (; count < room && many->read != written; count++, many->read++) {
         records[count] = many->records[many->read & many->args.record_mask];
+        if (details && records[count].has_details) details[count] = many->details[many->read & many->args.record_mask];
         if (records[count].end != PERK_END_NONE) many->owners[records[count].slot].ended = true;
     }
     store(&many->post->read, many->read);
@@ -445,6 +467,9 @@ static void online_arrive(perk_executor *self, const perk_schedule *schedule, in
     if (r->hash_count)
         memcpy(many->hashes + (uint64_t)slot * pages, perk_slot_hashes(schedule, slot),
                (size_t)r->hash_count * sizeof *many->hashes);
+    if (r->rule.bias_count)
+        memcpy(many->biases + (uint64_t)slot * PERK_DRAW_BIASES, perk_slot_biases(schedule, slot),
+               (size_t)r->rule.bias_count * sizeof *many->biases);
     post_mail(many, PERK_MAIL_ARRIVAL, slot);
 }
 
@@ -464,6 +489,8 @@ static void deal_with_mail(struct perk_gpu_many *many, perk_schedule *schedule) 
                    (size_t)r->prompt_length * sizeof *many->tokens);
             memcpy(perk_slot_hashes(schedule, mail->slot), many->hashes + (uint64_t)mail->slot * pages,
                    (size_t)r->hash_count * sizeof *many->hashes);
+            memcpy(perk_slot_biases(schedule, mail->slot), many->biases + (uint64_t)mail->slot * PERK_DRAW_BIASES,
+                   (size_t)r->rule.bias_count * sizeof *many->biases);
             perk_schedule_arrive(schedule, mail->slot);
         } else if (r->state == PERK_SLOT_WAITING || r->state == PERK_SLOT_RUNNING) {
             perk_schedule_cancel(schedule, mail->slot);

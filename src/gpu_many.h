@@ -1,5 +1,5 @@
 /* Many steps a launch, on a GPU executor that was made with `many_steps`: requests go into the mailbox at any time, the
- * kernel admits, batches, picks (greedily) and ends by itself, tokens come back through a ring (kernels_src/mail.h,
+ * kernel admits, batches, picks and ends by itself, tokens come back through a ring (kernels_src/mail.h,
  * many_steps.cuh). Prefixes of prompts are shared; answers are not offered to others, because their hashes are the
  * host's.
  *
@@ -18,7 +18,8 @@ typedef struct perk_gpu_arrival {
     int32_t limit; /* the length, prompt and answer, at which it ends: above prompt_length, at most max_seq_length */
     const int32_t *stop_ids;
     int32_t stop_count;
-    bool share_prefix; /* pages of the prompt, with others that begin alike */
+    const perk_sampling *sampling; /* NULL: greedy. Of it counts how tokens are picked; the end is said above */
+    bool share_prefix;             /* pages of the prompt, with others that begin alike */
 } perk_gpu_arrival;
 
 /* Posts a request; all of it is copied. `*slot` names it in the records of its tokens until that of its end. PERK_LIMIT
@@ -27,8 +28,9 @@ perk_status perk_gpu_many_submit(perk_executor *executor, const perk_gpu_arrival
                                  perk_error *err);
 /* Asks for the end of a request; its last record says how it ended. Nothing when it has. */
 void perk_gpu_many_cancel(perk_executor *executor, int32_t slot);
-/* Copies up to `room` records, in the order of their making; returns how many. */
-size_t perk_gpu_many_read(perk_executor *executor, perk_token_record *records, size_t room);
+/* Copies up to `room` records, in the order of their making; returns how many. `details` [room], may be NULL: of those
+ * that have some, for perk_sampler_logprobs. */
+size_t perk_gpu_many_read(perk_executor *executor, perk_token_record *records, perk_draw_record *details, size_t room);
 /* PERK_COMMAND_*: of the launch that runs, and of all that follow until it is taken back with PERK_COMMAND_NONE. STOP
  * ends a launch after the step that runs, DRAIN as soon as nothing is unfinished. */
 void perk_gpu_many_command(perk_executor *executor, uint32_t command);

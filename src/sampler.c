@@ -1,11 +1,13 @@
 #include "sampler.h"
 
+#include "kernels_src/draw.h"
+
 #include <math.h>
 
 typedef struct candidate {
     float logit;
-    float weight; /* exp((logit - largest logit) / temperature): the largest is 1 */
     int32_t id;
+    uint64_t weight;
 } candidate;
 
 struct perk_sampler {
@@ -40,17 +42,33 @@ void perk_sampler_free(perk_sampler *sampler) {
     free(sampler);
 }
 
-/* A bijection of 64-bit numbers in which every input bit reaches every output bit (the finaliser of splitmix64). */
-static uint64_t scramble(uint64_t x) {
-    x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-    x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
-    return x ^ (x >> 31);
+double perk_uniform(uint64_t seed, uint64_t place) { return (double)(perk_random_bits(seed, place) >> 11) * 0x1p-53; }
+
+/* top_p and min_p in units of weights; both are exact. */
+perk_draw_rule perk_sampling_rule(const perk_sampling *sampling) {
+    bool nucleus = sampling->top_p > 0 && sampling->top_p<1, samples = sampling->temperature> 0;
+    return (perk_draw_rule){
+        .seed = sampling->seed,
+        .top_p = nucleus ? PERK_MAX((uint64_t)((double)sampling->top_p * 0x1p64), (uint64_t)1) : 0,
+        .min_weight = (uint64_t)ldexp((double)sampling->min_p, PERK_WEIGHT_ONE_SHIFT),
+        .scale = samples ? fminf(PERK_LOG2_E / sampling->temperature, 0x1p127f) : 0, /* 0 * inf would be no number */
+        .repetition = sampling->repetition_penalty > 0 ? sampling->repetition_penalty : 1,
+        .presence = sampling->presence_penalty,
+        .frequency = sampling->frequency_penalty,
+        .top_k = sampling->top_k,
+        .bias_count = sampling->bias_count,
+        .has_penalties = perk_sampling_penalizes(sampling),
+        .logprobs = perk_sampling_logprob_count(sampling),
+        .samples = perk_sampling_needs_logits(sampling),
+    };
 }
 
-double perk_uniform(uint64_t seed, uint64_t place) {
-    const uint64_t golden = UINT64_C(0x9e3779b97f4a7c15); /* 2^64 / golden ratio */
-    uint64_t bits = scramble(scramble(seed + golden) + golden * (place + 1));
-    return (double)(bits >> 11) * 0x1p-53;
+_Static_assert(sizeof(perk_draw_bias) == sizeof(perk_logit_bias), "a bias is the same on both sides");
+_Static_assert((int)PERK_DRAW_BIASES == (int)PERK_MAX_LOGIT_BIAS, "as many as a request may have");
+_Static_assert((int)PERK_DRAW_TOP == (int)PERK_MAX_TOP_LOGPROBS, "as many as a request may have");
+
+int32_t perk_sampling_slot_biases(const perk_sampling *sampling, perk_draw_bias *biases) {
+    return perk_sampling_biases(sampling, (perk_logit_bias *)(void *)biases);
 }
 
 /* ---- ranking: a heap that is popped only as far as somebody looks ---- */
@@ -127,38 +145,31 @@ static candidate_ranking collect(perk_sampler *sampler, const float *logits, int
 }
 
 /* Fills the weights in; returns their sum. */
-static double weigh(const candidate_ranking *ranking, float largest, float temperature) {
-    double sum = 0;
-    for (int32_t i = 0; i < ranking->count; i++) {
-        ranking->items[i].weight = expf((ranking->items[i].logit - largest) / temperature);
-        sum += (double)ranking->items[i].weight;
-    }
+static uint64_t weigh(const candidate_ranking *ranking, float largest, float scale) {
+    uint64_t sum = 0;
+    for (int32_t i = 0; i < ranking->count; i++)
+        sum += ranking->items[i].weight = perk_weight(ranking->items[i].logit, largest, scale);
     return sum;
 }
 
-/* Forgets what is lighter than `weight`, unless it is ranked already. */
-static void drop_light(candidate_ranking *ranking, double weight) {
-    if (ranking->popped) return;
+/* Forgets what is lighter than `weight`, before anything was ranked or when all was. */
+static void drop_light(candidate_ranking *ranking, uint64_t weight) {
     int32_t kept = 0;
     for (int32_t i = 0; i < ranking->count; i++)
-        if ((double)ranking->items[i].weight >= weight) ranking->items[kept++] = ranking->items[i];
+        if (ranking->items[i].weight >= weight) ranking->items[kept++] = ranking->items[i];
+    ranking->popped = PERK_MIN(ranking->popped, kept);
     ranking->count = kept;
 }
 
-/* Leaves what top-p and min-p leave. */
-static void cut_tail(candidate_ranking *ranking, const perk_sampling *sampling, double sum) {
-    bool nucleus = sampling->top_p > 0 && sampling->top_p < 1;
-    if (!nucleus && !(sampling->min_p > 0)) return;
-    /* All that are lighter than the tail's mean weight together weigh less than the tail: they are part of it. */
-    double tail = nucleus ? (1 - (double)sampling->top_p) * sum / ranking->count : 0;
-    drop_light(ranking, PERK_MAX(tail, (double)sampling->min_p)); /* the largest weight is 1 */
-    double enough = nucleus ? (double)sampling->top_p * sum : INFINITY, kept_sum = 0;
+/* Leaves the shortest beginning of the ranking that weighs enough of `sum`. */
+static void keep_nucleus(candidate_ranking *ranking, uint64_t top_p, uint64_t sum) {
+    uint64_t enough = perk_nucleus(top_p, sum), kept_sum = 0;
+    /* All that are lighter than the tail's mean weight together weigh less than the tail: they are part of it. Weights
+     * fall with the ranking but for their rounding, hence a little less. */
+    uint64_t mean = (sum - enough) / (uint64_t)ranking->count;
+    if (ranking->popped == 0) drop_light(ranking, mean - mean / 1024);
     int32_t kept = 0;
-    for (; kept < ranking->count && kept_sum < enough; kept++) {
-        float weight = ranked(ranking, kept)->weight;
-        if (weight < sampling->min_p) break;
-        kept_sum += (double)weight;
-    }
+    while (kept < ranking->count && kept_sum < enough) kept_sum += ranked(ranking, kept++)->weight;
     keep_best(ranking, kept);
 }
 
@@ -167,21 +178,16 @@ static int compare_ids(const void *a, const void *b) {
     return (first > second) - (first < second);
 }
 
-/* The candidate in whose share of all weights `uniform` falls. */
-static int32_t draw(candidate_ranking *ranking, double uniform) {
+/* The candidate in whose share of all weights `bits` / 2^64 of them falls. */
+static int32_t draw(candidate_ranking *ranking, uint64_t bits) {
     candidate *candidates = ranking->items;
-    int32_t count = ranking->count;
+    int32_t count = ranking->count, at = 0;
     if (ranking->popped) qsort(candidates, (size_t)count, sizeof *candidates, compare_ids); /* else they still are */
-    double sum = 0;
-    for (int32_t i = 0; i < count; i++) sum += (double)candidates[i].weight;
-    double target = uniform * sum;
-    int32_t last = candidates[count - 1].id; /* where rounding lets the walk run past the end */
-    for (int32_t i = 0; i < count; i++) {
-        if (candidates[i].weight > 0) last = candidates[i].id;
-        target -= (double)candidates[i].weight;
-        if (target < 0) return candidates[i].id;
-    }
-    return last;
+    uint64_t sum = 0;
+    for (int32_t i = 0; i < count; i++) sum += candidates[i].weight;
+    for (uint64_t left = perk_high_product(bits, sum); left >= candidates[at].weight; at++)
+        left -= candidates[at].weight;
+    return candidates[at].id;
 }
 
 /* The largest logit, of equal ones the first; -1 when there is none but NaN and -inf. */
@@ -196,28 +202,23 @@ static int32_t find_best(const float *logits, int32_t vocab_size) {
     return best;
 }
 
-static int32_t sample(perk_sampler *sampler, const float *logits, float largest, const perk_sampling *sampling,
+static int32_t sample(perk_sampler *sampler, const float *logits, float largest, const perk_draw_rule *rule,
                       uint64_t place) {
-    candidate_ranking ranking = collect(sampler, logits, sampling->top_k);
-    double sum = weigh(&ranking, largest, sampling->temperature);
-    cut_tail(&ranking, sampling, sum);
-    return draw(&ranking, perk_uniform(sampling->seed, place));
+    candidate_ranking ranking = collect(sampler, logits, rule->top_k);
+    uint64_t sum = weigh(&ranking, largest, rule->scale);
+    if (rule->top_p) keep_nucleus(&ranking, rule->top_p, sum);
+    if (rule->min_weight) drop_light(&ranking, rule->min_weight);
+    return draw(&ranking, perk_random_bits(rule->seed, place));
 }
 
 /* ---- bias and penalties ---- */
 
 /* Applies the penalties to the tokens that were counted, each once, and clears their counts. */
-static void penalize(perk_sampler *sampler, const perk_sampling *sampling, const int32_t *tokens, int32_t count) {
-    float repetition = sampling->repetition_penalty > 0 ? sampling->repetition_penalty : 1;
+static void penalize(perk_sampler *sampler, const perk_draw_rule *rule, const int32_t *tokens, int32_t count) {
     for (int32_t i = 0; i < count; i++) {
         int32_t token = tokens[i];
         if (token < 0 || token >= sampler->vocab_size || !sampler->seen[token]) continue;
-        int32_t times = sampler->seen[token] - 1;
-        float logit = sampler->adjusted[token];
-        logit = logit > 0 ? logit / repetition : logit * repetition;
-        logit -= sampling->frequency_penalty * (float)times;
-        if (times) logit -= sampling->presence_penalty;
-        sampler->adjusted[token] = logit;
+        sampler->adjusted[token] = perk_penalize(sampler->adjusted[token], rule, sampler->seen[token] - 1);
         sampler->seen[token] = 0;
     }
 }
@@ -234,15 +235,14 @@ static void count_tokens(perk_sampler *sampler, const perk_history *history) {
 }
 
 static const float *adjust(perk_sampler *sampler, const float *logits, const perk_sampling *sampling,
-                           const perk_history *history) {
+                           const perk_draw_rule *rule, const perk_history *history) {
     memcpy(sampler->adjusted, logits, (size_t)sampler->vocab_size * sizeof *logits);
     for (int32_t i = 0; i < sampling->bias_count; i++)
         sampler->adjusted[sampling->bias[i].token] += sampling->bias[i].bias;
-    bool repetition = sampling->repetition_penalty > 0 && sampling->repetition_penalty != 1;
-    if (!repetition && sampling->presence_penalty == 0 && sampling->frequency_penalty == 0) return sampler->adjusted;
+    if (!rule->has_penalties) return sampler->adjusted;
     count_tokens(sampler, history);
-    penalize(sampler, sampling, history->prompt, history->prompt_length);
-    penalize(sampler, sampling, history->answer, history->answer_length);
+    penalize(sampler, rule, history->prompt, history->prompt_length);
+    penalize(sampler, rule, history->answer, history->answer_length);
     return sampler->adjusted;
 }
 
@@ -260,17 +260,42 @@ static int32_t find_top(const float *logits, int32_t vocab_size, int32_t count, 
     return found;
 }
 
+double perk_log_sum(float largest, uint64_t sum) {
+    return (double)largest + log(ldexp((double)sum, -PERK_WEIGHT_ONE_SHIFT));
+}
+
+static uint64_t sum_weights(const float *logits, int32_t vocab_size, float largest, float scale) {
+    uint64_t sum = 0;
+    for (int32_t i = 0; i < vocab_size; i++) sum += perk_weight(logits[i], largest, scale);
+    return sum;
+}
+
 /* logit - log(sum of exp(logits)), the chosen token first. Places past the vocabulary get token -1 and -inf. */
 static void fill_logprobs(const perk_sampler *sampler, const float *logits, float largest, int32_t chosen, int32_t top,
                           perk_logprob *logprobs) {
-    double sum = 0;
-    for (int32_t i = 0; i < sampler->vocab_size; i++)
-        if (logits[i] > -INFINITY) sum += (double)expf(logits[i] - largest);
-    double normalizer = (double)largest + log(sum);
+    double normalizer = perk_log_sum(largest, sum_weights(logits, sampler->vocab_size, largest, PERK_LOG2_E));
     logprobs[0] = (perk_logprob){chosen, logits[chosen]};
     int32_t found = 1 + find_top(logits, sampler->vocab_size, top, logprobs + 1);
     for (int32_t i = 0; i < found; i++) logprobs[i].logprob = (float)((double)logprobs[i].logprob - normalizer);
     for (int32_t i = found; i <= top; i++) logprobs[i] = (perk_logprob){-1, -INFINITY};
+}
+
+static int compare_top(const void *a, const void *b) {
+    const struct perk_draw_top *x = a, *y = b;
+    if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+void perk_sampler_logprobs(const perk_draw_record *record, int32_t token, int32_t top, perk_logprob *logprobs) {
+    struct perk_draw_top best[PERK_DRAW_TOP];
+    int32_t found = PERK_MIN(PERK_MIN(record->count, top), (int32_t)PERK_DRAW_TOP);
+    double normalizer = perk_log_sum(record->largest, record->sum);
+    memcpy(best, record->top, sizeof best);
+    qsort(best, (size_t)PERK_MAX(found, 0), sizeof *best, compare_top);
+    logprobs[0] = (perk_logprob){token, (float)((double)record->chosen - normalizer)};
+    for (int32_t i = 0; i < top; i++)
+        logprobs[1 + i] = i < found ? (perk_logprob){best[i].token, (float)((double)best[i].logit - normalizer)}
+                                    : (perk_logprob){-1, -INFINITY};
 }
 
 perk_status perk_sampler_pick(perk_sampler *sampler, const float *logits, const perk_sampling *sampling,
@@ -280,16 +305,17 @@ perk_status perk_sampler_pick(perk_sampler *sampler, const float *logits, const 
         return perk_fail(err, PERK_INTERNAL,
                          "the logits of a token are not finite numbers: the weights are damaged, or a computation "
                          "overflowed; compare with perk run --backend reference");
+    const perk_draw_rule rule = perk_sampling_rule(sampling);
     const float *adjusted = logits;
     int32_t likeliest = best;
     if (perk_sampling_adjusts(sampling)) {
-        adjusted = adjust(sampler, logits, sampling, history);
+        adjusted = adjust(sampler, logits, sampling, &rule, history);
         likeliest = find_best(adjusted, sampler->vocab_size);
         if (likeliest < 0) likeliest = best; /* penalties on logits near the largest of fp32 */
     }
     *token = likeliest;
-    if (sampling->temperature > 0 && isfinite(adjusted[likeliest]))
-        *token = sample(sampler, adjusted, adjusted[likeliest], sampling, (uint64_t)history->answer_length);
+    if (rule.scale > 0 && isfinite(adjusted[likeliest]))
+        *token = sample(sampler, adjusted, adjusted[likeliest], &rule, (uint64_t)history->answer_length);
     if (logprobs && sampling->logprobs)
         fill_logprobs(sampler, logits, logits[best], *token, sampling->top_logprobs, logprobs);
     return PERK_OK;

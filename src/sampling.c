@@ -69,6 +69,27 @@ perk_status perk_sampling_check(const perk_sampling *sampling, int32_t vocab_siz
 /* ---- copies
  * -------------------------------------------------------------------------------------------------------------- */
 
+/* Those of a token that is named twice are added in the order in which they stand. */
+int32_t perk_sampling_biases(const perk_sampling *sampling, perk_logit_bias *biases) {
+    int32_t count = 0;
+    for (int32_t i = 0; i < sampling->bias_count; i++) {
+        const perk_logit_bias *next = &sampling->bias[i];
+        int32_t low = 0, high = count;
+        while (low < high) {
+            int32_t middle = low + (high - low) / 2;
+            *(biases[middle].token < next->token ? &low : &high) =
+                biases[middle].token < next->token ? middle + 1 : middle;
+        }
+        if (low < count && biases[low].token == next->token) {
+            biases[low].bias += next->bias;
+            continue;
+        }
+        memmove(biases + low + 1, biases + low, (size_t)(count++ - low) * sizeof *biases);
+        biases[low] = (perk_logit_bias){next->token, next->bias};
+    }
+    return count;
+}
+
 perk_status perk_sampling_copy(perk_sampling *copy, const perk_sampling *sampling, perk_error *err) {
     size_t bias_size = (size_t)sampling->bias_count * sizeof *sampling->bias;
     size_t stop_size = (size_t)sampling->stop_token_count * sizeof *sampling->stop_tokens;
@@ -79,9 +100,9 @@ perk_status perk_sampling_copy(perk_sampling *copy, const perk_sampling *samplin
         free(stop_tokens);
         return perk_fail_memory(err, "a request's sampling");
     }
-    if (bias) memcpy(bias, sampling->bias, bias_size);
-    if (stop_tokens) memcpy(stop_tokens, sampling->stop_tokens, stop_size);
     *copy = *sampling;
+    if (bias) copy->bias_count = perk_sampling_biases(sampling, bias);
+    if (stop_tokens) memcpy(stop_tokens, sampling->stop_tokens, stop_size);
     copy->bias = bias;
     copy->stop_tokens = stop_tokens;
     return PERK_OK;
@@ -97,9 +118,13 @@ void perk_sampling_free(perk_sampling *sampling) {
 /* ---- questions
  * -------------------------------------------------------------------------------------------------------------- */
 
-bool perk_sampling_adjusts(const perk_sampling *sampling) {
+bool perk_sampling_penalizes(const perk_sampling *sampling) {
     bool repetition = sampling->repetition_penalty > 0 && sampling->repetition_penalty != 1;
-    return repetition || sampling->presence_penalty != 0 || sampling->frequency_penalty != 0 || sampling->bias_count;
+    return repetition || sampling->presence_penalty != 0 || sampling->frequency_penalty != 0;
+}
+
+bool perk_sampling_adjusts(const perk_sampling *sampling) {
+    return perk_sampling_penalizes(sampling) || sampling->bias_count;
 }
 
 bool perk_sampling_needs_logits(const perk_sampling *sampling) {

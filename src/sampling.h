@@ -8,10 +8,15 @@
 /* Checks the ranges of all fields; ids against the vocabulary. The message names the field. */
 perk_status perk_sampling_check(const perk_sampling *sampling, int32_t vocab_size, perk_error *err);
 
-/* Copies with the arrays, which perk_sampling_free frees; on failure nothing is left to free. */
+/* The biases, one a token, by rising ids: writes at most bias_count; returns how many. */
+int32_t perk_sampling_biases(const perk_sampling *sampling, perk_logit_bias *biases);
+
+/* Copies with the arrays, one bias a token, which perk_sampling_free frees; on failure nothing is left to free. */
 perk_status perk_sampling_copy(perk_sampling *copy, const perk_sampling *sampling, perk_error *err);
 void perk_sampling_free(perk_sampling *sampling);
 
+/* Whether tokens that were there before are penalized. */
+bool perk_sampling_penalizes(const perk_sampling *sampling);
 /* Whether logits are changed before a token is picked from them. */
 bool perk_sampling_adjusts(const perk_sampling *sampling);
 /* Whether a step must bring logits: false when its argmax is all that the request needs. */

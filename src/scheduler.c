@@ -25,7 +25,6 @@ struct perk_scheduler {
     perk_request **placed_in;                          /* [slots] */
     int32_t *picks;                                    /* [logit rows] */
     perk_executor *away;                               /* who has the schedule; NULL: it is here */
-    int32_t host_picked;                               /* unfinished requests whose tokens a kernel cannot choose */
     uint64_t submitted, finished_count, answer_tokens; /* answer_tokens: that requests got */
     perk_request_list queued;                          /* in the order of arrival, for a slot */
     perk_request_list placed;                          /* in a slot */
@@ -184,7 +183,6 @@ perk_status perk_scheduler_submit(perk_scheduler *scheduler, const int32_t *prom
     request->slot = -1;
     request->submitted = perk_now();
     scheduler->submitted++;
-    scheduler->host_picked += perk_sampling_needs_logits(&request->sampling);
     list_append(&scheduler->queued, request);
     *out = request;
     return PERK_OK;
@@ -218,7 +216,6 @@ static void finish(perk_request *request, perk_finish reason, int32_t slot) {
     request->finish = reason;
     request->ended = perk_now();
     scheduler->finished_count++;
-    scheduler->host_picked -= perk_sampling_needs_logits(&request->sampling);
     list_move(request, &scheduler->finished);
 }
 
@@ -266,6 +263,8 @@ static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot
     memcpy(r->stop_ids, scheduler->eos_ids, sizeof r->stop_ids);
     for (int32_t i = 0; i < request->sampling.stop_token_count; i++)
         r->stop_ids[r->stop_count++] = request->sampling.stop_tokens[i];
+    r->rule = perk_sampling_rule(&request->sampling);
+    r->rule.bias_count = perk_sampling_slot_biases(&request->sampling, perk_slot_biases(&scheduler->schedule, slot));
     memcpy(perk_slot_tokens(&scheduler->schedule, slot), request->tokens,
            (size_t)request->prompt_length * sizeof *request->tokens);
     r->length = r->prompt_length;
@@ -362,8 +361,6 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
 
 /* ---- steps without the host ---- */
 
-bool perk_scheduler_fits_kernel(const perk_scheduler *scheduler) { return scheduler->host_picked == 0; }
-
 bool perk_scheduler_is_away(const perk_scheduler *scheduler) { return scheduler->away != NULL; }
 
 perk_status perk_scheduler_launch(perk_scheduler *scheduler, perk_executor *executor,
@@ -375,10 +372,17 @@ perk_status perk_scheduler_launch(perk_scheduler *scheduler, perk_executor *exec
     return status;
 }
 
-static perk_status take_token(perk_request *request, int32_t token, perk_error *err) {
+/* `details`: of the token, where its request wants log probabilities. */
+static perk_status take_token(perk_request *request, int32_t token, const perk_draw_record *details, perk_error *err) {
     if (token < 0 || token >= request->scheduler->vocab_size || request->length == request->limit)
         return perk_fail(err, PERK_INTERNAL, "a request of %d tokens that ends at %d got token %d", request->length,
                          request->limit, token);
+    int32_t each = perk_sampling_logprob_count(&request->sampling);
+    if (each && !details)
+        return perk_fail(err, PERK_INTERNAL, "a token came without the log probabilities that were asked for");
+    if (each)
+        perk_sampler_logprobs(details, token, each - 1,
+                              request->logprobs + (size_t)(request->length - request->prompt_length) * (size_t)each);
     request->tokens[request->length++] = token;
     request->scheduler->answer_tokens++;
     if (request->answered == 0) request->answered = perk_now();
@@ -386,7 +390,8 @@ static perk_status take_token(perk_request *request, int32_t token, perk_error *
 }
 
 /* One record. The requests of some were cancelled here meanwhile: of them, the slot alone counts. */
-static perk_status take_record(perk_scheduler *scheduler, const perk_token_record *record, perk_error *err) {
+static perk_status take_record(perk_scheduler *scheduler, const perk_token_record *record,
+                               const perk_draw_record *details, perk_error *err) {
     perk_request *request = scheduler->placed_in[record->slot];
     perk_slot *r = &scheduler->schedule.slots[record->slot];
     bool ends = record->end != PERK_END_NONE;
@@ -396,7 +401,8 @@ static perk_status take_record(perk_scheduler *scheduler, const perk_token_recor
     }
     if (request->started == 0) request->started = perk_now();
     bool has_token = record->token >= 0 || (ends && record->end != PERK_END_CANCELLED);
-    perk_status status = has_token ? take_token(request, record->token, err) : PERK_OK;
+    perk_status status =
+        has_token ? take_token(request, record->token, record->has_details ? details : NULL, err) : PERK_OK;
     if (status || !ends) return status;
     r->found = record->found;
     r->set_backs = record->set_backs;
@@ -406,12 +412,13 @@ static perk_status take_record(perk_scheduler *scheduler, const perk_token_recor
 
 perk_status perk_scheduler_exchange(perk_scheduler *scheduler, int32_t *news, perk_error *err) {
     perk_token_record records[64];
+    perk_draw_record details[64];
     perk_executor *away = scheduler->away;
     perk_status status = PERK_OK;
     *news = 0;
-    for (size_t count; !status && (count = away->type->online->read(away, records, PERK_COUNT(records))) > 0;)
+    for (size_t count; !status && (count = away->type->online->read(away, records, details, PERK_COUNT(records))) > 0;)
         for (size_t i = 0; i < count && !status; i++) {
-            status = take_record(scheduler, &records[i], err);
+            status = take_record(scheduler, &records[i], &details[i], err);
             *news += records[i].token >= 0 || records[i].end != PERK_END_NONE;
         }
     if (!status) place_queued(scheduler);

@@ -59,8 +59,6 @@ perk_schedule_limits perk_scheduler_limits(const perk_config *config);
  * cancelled and freed as ever, but no step can be filled and no page borrowed. What requests answer is offered to
  * others only after that. */
 
-/* Whether a kernel can choose all tokens of all unfinished requests: it takes those that argmax picks. */
-bool perk_scheduler_fits_kernel(const perk_scheduler *scheduler);
 bool perk_scheduler_is_away(const perk_scheduler *scheduler);
 /* Begins a launch; all that is queued goes along, as far as there are slots. */
 perk_status perk_scheduler_launch(perk_scheduler *scheduler, perk_executor *executor,

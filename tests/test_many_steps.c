@@ -13,10 +13,11 @@
 #include "scheduler.h"
 #include "test_cache.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <unistd.h>
 
-enum { WORKERS = 2, REQUESTS = 6, POSITIONS = 64 };
+enum { WORKERS = 2, REQUESTS = 6, POSITIONS = 64, TOP = 3 };
 
 static perk_error err;
 static perk_model *model;
@@ -46,18 +47,37 @@ typedef struct test_request {
     int32_t wanted[POSITIONS], wanted_count;
     int32_t got[POSITIONS], got_count, end, slot;
     bool cancelled;
+    perk_sampling sampling;
+    perk_logprob wanted_logprobs[POSITIONS][1 + TOP], got_logprobs[POSITIONS][1 + TOP];
 } test_request;
+
+/* How request i picks its tokens. Those that really draw get the same ones only where all steps are the same: in
+ * another batch, attention's sums are rounded otherwise. The others are as good as greedy. */
+static const perk_logit_bias biases[] = {{7, 3}, {9, -100}, {7, 1.5f}};
+static const perk_sampling drawing[] = {
+    {.temperature = 0},
+    {.temperature = 1.5f, .top_p = 0.95f, .seed = 11, .logprobs = 1, .top_logprobs = TOP},
+    {.temperature = 1, .top_k = 30, .repetition_penalty = 1.3f, .frequency_penalty = 0.5f, .seed = 5},
+    {.presence_penalty = 1, .logprobs = 1},
+    {.temperature = 0},
+    {.temperature = 2, .min_p = 0.01f, .bias = biases, .bias_count = 3},
+};
+static const perk_sampling sure[] = {
+    {.temperature = 0},
+    {.temperature = 1e-3f, .top_p = 0.95f, .logprobs = 1, .top_logprobs = TOP},
+    {.logprobs = 1},
+};
 
 static int draw(uint64_t seed, uint64_t *place, int low, int high) {
     return low + (int)(perk_uniform(seed, (*place)++) * (high - low + 1));
 }
 
 /* Half of the prompts begin alike. */
-static void draw_requests(test_request *requests, int count, uint64_t seed) {
+static void draw_requests(test_request *requests, int count, bool draws, uint64_t seed) {
     uint64_t place = 0;
     for (int i = 0; i < count; i++) {
         test_request *r = &requests[i];
-        *r = (test_request){.slot = -1};
+        *r = (test_request){.slot = -1, .sampling = draws ? drawing[i % 6] : sure[i % 3]};
         r->prompt_length = i == 0 ? 1 : draw(seed, &place, i % 2 ? 18 : 1, 22);
         r->limit = i == 0 ? 12 : r->prompt_length + draw(seed, &place, 1, 4);
         for (int t = 0; t < r->prompt_length; t++)
@@ -75,13 +95,14 @@ static void run_single_steps(perk_executor *gpu, test_request *requests, int cou
     bool want_logits;
     CHECK_OK(perk_scheduler_create(&scheduler, &config, model->vocab_size, NULL, 0, false, &err));
     for (int i = 0; i < count; i++) {
-        const perk_sampling sampling = {.max_tokens = requests[i].limit - requests[i].prompt_length};
+        perk_sampling sampling = requests[i].sampling;
+        sampling.max_tokens = requests[i].limit - requests[i].prompt_length;
         CHECK_OK(perk_scheduler_submit(scheduler, requests[i].prompt, (size_t)requests[i].prompt_length, &sampling,
                                        &handles[i], &err));
     }
     while (perk_scheduler_unfinished(scheduler)) {
         CHECK_OK(perk_scheduler_fill(scheduler, &batch, &want_logits, &err));
-        CHECK_OK(gpu->type->step(gpu, batch, false, &result, &err));
+        CHECK_OK(gpu->type->step(gpu, batch, want_logits, &result, &err));
         CHECK_OK(perk_scheduler_commit(scheduler, &result, &err));
     }
     for (int i = 0; i < count; i++) {
@@ -89,6 +110,10 @@ static void run_single_steps(perk_executor *gpu, test_request *requests, int cou
         const int32_t *tokens = perk_request_tokens(handles[i], &answer);
         requests[i].wanted_count = (int32_t)answer;
         memcpy(requests[i].wanted, tokens, answer * sizeof *tokens);
+        for (size_t t = 0, each; t < answer; t++) {
+            const perk_logprob *logprobs = perk_request_logprobs(handles[i], t, &each);
+            if (logprobs) memcpy(requests[i].wanted_logprobs[t], logprobs, each * sizeof *logprobs);
+        }
     }
     perk_scheduler_free(scheduler);
 }
@@ -96,8 +121,11 @@ static void run_single_steps(perk_executor *gpu, test_request *requests, int cou
 /* ---- the same by many steps ---- */
 
 static perk_status submit(perk_executor *gpu, test_request *r, bool share) {
-    const perk_gpu_arrival arrival = {
-        .prompt = r->prompt, .prompt_length = r->prompt_length, .limit = r->limit, .share_prefix = share};
+    const perk_gpu_arrival arrival = {.prompt = r->prompt,
+                                      .prompt_length = r->prompt_length,
+                                      .limit = r->limit,
+                                      .sampling = &r->sampling,
+                                      .share_prefix = share};
     r->got_count = r->end = 0;
     return perk_gpu_many_submit(gpu, &arrival, &r->slot, &err);
 }
@@ -105,13 +133,18 @@ static perk_status submit(perk_executor *gpu, test_request *r, bool share) {
 /* Returns how many requests ended. */
 static int read_tokens(perk_executor *gpu, test_request *requests, int count) {
     perk_token_record records[7];
+    perk_draw_record details[7];
     int ended = 0;
-    for (size_t got; (got = perk_gpu_many_read(gpu, records, PERK_COUNT(records))) > 0;)
+    for (size_t got; (got = perk_gpu_many_read(gpu, records, details, PERK_COUNT(records))) > 0;)
         for (size_t i = 0; i < got; i++) {
             int r = 0;
             while (r < count && (requests[r].slot != records[i].slot || requests[r].end)) r++;
             CHECK(r < count, "a token of nobody, slot %d", records[i].slot);
             if (records[i].token < 0 && !records[i].end) continue; /* it begins to run */
+            CHECK(!records[i].has_details == !(requests[r].sampling.logprobs && records[i].token >= 0));
+            if (records[i].has_details)
+                perk_sampler_logprobs(&details[i], records[i].token, requests[r].sampling.top_logprobs,
+                                      requests[r].got_logprobs[requests[r].got_count]);
             if (records[i].token >= 0) requests[r].got[requests[r].got_count++] = records[i].token;
             CHECK(requests[r].got_count <= POSITIONS);
             requests[r].end = records[i].end;
@@ -120,7 +153,19 @@ static int read_tokens(perk_executor *gpu, test_request *requests, int count) {
     return ended;
 }
 
-static void check_answers(const test_request *requests, int count) {
+/* Other batches on the way round attention's sums otherwise. */
+static void check_logprobs(const test_request *r, int number, float limit) {
+    int each = r->sampling.logprobs ? 1 + r->sampling.top_logprobs : 0;
+    for (int t = 0; t < r->got_count; t++)
+        for (int k = 0; k < each; k++)
+            CHECK((k || r->got_logprobs[t][0].token == r->got[t]) &&
+                      fabsf(r->got_logprobs[t][k].logprob - r->wanted_logprobs[t][k].logprob) < limit,
+                  "request %d, place %d: log probability %g of token %d, wanted %g of %d", number, t,
+                  (double)r->got_logprobs[t][k].logprob, r->got_logprobs[t][k].token,
+                  (double)r->wanted_logprobs[t][k].logprob, r->wanted_logprobs[t][k].token);
+}
+
+static void check_answers(const test_request *requests, int count, float limit) {
     for (int i = 0; i < count; i++) {
         const test_request *r = &requests[i];
         bool whole = r->end == PERK_END_LENGTH;
@@ -128,6 +173,7 @@ static void check_answers(const test_request *requests, int count) {
               "request %d ended for %d with %d of %d tokens", i, r->end, r->got_count, r->wanted_count);
         CHECK(memcmp(r->got, r->wanted, (size_t)r->got_count * sizeof *r->got) == 0,
               "request %d: other tokens than by single steps", i);
+        check_logprobs(r, i, limit);
     }
 }
 
@@ -158,13 +204,28 @@ static perk_gpu_many_result run(perk_executor *gpu, uint32_t max_steps, uint32_t
     return result;
 }
 
+/* Requests that draw, in one launch, and in several. */
+static void test_drawing(perk_executor *gpu) {
+    static test_request requests[REQUESTS];
+    draw_requests(requests, REQUESTS, true, 5);
+    run_single_steps(gpu, requests, REQUESTS);
+    for (uint32_t steps = 0; steps <= 4; steps += 4) {
+        for (int i = 0; i < REQUESTS; i++) CHECK_OK(submit(gpu, &requests[i], false));
+        for (int ended = 0; ended < REQUESTS;) {
+            run(gpu, steps, 0);
+            ended += read_tokens(gpu, requests, REQUESTS);
+        }
+        check_answers(requests, REQUESTS, 1e-5f);
+    }
+}
+
 /* One launch; then launches of a few steps, where requests that begin alike share pages. */
 static void test_completion(perk_executor *gpu, test_request *requests) {
     for (int i = 0; i < REQUESTS; i++) CHECK_OK(submit(gpu, &requests[i], false));
     perk_gpu_many_result result = run(gpu, 0, 0);
     CHECK(result.end == PERK_LAUNCH_IDLE && result.unfinished == 0 && result.undealt == 0, "%u", result.end);
     CHECK(read_tokens(gpu, requests, REQUESTS) == REQUESTS);
-    check_answers(requests, REQUESTS);
+    check_answers(requests, REQUESTS, 0.05f);
     CHECK(check_pages(gpu) == 0);
     fprintf(stderr, "%u steps in one launch\n", result.steps);
 
@@ -175,7 +236,7 @@ static void test_completion(perk_executor *gpu, test_request *requests) {
         CHECK(result.end == PERK_LAUNCH_IDLE ? ended == REQUESTS
                                              : result.end == PERK_LAUNCH_STEPS && result.steps == 7);
     }
-    check_answers(requests, REQUESTS);
+    check_answers(requests, REQUESTS, 0.05f);
     CHECK(check_pages(gpu) > 0, "no pages were shared");
 }
 
@@ -225,7 +286,7 @@ static void test_online(perk_executor *gpu, test_request *requests, uint64_t see
     pthread_join(l.thread, NULL);
     perk_gpu_many_command(gpu, PERK_COMMAND_NONE);
     CHECK(read_tokens(gpu, requests, REQUESTS) == 0);
-    check_answers(requests, REQUESTS);
+    check_answers(requests, REQUESTS, 0.05f);
     check_pages(gpu);
     fprintf(stderr, "online, seed %llu: %d launches, %d ended idle\n", (unsigned long long)seed, l.launches,
             l.idle_ends);
@@ -245,7 +306,7 @@ static void test_stop(perk_executor *gpu, test_request *requests) {
     CHECK(result.end == PERK_LAUNCH_STOPPED && result.steps == 0 && result.unfinished > 0, "%u", result.end);
     perk_gpu_many_command(gpu, PERK_COMMAND_NONE);
     CHECK(run(gpu, 0, 0).end == PERK_LAUNCH_IDLE && read_tokens(gpu, requests, REQUESTS) == REQUESTS);
-    check_answers(requests, REQUESTS);
+    check_answers(requests, REQUESTS, 0.05f);
     result = run(gpu, 0, 1);
     CHECK(result.end == PERK_LAUNCH_IDLE && result.steps == 0);
     more.prompt_length = 0;
@@ -318,23 +379,21 @@ static void test_check(void) {
 
 enum { ENGINE_REQUESTS = 4 };
 
-/* Tokens of all requests, one after the other. The first `sampled` of them sample, though hardly: they make the engine
- * fall back to single steps. Returns how many calls it took. */
-static int run_engine(int sampled, int32_t *tokens) {
-    const perk_engine_options options = {.backend = PERK_BACKEND_GPU,
-                                         .config = config,
-                                         .cache_folder = cache.text,
-                                         .mode = PERK_MODE_COMPLETION,
-                                         .steps_a_launch = 5};
+/* Tokens of all requests, one after the other, and log probabilities of one. All of them draw. Returns how many calls
+ * it took. */
+static int run_engine(perk_mode mode, int32_t *tokens, perk_logprob *logprobs) {
+    const perk_engine_options options = {
+        .backend = PERK_BACKEND_GPU, .config = config, .cache_folder = cache.text, .mode = mode, .steps_a_launch = 5};
     perk_request *requests[ENGINE_REQUESTS];
     perk_engine *engine;
     int32_t running = 1;
     int calls;
     CHECK_OK(perk_engine_open(&engine, folder.text, &options, &err));
     for (int i = 0; i < ENGINE_REQUESTS; i++) {
-        const perk_sampling sampling = {
-            .max_tokens = 3 + i, .temperature = i < sampled ? 1e-4f : 0.0f, .seed = 3, .ignore_eos = 1};
+        perk_sampling sampling = drawing[i + 1];
         const int32_t prompt[] = {5 + i, 9, 200};
+        sampling.max_tokens = 3 + i;
+        sampling.ignore_eos = 1;
         CHECK_OK(perk_engine_submit(engine, prompt, 3, &sampling, &requests[i], &err));
     }
     for (calls = 0; running > 0; calls++) CHECK_OK(perk_engine_step(engine, &running, &err));
@@ -344,19 +403,20 @@ static int run_engine(int sampled, int32_t *tokens) {
         CHECK(perk_request_finish(requests[i]) == PERK_FINISH_LENGTH && count == (size_t)(3 + i));
         for (size_t t = 0; t < count; t++) *tokens++ = answer[t];
     }
+    for (size_t t = 0; t < 3; t++)
+        memcpy(logprobs + t * (1 + TOP), perk_request_logprobs(requests[0], t, NULL), (1 + TOP) * sizeof *logprobs);
     perk_engine_free(engine);
     return calls;
 }
 
 static void test_engine(void) {
     int32_t wanted[64] = {0}, got[64] = {0};
-    int single_calls = run_engine(ENGINE_REQUESTS, wanted);
-    for (int sampled = 0; sampled < 2; sampled++) {
-        int calls = run_engine(sampled, got);
-        fprintf(stderr, "an engine: %d calls instead of %d\n", calls, single_calls);
-        CHECK(memcmp(wanted, got, sizeof got) == 0, "other tokens than by single steps");
-        CHECK(sampled ? calls > 3 && calls < single_calls : calls <= 3);
-    }
+    perk_logprob wanted_logprobs[3 * (1 + TOP)], got_logprobs[3 * (1 + TOP)];
+    int single_calls = run_engine(PERK_MODE_SINGLE, wanted, wanted_logprobs);
+    int calls = run_engine(PERK_MODE_COMPLETION, got, got_logprobs);
+    fprintf(stderr, "an engine: %d calls instead of %d\n", calls, single_calls);
+    CHECK(memcmp(wanted, got, sizeof got) == 0, "other tokens than by single steps");
+    CHECK(memcmp(wanted_logprobs, got_logprobs, sizeof got_logprobs) == 0, "other log probabilities");
 }
 
 int main(int argc, char **argv) {
@@ -371,10 +431,11 @@ int main(int argc, char **argv) {
     folder = make_small_model(argc > 1 ? argv[1] : PERK_SOURCE_DIR);
     CHECK_OK(perk_model_open(&model, folder.text, false, 0, &err));
     CHECK_OK(perk_config_resolve(&config, model->max_positions, &err));
-    draw_requests(requests, REQUESTS, 5);
+    draw_requests(requests, REQUESTS, false, 5);
     test_check();
     perk_executor *gpu = open_executor(NULL);
     run_single_steps(gpu, requests, REQUESTS);
+    test_drawing(gpu);
     test_completion(gpu, requests);
     test_stop(gpu, requests);
     test_online(gpu, requests, 1, 100000);

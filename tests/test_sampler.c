@@ -40,6 +40,30 @@ static void test_uniform(void) {
         }
 }
 
+static void test_weights(void) {
+    CHECK(perk_weight(3, 3, 1) == UINT64_C(1) << PERK_WEIGHT_ONE_SHIFT);
+    CHECK(perk_weight(-INFINITY, 3, 1) == 0 && perk_weight(NAN, 3, 1) == 0 && perk_weight(-3e38f, 3e38f, 1e38f) == 0);
+    uint64_t before = UINT64_MAX;
+    for (int i = 0; i < 200000; i++) {
+        float logit = (float)-i * 2e-4f;
+        double wanted = exp((double)logit * 0.7) * 0x1p40, got = (double)perk_weight(logit, 0, 0.7f * PERK_LOG2_E);
+        CHECK(fabs(got - wanted) <= 3e-6 * wanted + 1, "weight of %g: %g, wanted %g", (double)logit, got, wanted);
+        CHECK(perk_weight(logit, 0, PERK_LOG2_E) <= before);
+        before = perk_weight(logit, 0, PERK_LOG2_E);
+    }
+    for (uint64_t i = 0; i < 1000; i++) {
+        uint64_t a = perk_random_bits(1, i), b = perk_random_bits(2, i);
+        CHECK(perk_high_product(a, b) == (uint64_t)((unsigned __int128)a * b >> 64));
+    }
+    static const float rising[] = {-INFINITY, -1e30f, -1, -1e-40f, 0, 1e-40f, 1, 1e30f, INFINITY};
+    for (size_t i = 0; i + 1 < PERK_COUNT(rising); i++) {
+        CHECK(perk_rank(rising[i]) < perk_rank(rising[i + 1]));
+        if (i) CHECK(perk_rank_logit(perk_rank(rising[i])) == rising[i]);
+    }
+    CHECK(perk_rank(NAN) == PERK_RANK_NONE && perk_rank(-NAN) == PERK_RANK_NONE && perk_rank(-0.0f) == perk_rank(0));
+    CHECK(perk_rank(-INFINITY) == PERK_RANK_NONE && perk_rank(INFINITY) == PERK_RANK_INFINITE);
+}
+
 /* ---- a distribution against its definition ---- */
 
 enum { VOCAB = 12, DRAWS = 100000 };
@@ -392,6 +416,7 @@ static void test_large_vocabulary(void) {
 int main(void) {
     perk_sampler *sampler;
     test_uniform();
+    test_weights();
     test_distributions();
     CHECK_OK(perk_sampler_create(&sampler, VOCAB, &err));
     test_greedy_and_ties(sampler);

@@ -569,7 +569,7 @@ static const char DEVICE_SOURCE[] =
     "}\n";
 
 static void test_nvrtc(void) {
-    static const char *const names[] = {"abi.h", "shared_code.h", "pages.h", "step.h", "schedule.h"};
+    static const char *const names[] = {"abi.h", "shared_code.h", "draw.h", "pages.h", "step.h", "schedule.h"};
     perk_compile_header headers[PERK_COUNT(names)];
     perk_nvrtc *nvrtc;
     if (perk_nvrtc_open(&nvrtc, NULL, &err) != PERK_OK) {

@@ -584,6 +584,25 @@ static inline uint32_t atomicCAS(uint32_t *pointer, uint32_t expected, uint32_t 
     if (old == expected) *pointer = value;
     return old;
 }
+static inline uint32_t atomicAdd(uint32_t *pointer, uint32_t value) {
+    emulator::yield_sometimes();
+    const uint32_t old = *pointer;
+    *pointer = old + value;
+    return old;
+}
+static inline uint32_t atomicOr(uint32_t *pointer, uint32_t value) {
+    emulator::yield_sometimes();
+    const uint32_t old = *pointer;
+    *pointer = old | value;
+    return old;
+}
+static inline uint32_t atomicExch(uint32_t *pointer, uint32_t value) {
+    emulator::yield_sometimes();
+    const uint32_t old = *pointer;
+    *pointer = value;
+    return old;
+}
+static inline uint32_t __clz(uint32_t value) { return value ? uint32_t(__builtin_clz(value)) : 32; }
 static inline void __threadfence_system() {}
 static inline void __threadfence_block() {}
 static inline void __syncwarp() { emulator::collect(emulator::combine_nothing, {}); }

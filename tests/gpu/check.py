@@ -120,6 +120,7 @@ class Check:
         self.program("test_gpu_model", 120)
         self.program("test_gpu_determinism", 120)
         self.program("test_gpu_hang", 60)
+        self.program("test_sample", 60, PERK_TEST_GPU="1")
         self.program("test_many_steps", 60, PERK_TEST_GPU="1")
         self.program("test_online", 60, PERK_TEST_GPU="1")
         self.script("starts.py", 150)

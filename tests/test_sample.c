@@ -1,0 +1,337 @@
+/* Sampling in the kernel (kernels_src/sample.cuh) against that of the host: the same tokens, whatever the logits and
+ * the settings, and the same log probabilities; and that rows beside it change nothing. On the emulator;
+ * EMULATOR_SEED=N runs everything in another order. PERK_TEST_GPU=1 runs it on the GPU and tells how long a row takes.
+ */
+#include "driver.h"
+#include "fake_cuda/fake_cuda.h"
+#include "jit/compile.h"
+#include "jit/cubin_info.h"
+#include "jit/emit.h"
+#include "sampler.h"
+#include "test.h"
+
+#include <dlfcn.h>
+#include <math.h>
+
+enum { SCRATCH_BYTES = 8192, RING_BYTES = 16384, MOST_ROWS = 40, TOKENS = 64, BIASES = 8, BLOCKS = 2 };
+
+/* As in the source below. */
+typedef struct sample_row {
+    perk_draw_rule rule;
+    perk_draw_record record;
+    perk_draw_bias bias[BIASES];
+    int32_t tokens[TOKENS];
+    int32_t prompt_length, length, best, token;
+    uint64_t nanoseconds;
+} sample_row;
+
+typedef struct sample_args {
+    CUdeviceptr rows, logits, adjusted, seen, lists;
+    uint32_t row_count, stride;
+} sample_args;
+
+static const char SOURCE[] =
+    "#define PERK_PORTABLE %d\n#define PERK_PROFILE 0\n#define PERK_WIDE 0\n#include \"abi.h\"\n"
+    "namespace program {\n"
+    "constexpr uint32_t tasks_per_worker = 1, ring_slots = 1, chunks_in_flight = 1, chunks_in_flight_behind = 1;\n"
+    "constexpr uint32_t staging_bytes = 0, reduction_bytes = %d, batch_shared_bytes = 0, shared_bytes = %d;\n"
+    "constexpr bool waits_are_limited = true, many_steps = false;\n"
+    "}\n"
+    "#include \"ptx.cuh\"\n#include \"worker.cuh\"\n#include \"sample.cuh\"\n"
+    "struct Row {\n"
+    "    perk_draw_rule rule;\n    perk_draw_record record;\n    perk_draw_bias bias[%d];\n    int32_t tokens[%d];\n"
+    "    int32_t prompt_length, length, best, token;\n    uint64_t nanoseconds;\n};\n"
+    "struct Args {\n"
+    "    Row *rows;\n    const float *logits;\n    float *adjusted;\n    uint32_t *seen;\n    uint2 *lists;\n"
+    "    uint32_t row_count, stride;\n};\n"
+    "struct Input {\n"
+    "    const Args &args;\n    uint32_t r;\n"
+    "    Row &row() const { return args.rows[r]; }\n"
+    "    const float *logits() const { return args.logits + uint64_t(r) * args.stride; }\n"
+    "    const perk_draw_rule *rule() const { return &row().rule; }\n"
+    "    uint32_t length() const { return row().length; }\n"
+    "    uint32_t prompt_length() const { return row().prompt_length; }\n"
+    "    const int32_t *tokens() const { return row().tokens; }\n"
+    "    const perk_draw_bias *biases() const { return row().bias; }\n"
+    "    float *adjusted() const { return args.adjusted + uint64_t(r) * args.stride; }\n"
+    "    uint32_t *seen() const { return args.seen + uint64_t(r) * args.stride; }\n"
+    "    uint2 *list() const { return args.lists + r * PERK_DRAW_LISTED; }\n"
+    "    perk_draw_record *record() const { return &row().record; }\n"
+    "};\n"
+    "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
+    "(const __grid_constant__ Args args) {\n"
+    "    using namespace perk;\n"
+    "    perk_kernel_args none{};\n"
+    "    Worker w{none, threadIdx.x / 32, threadIdx.x %% 32, threadIdx.x, dynamic_shared(), 0};\n"
+    "    if (w.warp >= PERK_CONSUMER_WARPS) return;\n"
+    "    for (uint32_t r = w.index(); r < args.row_count; r += gridDim.x) {\n"
+    "        const uint64_t begin = global_timer();\n"
+    "        const Input in{args, r};\n"
+    "        const uint32_t token = Draw<%d, Input>(w, in).run(in.row().best);\n"
+    "        if (w.thread == 0) in.row().token = int32_t(token);\n"
+    "        if (w.thread == 0) in.row().nanoseconds = global_timer() - begin;\n"
+    "    }\n"
+    "}\n";
+
+static perk_error err;
+static perk_driver *driver;
+static perk_nvrtc *nvrtc;
+
+/* ---- the kernel ---- */
+
+typedef struct probe {
+    int vocab_size, stride;
+    CUmodule module;
+    CUfunction function;
+    CUstream stream;
+    CUdeviceptr rows, logits, adjusted, seen, lists;
+} probe;
+
+static void cuda(CUresult result, const char *doing) { CHECK_OK(perk_driver_check(driver, result, &err, "%s", doing)); }
+
+static void compile(int vocab_size, int portable, const char *arch, perk_compile_result *result) {
+    perk_compile_header *headers;
+    size_t header_count;
+    CHECK_OK(perk_emit_headers(&headers, &header_count, &err));
+    char *source =
+        perk_format(SOURCE, portable, SCRATCH_BYTES, RING_BYTES + SCRATCH_BYTES + 2048, BIASES, TOKENS, vocab_size);
+    CHECK(source);
+    perk_compile_request request = {
+        .source = source, .name = "sample.cu", .headers = headers, .header_count = header_count, .arch = arch};
+    CHECK_OK(perk_compile(nvrtc, &request, result, &err));
+    fprintf(stderr, "%d ids, %s: %.0f ms, %zu bytes spilled\n", vocab_size, arch, result->milliseconds,
+            (size_t)result->spill_bytes);
+    CHECK(result->spill_bytes == 0);
+    perk_emit_headers_free(headers, header_count);
+    free(source);
+}
+
+static void load(probe *p, int portable) {
+    perk_compile_result result;
+    perk_device_info info;
+    char arch[16];
+    CHECK_OK(perk_driver_device_info(driver, 0, &info, &err));
+    snprintf(arch, sizeof arch, "sm_%d%d%s", info.cc_major, info.cc_minor, info.cc_major == 9 ? "a" : "");
+    compile(p->vocab_size, portable, arch, &result);
+    cuda(driver->cuModuleLoadData(&p->module, result.cubin), "loading");
+    cuda(driver->cuModuleGetFunction(&p->function, p->module, PERK_KERNEL_NAME), "finding the kernel");
+    perk_compile_result_free(&result);
+}
+
+static void allocate(CUdeviceptr *memory, size_t bytes) {
+    cuda(driver->cuMemAlloc(memory, bytes), "reserving memory");
+    cuda(driver->cuMemsetD8(*memory, 0, bytes), "clearing");
+}
+
+static void open_probe(probe *p, int vocab_size, int portable) {
+    *p = (probe){.vocab_size = vocab_size, .stride = PERK_ROW_STRIDE(vocab_size)};
+    size_t bytes = (size_t)MOST_ROWS * (size_t)p->stride * 4;
+    load(p, portable);
+    cuda(driver->cuStreamCreate(&p->stream, CU_STREAM_DEFAULT), "making a stream");
+    allocate(&p->rows, MOST_ROWS * sizeof(sample_row));
+    allocate(&p->logits, bytes);
+    allocate(&p->adjusted, bytes);
+    allocate(&p->seen, bytes);
+    allocate(&p->lists, (size_t)MOST_ROWS * PERK_DRAW_LISTED * 8);
+}
+
+static void close_probe(probe *p) {
+    const CUdeviceptr memory[] = {p->rows, p->logits, p->adjusted, p->seen, p->lists};
+    for (size_t i = 0; i < PERK_COUNT(memory); i++) driver->cuMemFree(memory[i]);
+    driver->cuStreamDestroy(p->stream);
+    driver->cuModuleUnload(p->module);
+}
+
+static void launch(probe *p, sample_row *rows, const float *logits, int count) {
+    sample_args args = {p->rows, p->logits, p->adjusted, p->seen, p->lists, (uint32_t)count, (uint32_t)p->stride};
+    void *params[] = {&args};
+    for (int r = 0; r < count; r++)
+        cuda(driver->cuMemcpyHtoD(p->logits + (size_t)r * (size_t)p->stride * 4, logits + r * p->vocab_size,
+                                  (size_t)p->vocab_size * 4),
+             "copying logits");
+    cuda(driver->cuMemcpyHtoD(p->rows, rows, (size_t)count * sizeof *rows), "copying rows");
+    cuda(driver->cuLaunchCooperativeKernel(p->function, BLOCKS, 1, 1, PERK_BLOCK_THREADS, 1, 1,
+                                           RING_BYTES + SCRATCH_BYTES + 2048, p->stream, params),
+         "launching");
+    cuda(driver->cuCtxSynchronize(), "sampling");
+    cuda(driver->cuMemcpyDtoH(rows, p->rows, (size_t)count * sizeof *rows), "copying tokens");
+}
+
+/* ---- settings and logits ---- */
+
+static const perk_logit_bias BIAS[] = {{3, 4}, {17, -100}, {5, 0.5f}, {11, 12}};
+
+static const perk_sampling SETTINGS[] = {
+    {.temperature = 1},
+    {.temperature = 0.6f, .seed = 3},
+    {.temperature = 4},
+    {.temperature = 1e-30f},
+    {.temperature = 1, .top_k = 1},
+    {.temperature = 1, .top_k = 20},
+    {.temperature = 1.3f, .top_k = 3000},
+    {.temperature = 1, .top_p = 0.9f},
+    {.temperature = 3, .top_p = 0.97f},
+    {.temperature = 1, .top_p = 1e-6f},
+    {.temperature = 1, .min_p = 0.05f},
+    {.temperature = 0.7f, .top_k = 20, .top_p = 0.8f},
+    {.temperature = 1.5f, .top_k = 2500, .top_p = 0.9f, .min_p = 0.02f, .seed = UINT64_MAX},
+    {.logprobs = 1, .top_logprobs = 20},
+    {.logprobs = 1},
+    {.repetition_penalty = 1.3f},
+    {.temperature = 1, .repetition_penalty = 1.2f, .presence_penalty = 0.5f, .frequency_penalty = 0.25f},
+    {.bias = BIAS, .bias_count = 4},
+    {.temperature = 0.9f,
+     .top_p = 0.95f,
+     .bias = BIAS,
+     .bias_count = 4,
+     .frequency_penalty = -1.0f,
+     .logprobs = 1,
+     .top_logprobs = 3},
+};
+
+/* Kinds of rows: as models make them; flat; all equal; few that count; coarse, with many equal ones; odd ones. */
+enum { NORMAL, FLAT, EQUAL, PEAKED, COARSE, ODD, KINDS };
+
+static void make_logits(float *logits, int count, int kind, uint64_t seed) {
+    for (int i = 0; i < count; i++) {
+        double u = perk_uniform(seed, 2 * (uint64_t)i), v = perk_uniform(seed, 2 * (uint64_t)i + 1);
+        double normal = sqrt(-2 * log(1 - u)) * cos(6.283185307179586 * v);
+        logits[i] = (float)(kind == FLAT     ? normal * 0.2
+                            : kind == EQUAL  ? -2.5
+                            : kind == PEAKED ? normal * 2 - 20 + (i % 701 == 5 ? 30 : 0)
+                            : kind == COARSE ? floor(normal * 2) * 0.5
+                                             : normal * 3 - 1);
+        if (kind == ODD && i % 3 == 0) logits[i] = -INFINITY;
+        if (kind == ODD && i % 7 == 1) logits[i] = NAN;
+        if (kind == ODD && i % 11 == 2) logits[i] *= 1e-30f;
+    }
+}
+
+static int find_best(const float *logits, int count) {
+    int best = -1;
+    for (int i = 0; i < count; i++)
+        if (logits[i] > -INFINITY && (best < 0 || logits[i] > logits[best])) best = i;
+    return best;
+}
+
+/* A row's settings, its text, and what the kernel gets to see of them. */
+static void make_row(sample_row *row, const perk_sampling *sampling, const float *logits, int vocab_size,
+                     uint64_t seed) {
+    *row = (sample_row){.rule = perk_sampling_rule(sampling), .best = find_best(logits, vocab_size)};
+    row->length = 1 + (int)(perk_uniform(seed, 1) * (TOKENS - 1));
+    row->prompt_length = 1 + (int)(perk_uniform(seed, 2) * (row->length - 1));
+    for (int i = 0; i < row->length; i++)
+        row->tokens[i] = i % 4 ? (int)(perk_uniform(seed, 3 + (uint64_t)i) * vocab_size) : i % 3 ? row->best : 5;
+    row->rule.bias_count = perk_sampling_slot_biases(sampling, row->bias);
+}
+
+static void check_logprobs(const sample_row *row, const perk_logprob *wanted, int count, const char *what) {
+    perk_logprob got[1 + PERK_MAX_TOP_LOGPROBS];
+    perk_sampler_logprobs(&row->record, row->token, count - 1, got);
+    for (int i = 0; i < count; i++)
+        CHECK(got[i].token == wanted[i].token && got[i].logprob == wanted[i].logprob,
+              "%s: place %d is token %d with %g, wanted %d with %g", what, i, got[i].token, (double)got[i].logprob,
+              wanted[i].token, (double)wanted[i].logprob);
+}
+
+static void check_row(perk_sampler *sampler, const perk_sampling *sampling, const float *logits, sample_row *row,
+                      const char *what) {
+    perk_logprob logprobs[1 + PERK_MAX_TOP_LOGPROBS];
+    perk_history history = {row->tokens, row->tokens + row->prompt_length, row->prompt_length,
+                            row->length - row->prompt_length};
+    int32_t wanted;
+    CHECK_OK(perk_sampler_pick(sampler, logits, sampling, &history, &wanted, logprobs, &err));
+    CHECK(row->token == wanted, "%s: token %d, wanted %d", what, row->token, wanted);
+    if (sampling->logprobs) check_logprobs(row, logprobs, perk_sampling_logprob_count(sampling), what);
+}
+
+/* All settings over all kinds of rows, `rounds` times with other seeds. */
+static void test_settings(int vocab_size, int portable, int rounds) {
+    enum { COUNT = PERK_COUNT(SETTINGS) };
+    static sample_row rows[COUNT];
+    probe p;
+    perk_sampler *sampler;
+    float *logits = malloc((size_t)COUNT * (size_t)vocab_size * sizeof *logits);
+    CHECK(logits && (int)COUNT <= (int)MOST_ROWS);
+    CHECK_OK(perk_sampler_create(&sampler, vocab_size, &err));
+    open_probe(&p, vocab_size, portable);
+    for (int round = 0; round < rounds * KINDS; round++) {
+        perk_sampling settings[COUNT];
+        double most = 0, times[COUNT];
+        for (int i = 0; i < COUNT; i++) {
+            uint64_t seed = (uint64_t)(round * 100 + i);
+            settings[i] = SETTINGS[i];
+            settings[i].seed += seed;
+            make_logits(logits + i * vocab_size, vocab_size, round % KINDS, seed);
+            make_row(&rows[i], &settings[i], logits + i * vocab_size, vocab_size, seed);
+        }
+        launch(&p, rows, logits, COUNT);
+        for (int i = 0; i < COUNT; i++) {
+            char what[64];
+            snprintf(what, sizeof what, "%d ids, kind %d, setting %d", vocab_size, round % KINDS, i);
+            check_row(sampler, &settings[i], logits + i * vocab_size, &rows[i], what);
+            times[i] = (double)rows[i].nanoseconds * 1e-3;
+            most = PERK_MAX(most, times[i]);
+        }
+        if (!getenv("PERK_TEST_GPU")) continue;
+        fprintf(stderr, "kind %d, us a row:", round % KINDS);
+        for (int i = 0; i < COUNT; i++) fprintf(stderr, " %.0f", times[i]);
+        fprintf(stderr, "\n");
+    }
+    close_probe(&p);
+    perk_sampler_free(sampler);
+    free(logits);
+}
+
+/* Where there is a compiler of device code. */
+static void test_nvrtc(void) {
+    perk_compile_result result;
+    perk_cubin_kernel_info info;
+    if (perk_nvrtc_open(&nvrtc, NULL, &err) != PERK_OK) {
+        fprintf(stderr, "not compiled as device code: %s\n", err.message);
+        return;
+    }
+    compile(151936, 0, "sm_90a", &result);
+    CHECK_OK(perk_cubin_info(result.cubin, result.cubin_size, PERK_KERNEL_NAME, &info, &err));
+    fprintf(stderr, "%d registers, frame %d, %llu bytes\n", (int)info.registers, (int)info.frame_bytes,
+            (unsigned long long)info.code_bytes);
+    CHECK(info.frame_bytes == 0);
+    perk_compile_result_free(&result);
+    perk_nvrtc_free(nvrtc);
+}
+
+static void open_fake(void) {
+    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
+    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
+    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
+    CHECK(library, "%s", dlerror());
+    fake_nvrtc *(*compiler_state)(void);
+    *(void **)&compiler_state = dlsym(library, "fake_nvrtc_state");
+    CHECK(compiler_state);
+    compiler_state()->emulates = true;
+}
+
+int main(void) {
+    bool on_gpu = getenv("PERK_TEST_GPU") != NULL;
+    if (strstr(EMULATOR_CXX, "NOTFOUND") && !on_gpu) {
+        fprintf(stderr, "skipped: no C++ compiler was found\n");
+        return TEST_SKIP;
+    }
+    if (!on_gpu) test_nvrtc();
+    if (!on_gpu) open_fake();
+    perk_device_info info;
+    CUcontext context;
+    CHECK_OK(perk_driver_open(&driver, &err));
+    CHECK_OK(perk_nvrtc_open(&nvrtc, NULL, &err));
+    CHECK_OK(perk_driver_device_info(driver, 0, &info, &err));
+    cuda(driver->cuDevicePrimaryCtxRetain(&context, info.device), "opening the device");
+    cuda(driver->cuCtxPushCurrent(context), "opening the device");
+    test_settings(29, 0, 1);
+    test_settings(5003, 1, 1);
+    if (on_gpu) test_settings(151936, 0, 5);
+    driver->cuCtxPopCurrent(&context);
+    driver->cuDevicePrimaryCtxRelease(info.device);
+    perk_nvrtc_free(nvrtc);
+    perk_driver_free(driver);
+    return 0;
+}
