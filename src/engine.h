@@ -24,8 +24,9 @@ typedef perk_status (*perk_on_step)(void *user, perk_executor *executor, const p
 /* Calls `on_step` after every step from now on. PERK_UNSUPPORTED on the GPU, whose activations share memory. */
 perk_status perk_engine_watch(perk_engine *engine, perk_on_step on_step, void *user, perk_error *err);
 
-/* What perk_engine_step does, in pieces: one step, or with a kernel that runs by itself one look at what has come. *news:
- * some request may have new tokens or have ended. *again: seconds after which to look again; 0: nothing runs by itself.
+/* What perk_engine_step does, in pieces: one step, or with a kernel that runs by itself one look at what has come.
+ * *news: some request may have new tokens or have ended. *again: seconds after which to look again; 0: nothing runs by
+ * itself.
  */
 perk_status perk_engine_poll(perk_engine *engine, bool *news, double *again, perk_error *err);
 /* Whether a kernel may be on the GPU, with or without something to do. */
