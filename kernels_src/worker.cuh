@@ -229,8 +229,7 @@ __device__ __forceinline__ bool has_ended(const Worker &w) {
 }
 // Nothing may be under way to the memory of a block that is gone.
 __device__ __forceinline__ void land_chunks(const Worker &w, uint32_t end) {
-    forget(
-        end); // or the producer, who has few registers, would keep more about every chunk in case that it is the last
+    forget(end); // or the producer, who has few registers, would keep more about every chunk: it may be the last
     for (uint32_t chunk = end - min(end, program::ring_slots); chunk != end; chunk++) wait_full<true>(w, chunk);
 }
 // Room for a chunk of a launch of many steps: no limit, since consumers may idle, and whoever is stuck says so himself.
