@@ -538,7 +538,6 @@ struct Attention {
     template <bool kQNorm, bool kKNorm>
     static __device__ __forceinline__ void attend_items(Worker &w, const TaskView &task, float scale, uint32_t window,
                                                         float eps) {
-        static_assert(!kLoadsAhead, "nothing has been loaded ahead");
         const uint32_t items = w.num_attention_items();
         Unit unit;
 #pragma unroll 1

@@ -183,21 +183,28 @@ struct BatchedLinear {
         }
     }
 
-    // ---- logits: fp32, and the best of the tile as a candidate for argmax ----
+    // ---- fp32; of logits the best of the tile as well, as a candidate for argmax ----
+
+    static constexpr bool kIsFloat = kEpilogue == Epilogue::logits || kEpilogue == Epilogue::scores;
 
     // Lane 4g+q: outputs g and g+8 of a token. All lanes take part.
-    static __device__ __forceinline__ void store_logits(const Worker &w, const Finish &f, const Pass &pass,
+    static __device__ __forceinline__ void store_floats(const Worker &w, const Finish &f, const Pass &pass,
                                                         uint32_t token, float low, float high) {
         const bool is_live = pass.has_tile && token < f.rows;
         const uint32_t output = pass.tile * PERK_TILE_ROWS + w.lane / 4;
         float *out = reinterpret_cast<float *>(f.out) + uint64_t(token) * Output::kOutStride + output;
+        if (is_live && output < kOut) out[0] = low;
+        if (is_live && output + 8 < kOut) out[8] = high;
+        if constexpr (kEpilogue == Epilogue::logits) store_candidate(w, f, pass, token, output, low, high);
+    }
+
+    static __device__ __forceinline__ void store_candidate(const Worker &w, const Finish &f, const Pass &pass,
+                                                           uint32_t token, uint32_t output, float low, float high) {
         Best best{kLowest, 0xffffffffu};
         if (output < kOut) best.take(low, output);
         if (output + 8 < kOut) best.take(high, output + 8);
-        if (is_live && output < kOut) out[0] = low;
-        if (is_live && output + 8 < kOut) out[8] = high;
         for (int offset = 4; offset <= 16; offset *= 2) best.take_from_lane(offset); // over g
-        if (w.lane >= 4 || !is_live) return;
+        if (w.lane >= 4 || !pass.has_tile || token >= f.rows) return;
         *reinterpret_cast<uint2 *>(f.candidates + (uint64_t(token) * Output::kTiles + pass.tile) * 8) =
             make_uint2(__float_as_uint(best.value), best.index);
     }
@@ -213,7 +220,7 @@ struct BatchedLinear {
         bool is_made;
     };
     static constexpr bool kMayMakeNorm = kEpilogue == Epilogue::residual && !kIsNormed;
-    static constexpr bool kMayBeScaled = kIsNormed && kEpilogue != Epilogue::logits;
+    static constexpr bool kMayBeScaled = kIsNormed && !kIsFloat;
 
     // `low` and `high` are pairs of neighbouring outputs of a token: lane 4g+q has those of token 2q + g % 2.
     static __device__ __forceinline__ void store_norm(const Worker &w, const Finish &f, const NextNorm &next,
@@ -300,9 +307,9 @@ struct BatchedLinear {
 #pragma unroll
                 for (uint32_t j = 0; j < 4; j++) sum[j] *= __uint_as_float(load_shared4(scale_of(w, token + j % 2)));
             }
-            if constexpr (kEpilogue == Epilogue::logits) {
-                store_logits(w, f, pass, token, sum[0] + outputs.low_bias, sum[2] + outputs.high_bias);
-                store_logits(w, f, pass, token + 1, sum[1] + outputs.low_bias, sum[3] + outputs.high_bias);
+            if constexpr (kIsFloat) {
+                store_floats(w, f, pass, token, sum[0] + outputs.low_bias, sum[2] + outputs.high_bias);
+                store_floats(w, f, pass, token + 1, sum[1] + outputs.low_bias, sum[3] + outputs.high_bias);
             } else if constexpr (kMayMakeNorm) {
                 const float2 low = Output::pair_outputs(w, sum[0] + outputs.low_bias, sum[1] + outputs.low_bias);
                 const float2 high = Output::pair_outputs(w, sum[2] + outputs.high_bias, sum[3] + outputs.high_bias);

@@ -27,6 +27,8 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
                       kBuffers * kTileBytes <= program::input_slots * SharedMap::input_bytes,
                   "the lowering refuses other shapes");
 
+    static_assert(!Base::kLoadsAhead, "attend_items has nothing loaded ahead");
+
     // A request's tokens in a slice, and the tiles that they see.
     struct Run {
         uint32_t request, first_token, rows, layer, head;

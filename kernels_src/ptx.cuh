@@ -141,11 +141,6 @@ __device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;
 __device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // About so long, at most twice that.
-__device__ __forceinline__ uint32_t cycle_count() {
-    uint32_t cycles;
-    asm volatile("mov.u32 %0, %%clock;" : "=r"(cycles));
-    return cycles;
-}
 __device__ __forceinline__ void pause(uint32_t nanoseconds) {
     asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds) : "memory");
 }

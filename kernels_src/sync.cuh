@@ -12,6 +12,7 @@ constexpr uint32_t own_experts = 0, own_slots = 0;
 constexpr bool waits_are_limited = true, has_experts = false, many_steps = false;
 } // namespace program
 
+#include "routing.cuh"
 #include "worker.cuh"
 
 extern "C" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)

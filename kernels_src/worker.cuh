@@ -262,8 +262,10 @@ __device__ __forceinline__ void await_begin(const Worker &w, uint32_t chunk) {
 __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk, uint32_t in_flight) {
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
-    // All lanes decide alike: one that went another way would miss what they do together later.
-    const bool is_behind = __any_sync(0xffffffffu, mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1));
+    bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
+    // Where all lanes copy, share what they know of experts, or vote on the end of a launch of many steps, one that
+    // decides otherwise would leave the others waiting for it.
+    if (PERK_PORTABLE || program::has_experts || program::many_steps) is_behind = __any_sync(0xffffffffu, is_behind);
     if (!is_behind) wait_full<true>(w, chunk - in_flight);
 }
 
@@ -357,76 +359,19 @@ __device__ __forceinline__ StreamTask load_stream_task(const Worker &w, uint32_t
     return task;
 }
 
-// Where a chunk lies: block `block` and those after it of the worker's tile of round `round`. The workers' chunks of a
-// round are side by side in memory.
-struct Place {
-    StreamTask task;
-    uint32_t position, round, block;
-
-    __device__ __forceinline__ uint32_t bytes() const {
-        return min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
-    }
-    __device__ __forceinline__ const uint8_t *source(const Worker &w) const {
-        const uint32_t before = round * task.workers, width = min(task.workers, task.tiles - before);
-        const uint64_t begin = task.base + uint64_t(before) * task.blocks + uint64_t(width) * block;
-        return w.args.weights + begin * PERK_WEIGHT_BLOCK_BYTES + uint64_t(task.lane_in_round) * bytes();
-    }
-};
-
-#if !PERK_WIDE && !PERK_PORTABLE
-// While all slots of the ring are full, the consumers wait for others, and memory has nothing to do. The producer then
-// brings what comes behind the ring's chunks to L2, no faster than memory reads, so that the loads on the critical path
-// find no queue; the stream catches up later, faster than memory is.
-constexpr uint32_t kChunksAhead = 12;
-constexpr uint32_t kCyclesAChunk = 1100; // 16 KB for each of 132 workers at 3.2 TB/s and 1.7 GHz
-
-struct LookAhead {
-    Place place;
-    uint32_t chunk = 0; // number of the one at `place`; the largest: the list has ended
-};
-
-// Moves on to the next chunk of the list.
-__device__ __forceinline__ void advance(const Worker &w, LookAhead &ahead) {
-    Place &p = ahead.place;
-    ahead.chunk++;
-    p.block += PERK_CHUNK_BLOCKS;
-    if (p.block < p.task.blocks) return;
-    p.block = 0;
-    if (++p.round < p.task.rounds) return;
-    p.round = 0;
-    do {
-        p.task = load_stream_task(w, ++p.position);
-        if (p.task.kind == PERK_TASK_END) ahead.chunk = 0xffffffffu;
-    } while (p.task.kind != PERK_TASK_END && p.task.tiles == 0);
-}
-
-// Until there is room for chunk `chunk`, which lies at `here`, or nothing more to bring.
-__device__ __forceinline__ void look_ahead(const Worker &w, uint32_t chunk, const Place &here, LookAhead &ahead) {
-    if (program::has_experts || chunk < program::ring_slots) return; // how many chunks of experts come is not known
-    const uint32_t barrier = w.empty_barrier(chunk), parity = (chunk / program::ring_slots - 1) & 1;
-    if (ahead.chunk < chunk) ahead = {here, chunk};
-    uint32_t last = cycle_count();
-    while (ahead.chunk < chunk + kChunksAhead && !__any_sync(0xffffffffu, mbarrier_peek(barrier, parity))) {
-        if (!__any_sync(0xffffffffu, cycle_count() - last >= kCyclesAChunk)) continue;
-        last = cycle_count();
-        if (w.lane == 0) prefetch_bulk(ahead.place.source(w), ahead.place.bytes());
-        advance(w, ahead);
-    }
-}
-#else
-struct LookAhead {};
-__device__ __forceinline__ void look_ahead(const Worker &, uint32_t, const Place &, LookAhead &) {}
-#endif
-
-// Streams this worker's chunks of one stage, its tiles round by round.
-__device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTask &task, uint32_t chunk,
-                                                LookAhead &ahead) {
-    Place place{task, w.position, 0, 0};
-    for (; place.round < task.rounds; place.round++)
-        for (place.block = 0; place.block < task.blocks; place.block += PERK_CHUNK_BLOCKS, chunk++) {
-            look_ahead(w, chunk, place, ahead);
-            push_chunk(w, chunk, place.source(w), place.bytes());
+// Streams this worker's chunks of one stage: its tiles round by round, the workers' chunks side by side in memory.
+__device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
+    const uint8_t *round_base = w.args.weights + uint64_t(task.base) * PERK_WEIGHT_BLOCK_BYTES;
+    for (uint32_t round = 0; round < task.rounds; round++) {
+        const uint32_t width = min(task.workers, task.tiles - round * task.workers);
+        for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++) {
+            const uint32_t bytes = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
+            const uint64_t offset =
+                uint64_t(width) * block * PERK_WEIGHT_BLOCK_BYTES + uint64_t(task.lane_in_round) * bytes;
+            push_chunk(w, chunk, round_base + offset, bytes);
         }
+        round_base += uint64_t(width) * task.blocks * PERK_WEIGHT_BLOCK_BYTES;
+    }
     return chunk;
 }
 
@@ -614,7 +559,6 @@ __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const Stre
 // Streams the weights of the whole list, from chunk number `chunk` on; returns the next one's.
 #if PERK_WIDE
 __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
-    LookAhead ahead;
     for (w.position = 0;; w.position++) {
         const StreamTask task = load_stream_task(w, w.position); // not ahead: registers are few
         if (task.kind == PERK_TASK_END) break;
@@ -622,14 +566,13 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
         if (task.together != 0)
             chunk = stream_wide_task(w, task, chunk);
         else if (task.tiles != 0)
-            chunk = stream_task(w, task, chunk, ahead);
+            chunk = stream_task(w, task, chunk);
     }
     return chunk;
 }
 #else
 __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
     OwnExperts own;
-    LookAhead ahead;
     StreamTask next = load_stream_task(w, 0);
     for (w.position = 0; next.kind != PERK_TASK_END; w.position++) {
         const StreamTask task = next;
@@ -637,7 +580,7 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
         if (task.tiles == 0) continue;
         const uint32_t routing = program::has_experts ? __ldg(&record_at(w, w.position)->routing_experts) : 0;
         if (routing == 0)
-            chunk = stream_task(w, task, chunk, ahead);
+            chunk = stream_task(w, task, chunk);
         else if constexpr (program::own_slots > 0)
             chunk = stream_own_experts(w, task, (routing & PERK_ROUTING_OF_TILES) != 0, chunk, own);
         else if constexpr (program::has_experts)

@@ -75,10 +75,6 @@ static inline void store_release_system(uint32_t *pointer, uint32_t v) {
 }
 static inline void fence_block() {}
 static inline void fence_system() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
-static inline uint32_t cycle_count() {
-    yield_sometimes();
-    return uint32_t(launch->tick * kTickNs); // a cycle is about a nanosecond
-}
 static inline void pause(uint32_t nanoseconds) { sleep_ticks(nanoseconds / kTickNs); }
 
 // ---- barriers ----
