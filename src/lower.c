@@ -861,6 +861,14 @@ static perk_status plan_attention(perk_lowering *l) {
     return l->error.status;
 }
 
+/* Gains of norms have their places before all else: which stage comes to one first depends on what is folded into what,
+ * and the programs of a model share their memory. */
+static void place_gains(perk_lowering *l) {
+    for (int i = 0; i < l->graph->op_count; i++)
+        if (l->graph->ops[i]->type == &perk_op_rmsnorm)
+            perk_lower_tensor(l, l->graph->ops[i]->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
+}
+
 static perk_status lower_graph(perk_lowering *l) {
     perk_plan *plan = l->plan;
     ancestry a = {0};
@@ -868,6 +876,7 @@ static perk_status lower_graph(perk_lowering *l) {
     plan_wide(plan);
     if (plan_attention(l) != PERK_OK || plan_shared_memory(l) != PERK_OK) return l->error.status;
     choose_folds(l);
+    place_gains(l);
     for (int i = 0; i < l->graph->op_count && l->error.status == PERK_OK; i++) {
         perk_error failure = {0};
         perk_status status = l->graph->ops[i]->type->lower(l, l->graph->ops[i], &failure);
