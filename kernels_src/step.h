@@ -42,9 +42,8 @@ PERK_SHARED_CODE void perk_batch_put(perk_batch *batch, int32_t request, const i
 typedef struct perk_attention_cut {
     int32_t tokens_per_tile, max_items, max_positions; /* of the program */
     int32_t warps;                                     /* the same: that share a KV head, an item each at a time */
-    int32_t
-        prompt_slice; /* the same: tokens of the step that a prompt's tiles lie in, so many each; 0: no such tiles */
-    perk_query_tile *tiles;     /* filled, and the two below */
+    int32_t prompt_slice;   /* the same: a prompt's tiles lie in so many of the step's tokens each; 0: no such tiles */
+    perk_query_tile *tiles; /* filled, and the two below */
     perk_attention_item *items; /* [max_items] */
     int32_t *token_query_tile;  /* [tokens] */
     int32_t tile_count, item_count;
