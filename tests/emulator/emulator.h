@@ -3,11 +3,12 @@
 // the emitted source, which a C++ compiler of the host then takes; ptx.cuh beside this file stands in for the device's.
 //
 // What it finds: wrong arithmetic and addresses, lanes of a warp that part, accesses outside of shared memory or not
-// aligned, deadlocks, slots read before their copy has landed or after they were given back (copies land late, in any
-// order, on poisoned memory). What it cannot find: reorderings of a weak memory model, since all stores are seen at
-// once.
+// aligned, races in shared memory (races.h), deadlocks, slots read before their copy has landed or after they were
+// given back (copies land late, in any order, on poisoned memory). What it cannot find: reorderings of a weak memory
+// model, since all stores are seen at once.
 #pragma once
 
+#include <map>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -71,6 +72,8 @@ struct Sums {
     std::vector<float> values; // what they will be
 };
 
+#include "races.h"
+
 struct Block;
 struct Warp;
 static uint32_t draw(uint32_t below);
@@ -85,11 +88,14 @@ struct Thread {
     std::vector<std::vector<Copy>> copy_groups; // and those before, by their commits
     std::vector<Product> products;              // those that nobody has waited for, the oldest first
     std::vector<Sums> sums;                     // of these
+    uint32_t syncs = 0;                         // of its warp, and barriers, that it has come to
     const void *polled_pointer = nullptr;       // the last one, and what it found
     uint32_t polled_value = 0;
 };
 
 struct Warp {
+    uint32_t number = 0; // in its block
+    Clock clock;
     Thread *lanes = nullptr;
     uint32_t alive = 0, ready = 0;
     uint32_t arrived = 0; // at the collective
@@ -109,6 +115,8 @@ struct Block {
     std::vector<uint8_t> memory; // shared
     uint8_t *shared = nullptr;
     uint32_t shared_bytes = 0;
+    Word *words = nullptr;            // of it; NULL: nobody looks for races
+    std::map<uint32_t, Clock> clocks; // of mbarriers, by address: of all who have arrived
     Barrier barriers[kBarriers];
 };
 
@@ -256,6 +264,17 @@ static uint32_t shuffle(uint32_t mask, uint32_t value, uint32_t source) {
     return collect(combine_shuffle, Words{{value, source}}).of[0];
 }
 
+// Threads that have come together: each knows what all others did before.
+static void meet(const std::vector<Thread *> &threads) {
+    Clock all;
+    for (Thread *t : threads) {
+        t->syncs++;
+        if (t->lane == 0 && t->warp->number < kMaxWarps) t->warp->clock.of[t->warp->number]++;
+        all.join(t->warp->clock);
+    }
+    for (Thread *t : threads) t->warp->clock.join(all);
+}
+
 static void barrier(uint32_t name, uint32_t threads) {
     if (!self->warp || name >= kBarriers) fail("no such barrier");
     Barrier &b = self->block->barriers[name];
@@ -267,6 +286,7 @@ static void barrier(uint32_t name, uint32_t threads) {
         yield();
         return;
     }
+    meet(b.arrived);
     for (Thread *t : b.arrived) t->warp->ready |= 1u << t->lane;
     b.arrived.clear();
 }
@@ -279,9 +299,43 @@ static uint8_t *shared_at(Block &block, uint32_t address, uint32_t bytes) {
         fail("an access outside of the block's shared memory");
     return block.shared + (address - kSharedBase);
 }
+
+static bool comes_after(const Word::Seen &seen, uint32_t warp) {
+    if (seen.lanes == 0) return true;
+    if (warp != self->warp->number) return self->warp->clock.of[warp] > seen.clock;
+    return self->syncs > seen.syncs || seen.lanes == 1u << self->lane;
+}
+static void see(Word::Seen &seen, uint32_t clock) {
+    if (seen.clock != clock || seen.syncs != self->syncs) seen = {0, clock, self->syncs};
+    seen.lanes |= 1u << self->lane;
+}
+static void look_for_race(Word &word, Access access) {
+    const uint32_t warp = self->warp->number, clock = self->warp->clock.of[warp] - (access == Access::copy);
+    const bool stores = access != Access::load, both_atomic = access == Access::atomic && word.is_atomic;
+    if (!both_atomic && !comes_after(word.store, word.store_warp))
+        fail(stores ? "a race in shared memory: a store after a store"
+                    : "a race in shared memory: a load after a store");
+    if (!stores) return see(word.loads[warp], clock);
+    for (uint32_t w = 0; w < kMaxWarps; w++)
+        if (!comes_after(word.loads[w], w)) fail("a race in shared memory: a store after a load");
+    for (Word::Seen &seen : word.loads) seen = {};
+    word.store = {1u << self->lane, clock, self->syncs};
+    word.store_warp = warp;
+    word.is_atomic = access == Access::atomic;
+}
+// Words that are polled, whose stores and loads order themselves.
+static uint32_t flags_begin = 0, flags_end = 0;
+
+static void note(uint32_t address, uint32_t bytes, Access access) {
+    const uint32_t begin = address - kSharedBase;
+    if (!self->block->words || (begin >= flags_begin && begin < flags_end)) return;
+    for (uint32_t at = begin / 4; at * 4 < begin + bytes; at++) look_for_race(self->block->words[at], access);
+}
+
 template <class T>
 static T load_shared(uint32_t address) {
     yield_sometimes();
+    note(address, sizeof(T), Access::load);
     T value;
     memcpy(&value, shared_at(*self->block, address, sizeof(T)), sizeof(T));
     return value;
@@ -289,6 +343,7 @@ static T load_shared(uint32_t address) {
 template <class T>
 static void store_shared(uint32_t address, const T &value) {
     yield_sometimes();
+    note(address, sizeof(T), Access::store);
     memcpy(shared_at(*self->block, address, sizeof(T)), &value, sizeof(T));
 }
 
@@ -321,7 +376,15 @@ static void mbarrier_change(Block &block, uint32_t address, uint32_t arrivals, i
     b.phase ^= 1;
 }
 static bool mbarrier_has_completed(uint32_t address, uint32_t parity) {
-    return polled(mbarrier_at(*self->block, address)->phase != parity);
+    const bool found = mbarrier_at(*self->block, address)->phase != parity;
+    if (found && self->warp) self->warp->clock.join(self->block->clocks[address]);
+    return polled(found);
+}
+// Before an arrival: whoever waits for it knows what the warp did so far.
+static void tell_clock(uint32_t address) {
+    if (!self->warp || self->warp->number >= kMaxWarps) return;
+    self->warp->clock.of[self->warp->number]++;
+    self->block->clocks[address].join(self->warp->clock);
 }
 
 // ---- asynchronous copies ----
@@ -331,12 +394,13 @@ static void land(const std::vector<Copy> &copies) {
 }
 
 // From now on the target holds nothing that anybody may count on.
-static Copy begin_copy(uint32_t shared, const void *global, uint32_t bytes) {
+static Copy begin_copy(uint32_t shared, const void *global, uint32_t bytes, Access access) {
     yield_sometimes();
     if (reinterpret_cast<uintptr_t>(global) % (bytes < 16 ? bytes : 16) != 0)
         fail("the source of a copy is not aligned");
     shared_at(*self->block, shared, bytes < 16 ? bytes : 16);
     if (shared - kSharedBase + bytes > self->block->shared_bytes) fail("a copy runs out of shared memory");
+    note(shared, bytes, access);
     uint8_t *to = self->block->shared + (shared - kSharedBase);
     memset(to, kPoison, bytes);
     return {to, global, bytes};
@@ -457,6 +521,7 @@ static void make_threads(uint32_t shared_bytes) {
         Block &block = launch->blocks[b];
         block.index = b;
         block.shared_bytes = shared_bytes;
+        if (warps <= kMaxWarps) block.words = static_cast<Word *>(calloc((shared_bytes + 3) / 4, sizeof(Word)));
         block.memory.assign(shared_bytes + 1024, kPoison);
         block.shared =
             reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(block.memory.data()) + 1023) / 1024 * 1024);
@@ -465,6 +530,7 @@ static void make_threads(uint32_t shared_bytes) {
             Thread &t = launch->threads[(size_t(b) * warps) * kWarpLanes + i];
             t.number = i;
             t.lane = i % kWarpLanes;
+            warp.number = i / kWarpLanes;
             t.warp = &warp;
             t.block = &block;
             if (t.lane == 0) warp.lanes = &t;
@@ -502,6 +568,7 @@ static void run(Dim grid, Dim dim, uint32_t shared_bytes, bool cooperative, uint
         make_threads(shared_bytes);
         schedule();
         munmap(l.stack_memory, l.stack_bytes);
+        for (Block &block : l.blocks) free(block.words);
     } else {
         run_plain(body, context);
     }
@@ -535,6 +602,10 @@ static void call(void (*kernel)(A...), unsigned grid, unsigned block, unsigned s
         unsigned grid, unsigned block, unsigned shared, void **params, int cooperative, unsigned number) {             \
         emulator::call(kernel, grid, block, shared, params, cooperative, number);                                      \
     }
+
+// A worker's flags: where its map of shared memory has them.
+#define EMULATE_FLAGS(begin, end)                                                                                      \
+    static const bool flags_are_known = (emulator::flags_begin = (begin), emulator::flags_end = (end), true)
 
 // ---- CUDA C++ that the device code uses ----
 
@@ -605,7 +676,10 @@ static inline uint32_t atomicExch(uint32_t *pointer, uint32_t value) {
 static inline uint32_t __clz(uint32_t value) { return value ? uint32_t(__builtin_clz(value)) : 32; }
 static inline void __threadfence_system() {}
 static inline void __threadfence_block() {}
-static inline void __syncwarp() { emulator::collect(emulator::combine_nothing, {}); }
+static inline void __syncwarp() {
+    emulator::collect(emulator::combine_nothing, {});
+    emulator::self->syncs++;
+}
 static inline void __syncthreads() { emulator::barrier(0, emulator::launch->dim.x); }
 static inline uint32_t __popc(uint32_t value) { return uint32_t(__builtin_popcount(value)); }
 static inline bool __any_sync(uint32_t, bool value) {

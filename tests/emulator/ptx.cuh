@@ -27,6 +27,7 @@ static inline void store_shared4(uint32_t address, uint32_t v) { store_shared(ad
 static inline void store_shared16(uint32_t address, Vec16 v) { store_shared(address, v); }
 static inline void or_shared4(uint32_t address, uint32_t bits) {
     yield_sometimes();
+    note(address, 4, Access::atomic);
     *reinterpret_cast<uint32_t *>(shared_at(*self->block, address, 4)) |= bits;
 }
 
@@ -91,6 +92,7 @@ static inline void mbarrier_init(uint32_t address, uint32_t arrivals) {
 }
 static inline void mbarrier_arrive_after(uint32_t address, uint32_t lane, uint32_t) {
     if (lane != 0) return;
+    tell_clock(address);
     mbarrier_change(*self->block, address, 1, 0, 0);
     yield_sometimes();
 }
@@ -115,10 +117,10 @@ static inline uint32_t first_lane(bool holds) { return warp_min(holds ? emulator
 // ---- copies into shared memory ----
 
 static inline void copy_async4(uint32_t shared, const void *global) {
-    self->copies.push_back(begin_copy(shared, global, 4));
+    self->copies.push_back(begin_copy(shared, global, 4, Access::store));
 }
 static inline void copy_async16(uint32_t shared, const void *global) {
-    self->copies.push_back(begin_copy(shared, global, 16));
+    self->copies.push_back(begin_copy(shared, global, 16, Access::store));
 }
 static inline void copy_async_commit() {
     self->copy_groups.push_back(std::move(self->copies));
@@ -141,16 +143,18 @@ static inline void copy_async_wait() {
 }
 #if PERK_PORTABLE
 static inline void copy_async_arrive(uint32_t address) {
+    tell_clock(address);
     fly(std::move(self->copies), address, 1, 0);
     self->copies.clear();
 }
 #else
 static inline void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) {
+    tell_clock(address);
     mbarrier_change(*self->block, address, 1, int32_t(bytes), 0);
 }
 static inline void copy_bulk(uint32_t shared, const void *global, uint32_t bytes, uint32_t address) {
     if (bytes % 16 != 0) fail("a bulk copy moves multiples of 16 bytes");
-    fly({begin_copy(shared, global, bytes)}, address, 0, bytes);
+    fly({begin_copy(shared, global, bytes, Access::copy)}, address, 0, bytes);
 }
 static inline void copy_bulk_once(uint32_t shared, const void *global, uint32_t bytes, uint32_t address) {
     copy_bulk(shared, global, bytes, address);

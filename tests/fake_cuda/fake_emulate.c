@@ -66,6 +66,8 @@ static bool put_source(const char *folder, const fake_source *s) {
     FILE *out = open_memstream(&whole, &size);
     if (!out) return false;
     fprintf(out, "%s\n", s->text);
+    if (strstr(s->text, "#include \"worker.cuh\"") || strstr(s->text, "#include \"sync.cuh\""))
+        fputs("EMULATE_FLAGS(perk::SharedMap::given_up, perk::SharedMap::barriers);\n", out);
     for (size_t i = 0; i < sizeof contents / sizeof contents[0]; i++)
         for (int k = 0; strstr(s->text, contents[i].mark) && k < 4 && contents[i].kernels[k]; k++)
             fprintf(out, "EMULATE(%s)\n", contents[i].kernels[k]);
