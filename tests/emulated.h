@@ -1,4 +1,4 @@
-/* What tests of engines on the emulator share: the emulator in place of driver and compiler, and a model that it runs
+/* What tests on the emulator share: the emulator in place of driver and compiler, and a model that it runs
  * in little time. After test_cache.h's make_scratch. */
 #ifndef PERK_TESTS_EMULATED_H
 #define PERK_TESTS_EMULATED_H
@@ -8,7 +8,12 @@
 
 #include <dlfcn.h>
 
-static inline void open_emulator(int workers) {
+typedef struct emulated {
+    fake_cuda *driver;
+    fake_nvrtc *compiler;
+} emulated;
+
+static inline emulated open_emulator(int workers) {
     setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
     setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
     void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
@@ -18,8 +23,10 @@ static inline void open_emulator(int workers) {
     *(void **)&driver_state = dlsym(library, "fake_cuda_state");
     *(void **)&compiler_state = dlsym(library, "fake_nvrtc_state");
     CHECK(driver_state && compiler_state);
-    driver_state()->device.sm_count = workers;
-    compiler_state()->emulates = true;
+    emulated opened = {driver_state(), compiler_state()};
+    opened.driver->device.sm_count = workers;
+    opened.compiler->emulates = true;
+    return opened;
 }
 
 /* The shipped model with two of its six layers: as sure of its tokens as the whole, and faster to emulate. `root` is

@@ -2,12 +2,10 @@
  * and copies (tests/emulator/), behind the fake driver. Ops against the reference, native and portable; the shipped
  * model; and device code that was broken on purpose, which must show. EMULATOR_SEED=N runs everything in another order.
  */
-#include "fake_cuda/fake_cuda.h"
+#include "emulated.h"
+#include "op_cases.h"
 #include "perk/engine.h"
-#include "test_cache.h"
-#include "test_ops.h"
 
-#include <dlfcn.h>
 #include <fcntl.h>
 #include <math.h>
 #include <sys/wait.h>
@@ -18,24 +16,7 @@
 enum { WORKERS = 3 };
 
 static perk_error err;
-static fake_nvrtc *compiler;
-static fake_cuda *driver;
-
-static void open_fake(void) {
-    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
-    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
-    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
-    CHECK(library, "%s", dlerror());
-    fake_cuda *(*driver_state)(void);
-    fake_nvrtc *(*compiler_state)(void);
-    *(void **)&driver_state = dlsym(library, "fake_cuda_state");
-    *(void **)&compiler_state = dlsym(library, "fake_nvrtc_state");
-    CHECK(driver_state && compiler_state);
-    driver = driver_state();
-    compiler = compiler_state();
-    driver->device.sm_count = WORKERS;
-    compiler->emulates = true;
-}
+static emulated fake;
 
 /* ---- ops ---- */
 
@@ -48,8 +29,8 @@ static bool run_op(const perk_op_case *c, int portable, perk_op_verdict *v) {
     perk_op_case_shape(c, shape, sizeof shape);
     perk_status status = perk_op_case_run(c, &options, v, &err);
     CHECK(status == PERK_OK, "%s %s: %s", c->op, shape, err.message);
-    CHECK(v->compared && driver->launches > 0, "%s %s ran on %s", c->op, shape, v->report.executor);
-    CHECK(!driver->misuse, "%s: %s", driver->misused_in, driver->misuse);
+    CHECK(v->compared && fake.driver->launches > 0, "%s %s ran on %s", c->op, shape, v->report.executor);
+    CHECK(!fake.driver->misuse, "%s: %s", fake.driver->misused_in, fake.driver->misuse);
     return v->passed;
 }
 
@@ -87,16 +68,7 @@ static void test_wide(void) {
         {.op = "linear", .rows = 48, .in = 64, .out = 190, .residual = true},
         {.op = "mlp", .rows = 32, .live = 17, .in = 320, .out = 250},
         {.op = "vocabulary", .rows = 20, .in = 96, .out = 590},
-        {.op = "decoder",
-         .rows = 40,
-         .live = 33,
-         .in = 72,
-         .out = 100,
-         .heads = 3,
-         .kv_heads = 1,
-         .head_dim = 32,
-         .context = 40,
-         .requests = 3},
+        ODD_DECODER(40, 33),
         {.op = "linear", .rows = 128, .in = 200, .out = 90, .bias = true, .residual = true},
         {.op = "linear", .rows = 100, .in = 544, .out = 489, .residual = true},
         {.op = "linear", .rows = 256, .live = 70, .in = 64, .out = 40},
@@ -104,16 +76,7 @@ static void test_wide(void) {
         {.op = "mlp", .rows = 65, .in = 320, .out = 250},
         {.op = "linear", .rows = 530, .live = 270, .in = 64, .out = 130},
         {.op = "vocabulary", .rows = 80, .in = 96, .out = 300},
-        {.op = "decoder",
-         .rows = 128,
-         .live = 90,
-         .in = 72,
-         .out = 100,
-         .heads = 3,
-         .kv_heads = 1,
-         .head_dim = 32,
-         .context = 40,
-         .requests = 3},
+        ODD_DECODER(128, 90),
         {.op = "decoder",
          .rows = 80,
          .in = 64,
@@ -417,8 +380,8 @@ static bool shows(const char *what, const fake_edit *edits, linears form) {
         int quiet = open("/dev/null", O_WRONLY | O_CLOEXEC);
         if (!getenv("EMULATOR_VERBOSE")) dup2(quiet, STDERR_FILENO);
         cache = path_in(scratch, what);
-        memcpy(compiler->edits, edits, sizeof compiler->edits);
-        driver->launches = 0;
+        memcpy(fake.compiler->edits, edits, sizeof fake.compiler->edits);
+        fake.driver->launches = 0;
         for (size_t run = 0; run < (form == WIDE ? 24 : 20); run++)
             if (!run_op(&cases[run % count], 0, &v)) _exit(1);
         _exit(0);
@@ -444,7 +407,7 @@ int main(void) {
         return TEST_SKIP;
     }
     make_scratch();
-    open_fake();
+    fake = open_emulator(WORKERS);
     cache = path_in(scratch, "cache");
     test_faults();
 

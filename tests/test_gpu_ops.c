@@ -4,7 +4,7 @@
  * A failure names op, shape, tensor, element and seed; PERK_TEST_SEED=N repeats that run's numbers, and
  * `perk test-op OP ... --seed N` one case of it. */
 #include "gpu_cases.h"
-#include "test_ops.h"
+#include "op_cases.h"
 
 #include <time.h>
 
@@ -46,16 +46,7 @@ static const perk_op_case wide[] = {
      .head_dim = 64,
      .context = 300,
      .norms = true},
-    {.op = "decoder",
-     .rows = 24,
-     .live = 19,
-     .in = 72,
-     .out = 100,
-     .heads = 3,
-     .kv_heads = 1,
-     .head_dim = 32,
-     .context = 40,
-     .requests = 3},
+    ODD_DECODER(24, 19),
     {.op = "linear", .rows = 128, .in = 1024, .out = 4096, .bias = true},
     {.op = "linear", .rows = 256, .in = 4096, .out = 6144},
     {.op = "linear", .rows = 256, .live = 70, .in = 12288, .out = 4096, .residual = true},
@@ -74,16 +65,7 @@ static const perk_op_case wide[] = {
      .head_dim = 64,
      .context = 300,
      .norms = true},
-    {.op = "decoder",
-     .rows = 128,
-     .live = 90,
-     .in = 72,
-     .out = 100,
-     .heads = 3,
-     .kv_heads = 1,
-     .head_dim = 32,
-     .context = 40,
-     .requests = 3},
+    ODD_DECODER(128, 90),
     {.op = "attention", .rows = 256, .heads = 32, .kv_heads = 8, .head_dim = 128, .context = 1024, .norms = true},
     {.op = "attention",
      .rows = 256,
