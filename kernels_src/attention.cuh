@@ -4,9 +4,10 @@
 //   merge    the pieces of every (token, head) put together
 //   append   the step's keys and values go to their pages, for the steps after it: nobody in this step waits for that
 //
-// A KV page of one layer and one KV head holds K as [position][dimension] and V as [dimension][position]: both are then
-// read as operands of mma with 16-byte loads straight from memory. A query tile is up to 8 rows (token, query head of
-// the group) that share the KV head, so grouped heads share one read of the cache.
+// A KV page of one layer and one KV head holds K as [position][dimension] and V as [block of 16
+// positions][dimension][position]: both are then read as operands of mma straight from memory, and the 16 positions
+// that a warp takes at a time are 4 KB in one piece of either (of 128 dimensions). A query tile is up to 8 rows (token,
+// query head of the group) that share the KV head, so grouped heads share one read of the cache.
 #pragma once
 
 namespace perk {
@@ -32,6 +33,11 @@ struct Attention {
     static __device__ __forceinline__ uint32_t page_of(const Worker &w, uint32_t request, uint32_t position) {
         const uint32_t entry = request * program::pages_per_request + position / program::page_size;
         return w.batch_word(program::batch_page_table + entry);
+    }
+    // In a page of keys and values, in bytes: the values of the position and the next ones of its block.
+    static __device__ __forceinline__ uint32_t value_offset(uint32_t position, uint32_t dimension) {
+        const uint32_t in_page = position % program::page_size, block = in_page / PERK_KV_UNIT;
+        return (kPageElements + (block * kHeadDim + dimension) * PERK_KV_UNIT + in_page % PERK_KV_UNIT) * 2;
     }
     static __device__ __forceinline__ float *partial_of(const Worker &w, uint64_t base, uint32_t head, uint32_t item) {
         return reinterpret_cast<float *>(w.args.activations + base) +
@@ -265,8 +271,7 @@ struct Attention {
         return min(begin + n / 2 * 4 + 2 * j + n % 2, p.end - 1);
     }
 
-    // Keys, and values of 4 positions for the dimensions g and g + 8 of every row tile of the output.
-    static __device__ __forceinline__ void load_cached(const Worker &w, const Piece &p, uint32_t begin, Unit &unit) {
+    static __device__ __forceinline__ void load_keys(const Worker &w, const Piece &p, uint32_t begin, Unit &unit) {
         const uint32_t request = p.tile.info.request, group_start = begin + w.lane / 8 * 4;
         const uint8_t *keys = key_page(w, p.layer, page_of(w, request, min(group_start, p.end - 1)), p.head);
 #pragma unroll
@@ -276,14 +281,22 @@ struct Attention {
 #pragma unroll
             for (uint32_t d = 0; d < kDimBlocks; d++) unit.k[j][d] = load_coherent16(key + d * 64);
         }
+    }
+    // Values of 4 positions for the dimensions g and g + 8 of every row tile of the output.
+    static __device__ __forceinline__ void load_values(const Worker &w, const Piece &p, uint32_t begin, Unit &unit) {
         const uint32_t position = min(begin + w.lane % 4 * 4, p.end - 1) / 4 * 4;
-        const uint8_t *values = key_page(w, p.layer, page_of(w, request, position), p.head) +
-                                (kPageElements + w.lane / 4 * program::page_size + position % program::page_size) * 2;
+        const uint32_t page = page_of(w, p.tile.info.request, position);
+        const uint8_t *values = key_page(w, p.layer, page, p.head) + value_offset(position, w.lane / 4);
 #pragma unroll
         for (uint32_t d = 0; d < kDimTiles; d++)
 #pragma unroll
             for (uint32_t half = 0; half < 2; half++)
-                unit.v[d][half] = load_coherent8(values + (d * 16 + half * 8) * program::page_size * 2);
+                unit.v[d][half] = load_coherent8(values + (d * 16 + half * 8) * PERK_KV_UNIT * 2);
+    }
+
+    static __device__ __forceinline__ void load_cached(const Worker &w, const Piece &p, uint32_t begin, Unit &unit) {
+        load_keys(w, p, begin, unit);
+        load_values(w, p, begin, unit);
     }
 
     // The same of positions that this step adds, from the linear's output; the keys are not turned yet.
@@ -408,7 +421,7 @@ struct Attention {
     // Whether a warp has the registers to load early: the first unit of an item that is in the cache before the wait,
     // since no task of this launch has written it; what is fresh together with the query.
     static constexpr bool kLoadsAhead =
-        !PERK_PORTABLE && PERK_ARCH < 1200 && program::max_tokens <= (PERK_ARCH == 900 ? 16 : 8);
+        !PERK_PORTABLE && PERK_ARCH < 1200 && program::max_tokens <= (PERK_ARCH == 900 ? 32 : 8);
 
     static __device__ __forceinline__ void load_ahead(const Worker &w, const TaskView &task, uint32_t head,
                                                       uint32_t item, Unit &unit) {
@@ -423,35 +436,31 @@ struct Attention {
         float scale;
     };
 
-    static __device__ __forceinline__ void attend_unit(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
-                                                       const Unit &unit, uint32_t begin, uint32_t end, Mask mask) {
-        float scores[2][4] = {};
-        score_tile(q, unit.k[0], scores[0]);
-        score_tile(q, unit.k[1], scores[1]);
-        weigh_unit(w, state, scores, unit.v, begin, end, mask.limit, mask.window, mask.scale);
-    }
-
-    // The piece's first unit, turned, is in `unit`; a fresh piece has no more, by the way items are cut.
-    static __device__ __forceinline__ void attend_ahead(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
+    // The piece's first unit, turned, is in `unit`; a fresh piece has no more, by the way items are cut. The registers
+    // of keys, and then those of values, are filled anew as soon as they have been multiplied, so that memory always
+    // has something to bring.
+    static __device__ __forceinline__ void attend_units(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
                                                         const Piece &p, Unit &unit, Mask mask) {
 #pragma unroll 1
         for (uint32_t begin = p.begin;;) {
-            attend_unit(w, state, q, unit, begin, p.end, mask);
-            begin += PERK_KV_UNIT;
-            if (begin >= p.end) break;
-            load_cached(w, p, begin, unit);
+            const uint32_t next = begin + PERK_KV_UNIT;
+            float scores[2][4] = {};
+            score_tile(q, unit.k[0], scores[0]);
+            score_tile(q, unit.k[1], scores[1]);
+            if (next < p.end) load_keys(w, p, next, unit);
+            weigh_unit(w, state, scores, unit.v, begin, p.end, mask.limit, mask.window, mask.scale);
+            if (next >= p.end) break;
+            load_values(w, p, next, unit);
+            begin = next;
         }
     }
 
-    // The same with few registers.
+    // The same with few registers, of what is in the cache, and of what is fresh.
     static __device__ __forceinline__ void attend_cached(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
                                                          const Piece &p, Mask mask) {
-#pragma unroll 1
-        for (uint32_t begin = p.begin; begin < p.end; begin += PERK_KV_UNIT) {
-            Unit unit;
-            load_cached(w, p, begin, unit);
-            attend_unit(w, state, q, unit, begin, p.end, mask);
-        }
+        Unit unit;
+        load_cached(w, p, p.begin, unit);
+        attend_units(w, state, q, p, unit, mask);
     }
     static __device__ __forceinline__ void attend_fresh(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
                                                         const Piece &p, const Source &source, Mask mask) {
@@ -501,7 +510,7 @@ struct Attention {
         State state;
         state.clear(); // not before: it takes registers
         if constexpr (kLoadsAhead)
-            attend_ahead(w, state, q, p, unit, mask);
+            attend_units(w, state, q, p, unit, mask);
         else if (p.is_fresh())
             attend_fresh(w, state, q, p, source_of<kQNorm, kKNorm>(w, task, eps), mask);
         else
@@ -723,15 +732,28 @@ struct Attention {
         for (uint32_t d = 0; d < kDimBlocks; d++) *reinterpret_cast<Vec16 *>(target + d * 64) = key[d];
     }
 
-    static __device__ __forceinline__ void append_value(const Worker &w, const Source &source, uint32_t layer,
-                                                        uint32_t head, uint32_t token) {
-        const uint32_t position = w.batch_word(program::batch_positions + token);
-        const uint32_t request = w.batch_word(program::batch_token_request + token);
-        uint16_t *target = reinterpret_cast<uint16_t *>(key_page(w, layer, page_of(w, request, position), head)) +
-                           kPageElements + position % program::page_size;
+    // Values of neighbouring tokens, as far as there are `count`, loaded together.
+    static constexpr uint32_t kValueTokens = 4, kLaneValues = kHeadDim / 32;
+    static __device__ __forceinline__ void append_values(const Worker &w, const Source &source, uint32_t layer,
+                                                         uint32_t head, uint32_t first, uint32_t count) {
+        uint16_t values[kValueTokens][kLaneValues];
+        uint8_t *targets[kValueTokens];
 #pragma unroll
-        for (uint32_t i = w.lane; i < kHeadDim; i += 32)
-            target[i * program::page_size] = load_coherent2(source.at(token, kHeads + kKvHeads + head, i));
+        for (uint32_t t = 0; t < kValueTokens; t++) {
+            const uint32_t token = first + min(t, count - 1), position = w.batch_word(program::batch_positions + token);
+            const uint32_t request = w.batch_word(program::batch_token_request + token);
+            targets[t] = key_page(w, layer, page_of(w, request, position), head) + value_offset(position, w.lane);
+#pragma unroll
+            for (uint32_t i = 0; i < kLaneValues; i++)
+                values[t][i] = load_coherent2(source.at(token, kHeads + kKvHeads + head, w.lane + i * 32));
+        }
+#pragma unroll
+        for (uint32_t t = 0; t < kValueTokens; t++) {
+            if (t >= count) break;
+#pragma unroll
+            for (uint32_t i = 0; i < kLaneValues; i++)
+                *reinterpret_cast<uint16_t *>(targets[t] + i * (32 * PERK_KV_UNIT * 2)) = values[t][i];
+        }
     }
 
     // Unit (head, slice) = head * kSlices + slice: the tokens of that slice. Scalar: the layer in the KV cache.
@@ -747,8 +769,8 @@ struct Attention {
             const TokenSlice slice = token_slice(w, unit % kSlices, kSlices);
             for (uint32_t j = w.warp * kKeyTokens; j < slice.count; j += PERK_CONSUMER_WARPS * kKeyTokens)
                 append_keys(w, source, layer, head, slice.first + j, min(kKeyTokens, slice.count - j));
-            for (uint32_t j = value_warp; j < slice.count; j += PERK_CONSUMER_WARPS)
-                append_value(w, source, layer, head, slice.first + j);
+            for (uint32_t j = value_warp * kValueTokens; j < slice.count; j += PERK_CONSUMER_WARPS * kValueTokens)
+                append_values(w, source, layer, head, slice.first + j, min(kValueTokens, slice.count - j));
         }
     }
 };

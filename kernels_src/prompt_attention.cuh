@@ -24,7 +24,7 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
     static constexpr uint32_t kBuffers = 3, kAhead = kBuffers - 1;
     static constexpr uint32_t kOutput = 5; // operand, beside those of Attention's partial
     static_assert(kHeadDim % 64 == 0 && program::prompt_tokens * kGroup <= kRows && program::page_size % 8 == 0 &&
-                      kBuffers * kTileBytes <= program::input_slots * SharedMap::input_bytes,
+                      kBuffers * kTileBytes <= program::input_slots * SharedMap::slice_bytes,
                   "the lowering refuses other shapes");
 
     static_assert(!Base::kLoadsAhead, "attend_items has nothing loaded ahead");
@@ -110,12 +110,11 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
                          keys + (position % program::page_size * kHeadDim + key_piece * 8) * 2);
         }
         const uint32_t position = begin + value_piece * 8, there = kIsInPage ? position : min(position, last / 8 * 8);
-        const uint8_t *values =
-            (kIsInPage ? page : page_at(w, run, there)) + (Base::kPageElements + there % program::page_size) * 2;
+        const uint8_t *values = (kIsInPage ? page : page_at(w, run, there)) + Base::value_offset(there, 0);
 #pragma unroll
         for (uint32_t i = 0; i < kHeadDim / kValueRows; i++) {
             const uint32_t dimension = i * kValueRows + w.thread / kValuePieces;
-            copy_async16(value_place(buffer, dimension, value_piece), values + dimension * program::page_size * 2);
+            copy_async16(value_place(buffer, dimension, value_piece), values + dimension * PERK_KV_UNIT * 2);
         }
     }
 
