@@ -79,9 +79,9 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
     if (plan->wide_tokens > 0)
         perk_buffer_printf(out,
-                           "constexpr uint32_t wide_tokens = %d, input_slots = %d, slot_slices = %d;\n"
+                           "constexpr uint32_t wide_tokens = %d, input_slots = %d;\n"
                            "[[maybe_unused]] constexpr uint32_t prompt_tokens = %d;\n",
-                           plan->wide_tokens, plan->input_slots, plan->slot_slices, plan->prompt_slice);
+                           plan->wide_tokens, plan->input_slots, plan->prompt_slice);
     perk_buffer_printf(
         out, "[[maybe_unused]] constexpr bool waits_are_limited = %s, has_experts = %s, many_steps = %s;\n",
         plan->unlimited_waits ? "false" : "true", has_experts ? "true" : "false", plan->many_steps ? "true" : "false");

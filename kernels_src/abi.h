@@ -84,8 +84,8 @@ enum {
     PERK_SLICE_COLS = 64,
     PERK_SLICE_BLOCKS = 2,
     PERK_SLICE_ROW_BYTES = 128,
-    PERK_WIDE_TILES = 8,          /* row tiles that a worker may work on at once: one a consumer warp */
-    PERK_BATCHED_SLOT_SLICES = 2, /* of x in a slot of shared memory, in programs for at most 64 tokens */
+    PERK_WIDE_TILES = 8,      /* row tiles that a worker may work on at once: one a consumer warp */
+    PERK_BATCHED_TOKENS = 64, /* of a step, at most, in programs whose wide linears are batched ones */
 };
 /* What a batched linear does, in its scalar: where most layers' do, all of them may. */
 enum { PERK_BATCHED_IS_SCALED = 1, PERK_BATCHED_MAKES_NORM = 2 };

@@ -1,9 +1,9 @@
-// batched linears: out = x W^T for the 9 to 64 tokens of a step, on wgmma, with the weights as the left operand and the
-// tokens as the columns, as in wide.cuh. Here the stream of weights is all that takes time, if nothing else gets in its
-// way: x is read once for up to eight row tiles of a worker, by the feeder, ahead of the products. The consumers go
-// over it in units of two slices. Up to four tiles are those of both warpgroups, which take units in turn, so that one
-// waits while the other multiplies; their sums meet in shared memory at the end of the pass, where each finishes half
-// of the tokens. Of more tiles a warpgroup has up to four of its own.
+// batched linears: out = x W^T for the 9 to 64 tokens of a step, with the weights as the left operand of mma, as in
+// linear.cuh, and x as wide.cuh has it: in slices that the feeder brings, ahead of the products. The stream of weights
+// is all that takes time, if nothing else gets in its way. So the warps share the depth of a tile, whose chunks are
+// copied in one piece each: a warp has a slice of every chunk. It takes its slice of x into registers once for all the
+// tiles of a pass, whose chunks follow each other in the ring, and the sums of all of them stay in registers until the
+// pass is over; then the warps put them together, tile by tile, and each finishes a group of 8 tokens.
 #pragma once
 
 namespace perk {
@@ -12,174 +12,121 @@ template <Rows kRowsOf, uint32_t kIn, uint32_t kOut, uint32_t kTogether, Epilogu
           bool kHasBias, bool kOutIsInput, bool kIsNormed>
 struct BatchedLinear {
     static constexpr uint32_t kBlocks = (kIn + PERK_BLOCK_COLS - 1) / PERK_BLOCK_COLS; // of a tile
+    static constexpr uint32_t kChunks = (kBlocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS;
     static constexpr uint32_t kSlices = (kBlocks + PERK_SLICE_BLOCKS - 1) / PERK_SLICE_BLOCKS;
-    static constexpr uint32_t kUnitSlices = program::slot_slices; // a unit is what a slot of x holds
-    static constexpr uint32_t kUnits = (kSlices + kUnitSlices - 1) / kUnitSlices;
-    static constexpr uint32_t kGroupWarps = PERK_CONSUMER_WARPS / 2; // of a warpgroup
+    static constexpr uint32_t kGroups = program::wide_tokens / 8; // of tokens
     using Output = WideOutput<kOut, kEpilogue, kActivation, kHasBias, kOutIsInput>;
     using Finish = typename Output::Finish;
     using Outputs = typename Output::Outputs;
-
-    // Tokens of a product, and of the half that is finished at a time.
-    static constexpr uint32_t kColumns = program::wide_tokens, kPart = kColumns / 2;
-    using Sums = float[kColumns / 2];
-    using PartSums = float[kPart / 2];
-    using Residuals = typename Output::template Residuals<kPart / 8>;
-
-    // What a warp does in one pass over the input: a row tile, or none, beside the others of its warpgroup.
-    struct Pass {
-        uint32_t slot_slices; // of a tile in a ring slot
-        uint32_t place;       // of the warp's tile in a ring slot
-        bool has_tile;
-        uint32_t tile;
-        bool is_split; // both warpgroups have the same tiles, and take units in turn
-        __device__ __forceinline__ uint32_t step() const { return is_split ? 2 : 1; }
-    };
+    static_assert(PERK_CHUNK_BLOCKS == PERK_CONSUMER_WARPS * PERK_SLICE_BLOCKS, "a warp has a slice of every chunk");
 
     // ---- the products ----
 
-    // The left operand of a slice: four fragments.
-    struct Weights {
-        Vec16 of[4];
-        __device__ __forceinline__ uint32_t last() const { return of[1].w ^ of[3].w; } // the second block need not be
+    // The right operands of a slice.
+    struct Operands {
+        Vec16 x[PERK_SLICE_BLOCKS][kGroups];
     };
+    using Sums = float[kTogether][kGroups][4];
 
-    static __device__ __forceinline__ void load_weights(const Worker &w, const Pass &pass, uint32_t slot,
-                                                        uint32_t slice, Weights &weights) {
-        const uint32_t first = pass.place * pass.slot_slices + slice % pass.slot_slices; // in the slot
-        const uint32_t address = slot + first * PERK_SLICE_BLOCKS * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
-#pragma unroll
-        for (uint32_t i = 0; i < 4; i++) {
-            const bool is_there = pass.has_tile && slice * PERK_SLICE_BLOCKS + i / 2 < kBlocks;
-            weights.of[i] = is_there ? load_shared16(address + i * 512) : Vec16{0, 0, 0, 0};
-        }
-    }
-
-    static __device__ __forceinline__ bool is_there(uint32_t slice) {
-        return kSlices % kUnitSlices == 0 || slice < kSlices;
-    }
-    static __device__ __forceinline__ bool ends_slot(const Pass &pass, uint32_t slice) {
-        return slice % pass.slot_slices == pass.slot_slices - 1 || slice == kSlices - 1;
-    }
-    // A unit's slot of x.
-    static __device__ __forceinline__ void wait_input(const Worker &w, uint32_t unit) {
-        const uint32_t number = w.slices + unit;
+    // Takes a slice of x out of its slot, of which this warp is the only reader.
+    static __device__ __forceinline__ void take_operands(const Worker &w, uint32_t slice, Operands &operands) {
+        const uint32_t number = w.slices + slice, base = w.input_slot(number), row = w.lane % 8;
         wait_slot<false>(w, w.input_full(number), number / program::input_slots & 1, PERK_ROLE_INPUT_FULL, number);
-    }
-    static __device__ __forceinline__ void release_input(const Worker &w, uint32_t unit) {
-        mbarrier_arrive_after(w.input_empty(w.slices + unit), w.lane, 0);
-    }
-    static __device__ __forceinline__ void leave_input(const Worker &w, uint32_t unit) {
-        wait_input(w, unit);
-        release_input(w, unit);
-    }
-
-    // Loads a unit's weights, zeros where there are none: what is not defined on all ways keeps its registers through
-    // all tasks. Returns the chunk of the next.
-    static __device__ __forceinline__ uint32_t load_unit(const Worker &w, const Pass &pass, uint32_t unit,
-                                                         uint32_t chunk, Weights (&weights)[kUnitSlices]) {
+        const bool is_there = kSlices % PERK_CONSUMER_WARPS == 0 || slice < kSlices;
 #pragma unroll
-        for (uint32_t i = 0; i < kUnitSlices; i++) {
-            const uint32_t slice = unit * kUnitSlices + i;
-            if (slice < kSlices && (i == 0 || !pass.is_split)) wait_full(w, chunk);
-            load_weights(w, pass, w.ring_slot(chunk), slice, weights[i]);
-            if (slice < kSlices && ends_slot(pass, slice)) release_chunk(w, chunk++, weights[i].last());
-        }
-        return chunk;
-    }
-
-    // A unit whose weights are the other warpgroup's. Slots are given back by all warps, and none may do so before they
-    // are full: it could do it twice before others have done it once. What the warp has loaded before is in its
-    // products.
-    static __device__ __forceinline__ uint32_t leave_unit(const Worker &w, const Pass &pass, uint32_t unit,
-                                                          uint32_t chunk) {
-        const uint32_t slice = min(unit * kUnitSlices + kUnitSlices - 1, kSlices - 1); // a unit lies in one slot
-        if (!ends_slot(pass, slice)) return chunk;
-        wait_full(w, chunk);
-        release_chunk(w, chunk, 0);
-        return chunk + 1;
-    }
-
-    static __device__ __forceinline__ void begin_products(const Worker &w, uint32_t unit,
-                                                          const Weights (&weights)[kUnitSlices], Sums &sums) {
-        wait_input(w, unit);
-        const uint64_t x = wgmma_operand(w.input_slot(w.slices + unit));
-        wgmma_fence();
+        for (uint32_t s = 0; s < PERK_SLICE_BLOCKS; s++)
 #pragma unroll
-        for (uint32_t i = 0; i < kUnitSlices; i++) {
-            // A slice that is not there has weights of zero, and x of the first: a branch would end the overlap.
-            const uint64_t slice = is_there(unit * kUnitSlices + i) ? x + i * (SharedMap::slice_bytes / 16) : x;
+            for (uint32_t n = 0; n < kGroups; n++)
+                operands.x[s][n] =
+                    is_there
+                        ? load_matrices(base + (n * 8 + row) * PERK_SLICE_ROW_BYTES + ((s * 4 + w.lane / 8) ^ row) * 16)
+                        : Vec16{0, 0, 0, 0};
+        __syncwarp();
+        mbarrier_arrive_after(w.input_empty(number), w.lane, operands.x[PERK_SLICE_BLOCKS - 1][kGroups - 1].w);
+    }
+
+    // Adds the products of a tile's slice, which is in the ring at `place`.
+    static __device__ __forceinline__ void multiply_slice(const Worker &w, const RingPlace &place, uint32_t chunk,
+                                                          uint32_t slice, const Operands &operands,
+                                                          float (&sums)[kGroups][4]) {
+        const uint32_t address =
+            w.slot_address(place.slot) + w.warp * (PERK_SLICE_BLOCKS * PERK_WEIGHT_BLOCK_BYTES) + w.lane * 16;
+        Vec16 a[PERK_SLICE_BLOCKS], b[PERK_SLICE_BLOCKS];
+        place.await(w, chunk);
 #pragma unroll
-            for (uint32_t j = 0; j < 4; j++) wgmma<kColumns>(sums, weights[i].of[j], slice + j * 2);
+        for (uint32_t s = 0; s < PERK_SLICE_BLOCKS; s++) {
+            a[s] = load_shared16(address + s * PERK_WEIGHT_BLOCK_BYTES);
+            b[s] = load_shared16(address + s * PERK_WEIGHT_BLOCK_BYTES + 512);
         }
-        wgmma_commit();
-    }
-    static __device__ __forceinline__ void end_products(const Worker &w, uint32_t unit, Sums &sums) {
-        wgmma_wait<0>();
-        wgmma_keep(sums);
-        release_input(w, unit);
+        place.release(w, b[PERK_SLICE_BLOCKS - 1].w);
+#pragma unroll
+        for (uint32_t s = 0; s < PERK_SLICE_BLOCKS; s++) {
+            if (kBlocks % PERK_CHUNK_BLOCKS != 0 && slice * PERK_SLICE_BLOCKS + s >= kBlocks) continue;
+#pragma unroll
+            for (uint32_t n = 0; n < kGroups; n++)
+                mma(sums[n], a[s].x, a[s].y, a[s].z, a[s].w, operands.x[s][n].x, operands.x[s][n].y);
+#pragma unroll
+            for (uint32_t n = 0; n < kGroups; n++)
+                mma(sums[n], b[s].x, b[s].y, b[s].z, b[s].w, operands.x[s][n].z, operands.x[s][n].w);
+        }
     }
 
-    // Adds the products of a unit. While they are made, the weights of the warpgroup's next one are loaded.
-    static __device__ __forceinline__ uint32_t multiply_unit(const Worker &w, const Pass &pass, uint32_t unit,
-                                                             uint32_t chunk, const Weights (&weights)[kUnitSlices],
-                                                             Weights (&next)[kUnitSlices], Sums &sums) {
-        const bool has_other = pass.is_split && unit + 1 < kUnits;
-        begin_products(w, unit, weights, sums);
-        if (has_other) chunk = leave_unit(w, pass, unit + 1, chunk);
-        chunk = load_unit(w, pass, unit + pass.step(), chunk, next);
-        if (has_other) leave_input(w, unit + 1);
-        end_products(w, unit, sums);
-        return chunk;
-    }
-
-    // The products of a pass.
-    static __device__ __forceinline__ uint32_t multiply(Worker &w, const Pass &pass, uint32_t chunk, Sums &sums) {
-        uint32_t unit = pass.is_split ? w.warp / kGroupWarps : 0; // the warpgroup's first
-        Weights weights[kUnitSlices], next[kUnitSlices];
-        if (unit > 0) {
-            chunk = leave_unit(w, pass, 0, chunk);
-            leave_input(w, 0);
-        }
-        chunk = load_unit(w, pass, unit, chunk, weights);
+    // The products of a pass over `tiles` tiles. Returns the next chunk.
+    static __device__ __forceinline__ uint32_t multiply(Worker &w, uint32_t tiles, uint32_t chunk, Sums &sums) {
+        RingPlace place = RingPlace::of(chunk);
 #pragma unroll 1
-        while (unit < kUnits) {
-            chunk = multiply_unit(w, pass, unit, chunk, weights, next, sums);
-            unit += pass.step();
-            if (unit >= kUnits) break;
-            chunk = multiply_unit(w, pass, unit, chunk, next, weights, sums);
-            unit += pass.step();
+        for (uint32_t slice = w.warp; slice < kChunks * PERK_CONSUMER_WARPS; slice += PERK_CONSUMER_WARPS) {
+            Operands operands;
+            take_operands(w, slice, operands);
+#pragma unroll
+            for (uint32_t t = 0; t < kTogether; t++) {
+                if (t >= tiles) break;
+                multiply_slice(w, place, chunk, slice, operands, sums[t]);
+                place = place.next();
+                chunk++;
+            }
         }
-        w.slices += kUnits;
+        w.slices += kChunks * PERK_CONSUMER_WARPS;
         return chunk;
     }
 
-    // ---- sums of the two warpgroups: each gives the other those of the tokens that it does not finish ----
+    // ---- sums of the warps: a cell, a group of 8 tokens of a tile, is put together and finished by one warp ----
 
-    static_assert(PERK_CONSUMER_WARPS * 32 * sizeof(PartSums) <= program::reduction_bytes,
+    static constexpr uint32_t kRoundGroups = kGroups % 4 == 0 ? 4 : 2; // cells that are put together at once
+    static constexpr uint32_t kTileRounds = kGroups / kRoundGroups;
+    static constexpr uint32_t kRoundSets = PERK_CONSUMER_WARPS / kRoundGroups; // of warps, which take rounds in turn
+    static constexpr uint32_t kWarpCells = (kTogether * kTileRounds + kRoundSets - 1) / kRoundSets;
+    static constexpr uint32_t kCellBytes = PERK_CONSUMER_WARPS * 512, kScratch = kRoundGroups * kCellBytes;
+    static_assert(kGroups % 2 == 0 && kScratch + program::wide_tokens * 4 <= program::reduction_bytes,
                   "the plan gave this stage too little reduction scratch");
-    static __device__ __forceinline__ uint32_t scratch(const Worker &w, uint32_t warp) {
-        return w.reduction() + warp * (32 * sizeof(PartSums)) + w.lane * 16;
+
+    struct Cell {
+        uint32_t tile; // its number in the pass
+        uint32_t group;
+    };
+    // The warp's cell of a round.
+    static __device__ __forceinline__ Cell cell_of(const Worker &w, uint32_t round) {
+        return {round / kTileRounds, round % kTileRounds * kRoundGroups + w.warp % kRoundGroups};
     }
-    static __device__ __forceinline__ void take_part(const Sums &sums, uint32_t part, PartSums &taken) {
-#pragma unroll
-        for (uint32_t i = 0; i < kPart / 2; i++) taken[i] = part == 0 ? sums[i] : sums[kPart / 2 + i];
+    static __device__ __forceinline__ uint32_t scratch(const Worker &w, uint32_t cell, uint32_t warp) {
+        return w.reduction() + cell * kCellBytes + warp * 512 + w.lane * 16;
     }
-    static __device__ __forceinline__ void give_part(const Worker &w, const PartSums &part) {
+    static __device__ __forceinline__ void share_sums(const Worker &w, uint32_t round, const Sums &sums) {
 #pragma unroll
-        for (uint32_t i = 0; i < kPart / 8; i++)
-            store_shared16(scratch(w, w.warp) + i * 512,
-                           {__float_as_uint(part[i * 4]), __float_as_uint(part[i * 4 + 1]),
-                            __float_as_uint(part[i * 4 + 2]), __float_as_uint(part[i * 4 + 3])});
+        for (uint32_t i = 0; i < kRoundGroups; i++) {
+            const float(&sum)[4] = sums[round / kTileRounds][round % kTileRounds * kRoundGroups + i];
+            store_shared16(scratch(w, i, w.warp), {__float_as_uint(sum[0]), __float_as_uint(sum[1]),
+                                                   __float_as_uint(sum[2]), __float_as_uint(sum[3])});
+        }
     }
-    static __device__ __forceinline__ void add_given(const Worker &w, PartSums &part) {
+    static __device__ __forceinline__ void add_shared(const Worker &w, float (&sum)[4]) {
 #pragma unroll
-        for (uint32_t i = 0; i < kPart / 8; i++) {
-            const Vec16 given = load_shared16(scratch(w, w.warp ^ kGroupWarps) + i * 512);
-            part[i * 4] += __uint_as_float(given.x);
-            part[i * 4 + 1] += __uint_as_float(given.y);
-            part[i * 4 + 2] += __uint_as_float(given.z);
-            part[i * 4 + 3] += __uint_as_float(given.w);
+        for (uint32_t warp = 0; warp < PERK_CONSUMER_WARPS; warp++) {
+            const Vec16 part = load_shared16(scratch(w, w.warp % kRoundGroups, warp));
+            sum[0] += __uint_as_float(part.x);
+            sum[1] += __uint_as_float(part.y);
+            sum[2] += __uint_as_float(part.z);
+            sum[3] += __uint_as_float(part.w);
         }
     }
 
@@ -188,24 +135,24 @@ struct BatchedLinear {
     static constexpr bool kIsFloat = kEpilogue == Epilogue::logits || kEpilogue == Epilogue::scores;
 
     // Lane 4g+q: outputs g and g+8 of a token. All lanes take part.
-    static __device__ __forceinline__ void store_floats(const Worker &w, const Finish &f, const Pass &pass,
-                                                        uint32_t token, float low, float high) {
-        const bool is_live = pass.has_tile && token < f.rows;
-        const uint32_t output = pass.tile * PERK_TILE_ROWS + w.lane / 4;
+    static __device__ __forceinline__ void store_floats(const Worker &w, const Finish &f, uint32_t tile, uint32_t token,
+                                                        float low, float high) {
+        const bool is_live = token < f.rows;
+        const uint32_t output = tile * PERK_TILE_ROWS + w.lane / 4;
         float *out = reinterpret_cast<float *>(f.out) + uint64_t(token) * Output::kOutStride + output;
         if (is_live && output < kOut) out[0] = low;
         if (is_live && output + 8 < kOut) out[8] = high;
-        if constexpr (kEpilogue == Epilogue::logits) store_candidate(w, f, pass, token, output, low, high);
+        if constexpr (kEpilogue == Epilogue::logits) store_candidate(w, f, tile, token, output, low, high);
     }
 
-    static __device__ __forceinline__ void store_candidate(const Worker &w, const Finish &f, const Pass &pass,
+    static __device__ __forceinline__ void store_candidate(const Worker &w, const Finish &f, uint32_t tile,
                                                            uint32_t token, uint32_t output, float low, float high) {
         Best best{kLowest, 0xffffffffu};
         if (output < kOut) best.take(low, output);
         if (output + 8 < kOut) best.take(high, output + 8);
         for (int offset = 4; offset <= 16; offset *= 2) best.take_from_lane(offset); // over g
-        if (w.lane >= 4 || !pass.has_tile || token >= f.rows) return;
-        *reinterpret_cast<uint2 *>(f.candidates + (uint64_t(token) * Output::kTiles + pass.tile) * 8) =
+        if (w.lane >= 4 || token >= f.rows) return;
+        *reinterpret_cast<uint2 *>(f.candidates + (uint64_t(token) * Output::kTiles + tile) * 8) =
             make_uint2(__float_as_uint(best.value), best.index);
     }
 
@@ -224,10 +171,10 @@ struct BatchedLinear {
 
     // `low` and `high` are pairs of neighbouring outputs of a token: lane 4g+q has those of token 2q + g % 2.
     static __device__ __forceinline__ void store_norm(const Worker &w, const Finish &f, const NextNorm &next,
-                                                      const Pass &pass, uint32_t first_token, uint32_t low,
+                                                      uint32_t tile, uint32_t first_token, uint32_t low,
                                                       uint32_t high) {
-        const uint32_t token = Outputs::token(w, first_token), column = Outputs::pair(w, pass.tile);
-        const bool is_live = pass.has_tile && token < f.rows;
+        const uint32_t token = Outputs::token(w, first_token), column = Outputs::pair(w, tile);
+        const bool is_live = token < f.rows;
         const uint32_t pairs[2] = {low, high};
         float square = 0.0f;
 #pragma unroll
@@ -242,11 +189,11 @@ struct BatchedLinear {
         }
         square += __shfl_xor_sync(0xffffffffu, square, 8); // over the pairs
         square += __shfl_xor_sync(0xffffffffu, square, 16);
-        if (w.lane < 8 && is_live) next.squares[uint64_t(token) * Output::kTiles + pass.tile] = square;
+        if (w.lane < 8 && is_live) next.squares[uint64_t(token) * Output::kTiles + tile] = square;
     }
 
     static __device__ __forceinline__ uint32_t scale_of(const Worker &w, uint32_t token) {
-        return w.reduction() + PERK_CONSUMER_WARPS * 32 * sizeof(PartSums) + token * 4;
+        return w.reduction() + kScratch + token * 4;
     }
     // A warp makes those of every eighth of `rows` tokens, loaded four at a time; all others are 1.
     static __device__ __forceinline__ void make_scales(const Worker &w, const uint8_t *squares, uint32_t rows,
@@ -271,81 +218,70 @@ struct BatchedLinear {
                     store_shared4(scale_of(w, row), __float_as_uint(rsqrtf(total / kIn + eps)));
             }
         }
-        if (w.thread >= rows && w.thread < kColumns) store_shared4(scale_of(w, w.thread), __float_as_uint(1.0f));
+        if (w.thread >= rows && w.thread < program::wide_tokens)
+            store_shared4(scale_of(w, w.thread), __float_as_uint(1.0f));
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
     }
 
     // ---- the task ----
 
-    static __device__ __forceinline__ Pass make_pass(const Worker &w, const TaskView &task, uint32_t first,
-                                                     uint32_t tiles) {
-        Pass pass;
-        pass.is_split = kTogether <= kGroupWarps || tiles <= kGroupWarps;
-        pass.slot_slices = PERK_WIDE_SLOT_BLOCKS(tiles) / PERK_SLICE_BLOCKS;
-        const uint32_t place = pass.is_split ? w.warp % kGroupWarps : w.warp;
-        pass.has_tile = place < tiles;
-        pass.place = min(place, tiles - 1);
-        pass.tile = task.first() + (first + pass.place) * task.stride();
-        return pass;
+    // What is added to the lane's outputs of a cell: two pairs.
+    struct Residual {
+        uint32_t low, high;
+    };
+    // `first` is the pass's first tile in the task.
+    static __device__ __forceinline__ uint32_t tile_of(const TaskView &task, uint32_t first, Cell cell) {
+        return task.first() + (first + cell.tile) * task.stride();
     }
 
-    static __device__ __forceinline__ Residuals load_residuals(const Worker &w, const Finish &f, const Pass &pass,
-                                                               uint32_t part) {
-        return Residuals(Outputs(w, f, pass.tile, pass.has_tile, part * kPart), 0);
-    }
-
-    // One part of the tokens.
-    static __device__ __forceinline__ void finish(const Worker &w, const Finish &f, const NextNorm &next,
-                                                  const Pass &pass, uint32_t part, const PartSums &sums,
-                                                  const Residuals &residuals) {
-        const Outputs outputs(w, f, pass.tile, pass.has_tile, part * kPart);
+    static __device__ __forceinline__ void finish_cell(const Worker &w, const Finish &f, const NextNorm &next,
+                                                       uint32_t tile, uint32_t group, float (&sum)[4],
+                                                       const Residual &residual) {
+        const Outputs outputs(w, f, tile, true, group * 8);
+        const uint32_t token = group * 8 + w.lane % 4 * 2; // the lane's first
+        if constexpr (kMayBeScaled) {
 #pragma unroll
-        for (uint32_t i = 0; i < kPart / 8; i++) {
-            const uint32_t token = part * kPart + i * 8 + w.lane % 4 * 2; // the lane's first
-            float sum[4] = {sums[i * 4], sums[i * 4 + 1], sums[i * 4 + 2], sums[i * 4 + 3]};
-            if constexpr (kMayBeScaled) {
-#pragma unroll
-                for (uint32_t j = 0; j < 4; j++) sum[j] *= __uint_as_float(load_shared4(scale_of(w, token + j % 2)));
-            }
-            if constexpr (kIsFloat) {
-                store_floats(w, f, pass, token, sum[0] + outputs.low_bias, sum[2] + outputs.high_bias);
-                store_floats(w, f, pass, token + 1, sum[1] + outputs.low_bias, sum[3] + outputs.high_bias);
-            } else if constexpr (kMayMakeNorm) {
-                const float2 low = Output::pair_outputs(w, sum[0] + outputs.low_bias, sum[1] + outputs.low_bias);
-                const float2 high = Output::pair_outputs(w, sum[2] + outputs.high_bias, sum[3] + outputs.high_bias);
-                outputs.low.store(i, low, residuals.low[i]);
-                outputs.high.store(i, high, residuals.high[i]);
-                if (!next.is_made) continue;
-                store_norm(w, f, next, pass, part * kPart + i * 8, outputs.low.stored(i, low, residuals.low[i]),
-                           outputs.high.stored(i, high, residuals.high[i]));
-            } else {
-                Output::finish_group(w, outputs, i, sum, residuals.low[i], residuals.high[i]);
-            }
+            for (uint32_t j = 0; j < 4; j++) sum[j] *= __uint_as_float(load_shared4(scale_of(w, token + j % 2)));
+        }
+        if constexpr (kIsFloat) {
+            store_floats(w, f, tile, token, sum[0] + outputs.low_bias, sum[2] + outputs.high_bias);
+            store_floats(w, f, tile, token + 1, sum[1] + outputs.low_bias, sum[3] + outputs.high_bias);
+        } else if constexpr (kMayMakeNorm) {
+            const float2 low = Output::pair_outputs(w, sum[0] + outputs.low_bias, sum[1] + outputs.low_bias);
+            const float2 high = Output::pair_outputs(w, sum[2] + outputs.high_bias, sum[3] + outputs.high_bias);
+            outputs.low.store(0, low, residual.low);
+            outputs.high.store(0, high, residual.high);
+            if (!next.is_made) return;
+            store_norm(w, f, next, tile, group * 8, outputs.low.stored(0, low, residual.low),
+                       outputs.high.stored(0, high, residual.high));
+        } else {
+            Output::finish_group(w, outputs, 0, sum, residual.low, residual.high);
         }
     }
 
     // `tiles` of them from the worker's `first` on.
     static __device__ __forceinline__ uint32_t run_pass(Worker &w, const TaskView &task, uint32_t first, uint32_t tiles,
                                                         const Finish &f, const NextNorm &next, uint32_t chunk) {
-        const Pass pass = make_pass(w, task, first, tiles);
-        uint32_t part = pass.is_split ? w.warp / kGroupWarps : 0;
-        const uint32_t end = pass.is_split ? part + 1 : 2;
-        Residuals residuals = load_residuals(w, f, pass, part); // early: in flight while the products are made
-        Sums sums = {};
-        PartSums mine;
-        chunk = multiply(w, pass, chunk, sums);
-        if (pass.is_split) {
-            if (first > 0) named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // what was given before is taken
-            take_part(sums, 1 - part, mine);
-            give_part(w, mine);
-            named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+        Residual residuals[kWarpCells]; // early: in flight while the products are made
+#pragma unroll
+        for (uint32_t i = 0; i < kWarpCells; i++) {
+            const Cell cell = cell_of(w, i * kRoundSets + w.warp / kRoundGroups);
+            const Outputs outputs(w, f, tile_of(task, first, cell), cell.tile < tiles, cell.group * 8);
+            residuals[i] = {outputs.low.load_residual(0), outputs.high.load_residual(0)};
         }
-#pragma unroll 1
-        for (; part < end; part++) {
-            take_part(sums, part, mine);
-            if (pass.is_split) add_given(w, mine);
-            finish(w, f, next, pass, part, mine, residuals);
-            if (part + 1 < end) residuals = load_residuals(w, f, pass, part + 1);
+        Sums sums = {};
+        chunk = multiply(w, tiles, chunk, sums);
+#pragma unroll
+        for (uint32_t round = 0; round < kTogether * kTileRounds; round++) {
+            if (round >= tiles * kTileRounds) break;
+            named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // what was shared before is read
+            share_sums(w, round, sums);
+            named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+            if (w.warp / kRoundGroups != round % kRoundSets) continue;
+            const Cell cell = cell_of(w, round);
+            float sum[4] = {};
+            add_shared(w, sum);
+            finish_cell(w, f, next, tile_of(task, first, cell), cell.group, sum, residuals[round / kRoundSets]);
         }
         return chunk;
     }

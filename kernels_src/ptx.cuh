@@ -43,6 +43,16 @@ __device__ __forceinline__ Vec16 load_shared16(uint32_t address) {
                  : "memory");
     return v;
 }
+// Four matrices of 8 rows of 16 bytes: lane i has the address of row i % 8 of matrix i / 8, and gets of row i / 4 of
+// each the word i % 4.
+__device__ __forceinline__ Vec16 load_matrices(uint32_t address) {
+    Vec16 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
 __device__ __forceinline__ uint32_t load_shared4(uint32_t address) {
     uint32_t v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");

@@ -18,9 +18,8 @@ struct SharedMap {
     static constexpr uint32_t ring = 0;
     static constexpr uint32_t inputs = program::ring_slots * PERK_CHUNK_BYTES;
 #if PERK_WIDE
-    static constexpr uint32_t slice_bytes = program::wide_tokens * PERK_SLICE_ROW_BYTES;
-    static constexpr uint32_t input_bytes = program::slot_slices * slice_bytes; // of a slot
-    static constexpr uint32_t staging = inputs + program::input_slots * input_bytes;
+    static constexpr uint32_t slice_bytes = program::wide_tokens * PERK_SLICE_ROW_BYTES; // a slot
+    static constexpr uint32_t staging = inputs + program::input_slots * slice_bytes;
 #else
     static constexpr uint32_t staging = inputs;
 #endif
@@ -40,7 +39,8 @@ struct SharedMap {
 #endif
 };
 #if PERK_WIDE
-static_assert(program::slot_slices <= 2, "the feeder copies one slice or two into a slot");
+constexpr bool kIsBatched = program::wide_tokens <= PERK_BATCHED_TOKENS; // wide linears are those of batched.cuh
+static_assert(!kIsBatched || program::input_slots % PERK_CONSUMER_WARPS == 0, "a slot is always the same warp's");
 #endif
 static_assert(SharedMap::bytes <= program::shared_bytes, "the plan and the kernel disagree about shared memory");
 
@@ -73,18 +73,27 @@ struct Worker {
     }
 
     __device__ __forceinline__ uint32_t ring_slot(uint32_t chunk) const {
-        return shared + SharedMap::ring + chunk % program::ring_slots * PERK_CHUNK_BYTES;
+        return slot_address(chunk % program::ring_slots);
+    }
+    __device__ __forceinline__ uint32_t slot_address(uint32_t slot) const {
+        return shared + SharedMap::ring + slot * PERK_CHUNK_BYTES;
+    }
+    __device__ __forceinline__ uint32_t slot_full_barrier(uint32_t slot) const {
+        return shared + SharedMap::barriers + slot * 8;
+    }
+    __device__ __forceinline__ uint32_t slot_empty_barrier(uint32_t slot) const {
+        return slot_full_barrier(slot) + program::ring_slots * 8;
     }
     __device__ __forceinline__ uint32_t full_barrier(uint32_t chunk) const {
-        return shared + SharedMap::barriers + chunk % program::ring_slots * 8;
+        return slot_full_barrier(chunk % program::ring_slots);
     }
     __device__ __forceinline__ uint32_t empty_barrier(uint32_t chunk) const {
-        return full_barrier(chunk) + program::ring_slots * 8;
+        return slot_empty_barrier(chunk % program::ring_slots);
     }
 #if PERK_WIDE
     // The same of a slice of an input.
     __device__ __forceinline__ uint32_t input_slot(uint32_t slice) const {
-        return shared + SharedMap::inputs + slice % program::input_slots * SharedMap::input_bytes;
+        return shared + SharedMap::inputs + slice % program::input_slots * SharedMap::slice_bytes;
     }
     __device__ __forceinline__ uint32_t input_full(uint32_t slice) const {
         return shared + SharedMap::input_barriers + slice % program::input_slots * 8;
@@ -170,12 +179,12 @@ __device__ __forceinline__ void wait_counter(const Worker &w, uint32_t counter, 
         }
 }
 
-// A whole warp waits for the barrier of a chunk's slot.
+// A whole warp waits for the barrier of a slot, each lane for its own; `is_over`: not this one.
 template <bool kEndsLate> // or takes the slot as it is
 __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uint32_t parity, uint32_t role,
-                                          uint32_t chunk) {
+                                          uint32_t chunk, bool is_over = false) {
     Patience patience;
-    while (!mbarrier_test(barrier, parity))
+    while (!is_over && !mbarrier_test(barrier, parity))
         if (patience.is_over(w.args)) {
             report_hang(w, role, chunk, 0, 1);
             if (kEndsLate) exit_thread();
@@ -193,11 +202,37 @@ template <bool kEndsLate = false>
 __device__ __forceinline__ void wait_full(const Worker &w, uint32_t chunk) {
     wait_slot<kEndsLate>(w, w.full_barrier(chunk), chunk / program::ring_slots & 1, PERK_ROLE_RING_FULL, chunk);
 }
+
+// Where a chunk is: for who goes through the ring chunk by chunk, and has better things to do than divisions.
+struct RingPlace {
+    uint32_t slot, parity;
+
+    static __device__ __forceinline__ RingPlace of(uint32_t chunk) {
+        return {chunk % program::ring_slots, chunk / program::ring_slots & 1};
+    }
+    __device__ __forceinline__ RingPlace next() const {
+        const bool is_last = slot + 1 == program::ring_slots;
+        return {is_last ? 0 : slot + 1, is_last ? parity ^ 1 : parity};
+    }
+    // As wait_full and release_chunk.
+    __device__ __forceinline__ void await(const Worker &w, uint32_t chunk) const {
+        wait_slot<false>(w, w.slot_full_barrier(slot), parity, PERK_ROLE_RING_FULL, chunk);
+    }
+    __device__ __forceinline__ void release(const Worker &w, uint32_t last) const {
+        __syncwarp();
+        mbarrier_arrive_after(w.slot_empty_barrier(slot), w.lane, last);
+    }
+};
 // By every lane of a consumer warp once it has read the chunk; `last` is a word of what it read last.
 __device__ __forceinline__ void release_chunk(const Worker &w, uint32_t chunk, uint32_t last) {
     __syncwarp();
     mbarrier_arrive_after(w.empty_barrier(chunk), w.lane, last);
 }
+
+#if PERK_WIDE
+// Warps that read a slice of an input: of batched linears one, whose slots have nobody else's slices.
+constexpr uint32_t kInputReaders = kIsBatched ? 1 : PERK_CONSUMER_WARPS;
+#endif
 
 __device__ __forceinline__ void init_ring(const Worker &w) {
     if (w.thread == 0) {
@@ -208,7 +243,7 @@ __device__ __forceinline__ void init_ring(const Worker &w) {
 #if PERK_WIDE
         for (uint32_t slot = 0; slot < program::input_slots; slot++) {
             mbarrier_init(w.input_full(slot), 1);
-            mbarrier_init(w.input_empty(slot), PERK_CONSUMER_WARPS);
+            mbarrier_init(w.input_empty(slot), kInputReaders);
         }
 #endif
         fence_mbarrier_init();
@@ -521,6 +556,23 @@ __device__ __forceinline__ bool has_rows(const Worker &w, const perk_task_record
     return rows_of_batch(w, PERK_BATCH_NUM_LOGIT_ROWS) != 0;
 }
 
+// Where chunks of a wide linear's tile lie: those that all workers stream in its round are side by side in memory.
+struct TilePlace {
+    uint32_t base, width, lane_in_round; // in blocks, of the round's first chunk; tiles of the round; which one this is
+    __device__ __forceinline__ TilePlace(const StreamTask &task, uint32_t i) { // the worker's i-th
+        const uint32_t tile = (task.lane_in_round + i * task.workers) % task.tiles, round = tile / gridDim.x;
+        lane_in_round = tile % gridDim.x;
+        width = min(gridDim.x, task.tiles - round * gridDim.x);
+        base = task.base + round * gridDim.x * task.blocks;
+    }
+    // Of block `begin` of the tile, in blocks.
+    __device__ __forceinline__ uint32_t of(const StreamTask &task, uint32_t begin) const {
+        const uint32_t in_chunk = begin % PERK_CHUNK_BLOCKS, chunk_begin = begin - in_chunk;
+        const uint32_t chunk_blocks = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - chunk_begin);
+        return base + width * chunk_begin + lane_in_round * chunk_blocks + in_chunk;
+    }
+};
+
 // Streams up to `together` tiles of one stage side by side, and then the next so many: a lane copies for a tile.
 __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
     const uint32_t first_token = task.lane_in_round / task.tiles * task.share_tokens;
@@ -530,26 +582,35 @@ __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const Stre
     }
     for (uint32_t first = 0; first < task.rounds; first += task.together) {
         const uint32_t tiles = min(task.together, task.rounds - first), slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
-        const uint32_t unit = task.lane_in_round + (first + min(w.lane, tiles - 1)) * task.workers;
-        const uint32_t tile = unit % task.tiles; // the lane's
-        const uint32_t round = tile / gridDim.x, lane_in_round = tile % gridDim.x;
-        const uint32_t width = min(gridDim.x, task.tiles - round * gridDim.x);
-        const uint32_t base = task.base + round * gridDim.x * task.blocks; // in blocks
-        // Where the stream is all that takes time, slots that are not full make up for it by their number.
-        const bool is_small = program::slot_slices > 1 && tiles * slot_blocks < PERK_CHUNK_BLOCKS;
-        const uint32_t in_flight = program::chunks_in_flight + is_small;
+        const TilePlace place(task, first + min(w.lane, tiles - 1)); // the lane's
         for (uint32_t block = 0; block < task.blocks; block += slot_blocks, chunk++) {
-            const uint32_t in_chunk = block % PERK_CHUNK_BLOCKS, chunk_begin = block - in_chunk;
-            const uint32_t chunk_blocks = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - chunk_begin);
-            const uint32_t place = base + width * chunk_begin + lane_in_round * chunk_blocks + in_chunk;
             const uint32_t bytes = min(slot_blocks, task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
-            await_room(w, chunk, in_flight);
+            await_room(w, chunk);
             if (w.lane == 0) mbarrier_arrive_expect(w.full_barrier(chunk), bytes * tiles);
             __syncwarp();
             if (w.lane < tiles)
                 copy_bulk(w.ring_slot(chunk) + w.lane * slot_blocks * PERK_WEIGHT_BLOCK_BYTES,
-                          w.args.weights + uint64_t(place) * PERK_WEIGHT_BLOCK_BYTES, bytes, w.full_barrier(chunk));
+                          w.args.weights + uint64_t(place.of(task, block)) * PERK_WEIGHT_BLOCK_BYTES, bytes,
+                          w.full_barrier(chunk));
             __syncwarp();
+        }
+    }
+    return chunk;
+}
+
+// The same of a batched linear, whose tiles have a slot for each of their chunks: chunk by chunk, a lane knows where a
+// tile lies.
+__device__ __forceinline__ uint32_t stream_batched_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
+    for (uint32_t first = 0; first < task.rounds; first += task.together) {
+        const uint32_t tiles = min(task.together, task.rounds - first);
+        const TilePlace place(task, first + min(w.lane, tiles - 1));
+        for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS) {
+            const uint32_t mine = place.of(task, block);
+            const uint32_t bytes = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
+            for (uint32_t t = 0; t < tiles; t++, chunk++)
+                push_chunk(w, chunk,
+                           w.args.weights + uint64_t(__shfl_sync(0xffffffffu, mine, t)) * PERK_WEIGHT_BLOCK_BYTES,
+                           bytes);
         }
     }
     return chunk;
@@ -563,7 +624,9 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
         const StreamTask task = load_stream_task(w, w.position); // not ahead: registers are few
         if (task.kind == PERK_TASK_END) break;
         if (!has_rows(w, record_at(w, w.position), chunk)) continue;
-        if (task.together != 0)
+        if (task.together != 0 && kIsBatched)
+            chunk = stream_batched_task(w, task, chunk);
+        else if (task.together != 0)
             chunk = stream_wide_task(w, task, chunk);
         else if (task.tiles != 0)
             chunk = stream_task(w, task, chunk);
@@ -592,7 +655,9 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
 
 #if PERK_WIDE
 // Brings the slices of a wide linear's input, as often as it goes over them: once for all tiles that it works on
-// together. `rows` are those that the step has.
+// together. `rows` are those that the step has. Of batched linears a lane feeds a warp, and a warp whose slice is none
+// gets nothing in its slot, so that it always has the same ones.
+constexpr uint32_t kFedTogether = kIsBatched ? PERK_CONSUMER_WARPS : 1;
 __device__ __forceinline__ void feed_task(Worker &w, const perk_task_record *record, uint32_t rows) {
     const uint8_t *input = w.args.activations + uint64_t(__ldg(&record->operand[0])) * 256;
     const uint32_t slices = (__ldg(&record->stream_blocks) + PERK_SLICE_BLOCKS - 1) / PERK_SLICE_BLOCKS;
@@ -602,20 +667,15 @@ __device__ __forceinline__ void feed_task(Worker &w, const perk_task_record *rec
     const uint32_t bytes = min(rows - first_token, share_tokens) * PERK_SLICE_ROW_BYTES; // of no rows: 0
     input += first_token * PERK_SLICE_ROW_BYTES;
     for (uint32_t first = 0; first < __ldg(&record->count); first += __ldg(&record->stream_together))
-        for (uint32_t s = 0; s < slices; s += program::slot_slices, w.slices++) {
-            const uint32_t turn = w.slices / program::input_slots;
-            if (turn > 0) wait_slot<true>(w, w.input_empty(w.slices), (turn - 1) & 1, PERK_ROLE_INPUT_EMPTY, w.slices);
-            const bool has_second = program::slot_slices > 1 && s + 1 < slices; // in the slot
-            if (w.lane == 0) {
-                mbarrier_arrive_expect(w.input_full(w.slices), has_second ? bytes * 2 : bytes);
-                if (bytes > 0)
-                    copy_bulk(w.input_slot(w.slices), input + uint64_t(s) * program::max_tokens * PERK_SLICE_ROW_BYTES,
-                              bytes, w.input_full(w.slices));
-                if (has_second && bytes > 0)
-                    copy_bulk(w.input_slot(w.slices) + SharedMap::slice_bytes,
-                              input + uint64_t(s + 1) * program::max_tokens * PERK_SLICE_ROW_BYTES, bytes,
-                              w.input_full(w.slices));
-            }
+        for (uint32_t s = 0; s < slices; s += kFedTogether, w.slices += kFedTogether) {
+            const uint32_t slice = s + w.lane, number = w.slices + w.lane, turn = number / program::input_slots;
+            const bool feeds = w.lane < kFedTogether, has_bytes = slice < slices && bytes > 0;
+            wait_slot<true>(w, w.input_empty(number), (turn - 1) & 1, PERK_ROLE_INPUT_EMPTY, number,
+                            !feeds || turn == 0);
+            if (feeds) mbarrier_arrive_expect(w.input_full(number), has_bytes ? bytes : 0);
+            if (feeds && has_bytes)
+                copy_bulk(w.input_slot(number), input + uint64_t(slice) * program::max_tokens * PERK_SLICE_ROW_BYTES,
+                          bytes, w.input_full(number));
             __syncwarp();
         }
 }

@@ -16,9 +16,9 @@ enum { MAX_WIDE_TOKENS = 256 }; /* and serves so many at once; a step may have *
 enum { MAX_STEP_TOKENS = 1024 };
 enum { INPUT_BYTES = 96 << 10 }; /* slices of inputs of wide linears: three of 256 tokens, */
 enum { BATCHED_COLUMNS = 16 };   /* and of batched ones, for multiples of so many tokens: what the ring leaves, */
-enum { BATCHED_INPUT_BYTES = 64 << 10 }; /* but not much more than it takes to have enough under way */
-enum { MAX_OWN_EXPERTS = 256 };          /* eight logits a lane */
-enum { SPACE_ALIGNMENT = 256 };          /* operands are addressed in units of 256 bytes */
+enum { BATCHED_WARP_SLOTS = 2 }; /* of a warp for those: one more is in its registers */
+enum { MAX_OWN_EXPERTS = 256 };  /* eight logits a lane */
+enum { SPACE_ALIGNMENT = 256 };  /* operands are addressed in units of 256 bytes */
 
 int perk_linear_staged_bytes(int rows, int64_t cols) {
     return (int)perk_round_up((uint64_t)cols, PERK_BLOCK_COLS * PERK_CONSUMER_WARPS) * 2 * rows;
@@ -528,21 +528,18 @@ static void plan_wide(perk_plan *plan) {
     if (tokens < MIN_WIDE_TOKENS || !has_wgmma(&plan->device) || has_experts(plan->graph)) return;
     if (tokens <= MAX_ROWS) {
         plan->wide_tokens = (int)perk_round_up((uint64_t)tokens, BATCHED_COLUMNS);
-        plan->slot_slices = PERK_BATCHED_SLOT_SLICES;
         return; /* input_slots follow when the ring has its own */
     }
     plan->wide_tokens = tokens <= MAX_WIDE_TOKENS / 2 ? MAX_WIDE_TOKENS / 2 : MAX_WIDE_TOKENS;
-    plan->slot_slices = 1;
     plan->input_slots = INPUT_BYTES / (plan->wide_tokens * PERK_SLICE_ROW_BYTES);
 }
 
-static int input_slot_bytes(const perk_plan *plan) {
-    return plan->slot_slices * plan->wide_tokens * PERK_SLICE_ROW_BYTES + 16;
-}
+static int input_slot_bytes(const perk_plan *plan) { return plan->wide_tokens * PERK_SLICE_ROW_BYTES + 16; }
 
-/* Batched linears: the halves of the sums that their warpgroups give each other, and a scale for each token. */
+/* Batched linears: what all warps have of 16 outputs of some groups of 8 tokens, and a scale for each token. */
 static int batched_reduction_bytes(const perk_plan *plan) {
-    return perk_plan_is_batched(plan) ? plan->wide_tokens * (PERK_CONSUMER_THREADS + 4) : 0;
+    int groups = plan->wide_tokens / 8, at_once = groups % 4 == 0 ? 4 : 2;
+    return perk_plan_is_batched(plan) ? at_once * PERK_CONSUMER_WARPS * 512 + plan->wide_tokens * 4 : 0;
 }
 
 static int reduction_bytes_of(const perk_lowering *l, const perk_op *op) {
@@ -561,9 +558,9 @@ static perk_status plan_shared_memory(perk_lowering *l) {
     int batch = perk_plan_batch_shared_bytes(plan);
     int fixed = reduction + batch + PERK_TASK_SLOTS_BYTES, room = plan->device.shared_memory - fixed;
     if (perk_plan_is_batched(plan)) {
-        int most = (room - RING_SLOTS_WANTED * SLOT_BYTES) / input_slot_bytes(plan);
-        int enough = PERK_MAX(5, BATCHED_INPUT_BYTES / input_slot_bytes(plan));
-        plan->input_slots = PERK_MAX(3, PERK_MIN(enough, most));
+        int each = PERK_CONSUMER_WARPS * input_slot_bytes(plan),
+            room_for = (room - RING_SLOTS_WANTED * SLOT_BYTES) / each;
+        plan->input_slots = PERK_CONSUMER_WARPS * PERK_MAX(1, PERK_MIN(room_for, BATCHED_WARP_SLOTS));
     }
     fixed += plan->input_slots * input_slot_bytes(plan);
     room = plan->device.shared_memory - fixed;

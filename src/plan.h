@@ -177,9 +177,9 @@ typedef struct perk_plan {
 
     /* shared memory of a block */
     int ring_slots, staging_bytes, reduction_bytes, shared_bytes;
-    /* linears on wgmma, where a step may have more than 8 tokens: the columns that shared memory has room for (0: there
-     * are none), the slots of it for slices of their inputs, and the slices in one */
-    int wide_tokens, input_slots, slot_slices;
+    /* wide linears, where a step may have more than 8 tokens: the columns that shared memory has room for (0: there are
+     * none), and the slots of it for slices of their inputs */
+    int wide_tokens, input_slots;
     /* attention; all 0 in a graph without any. The KV tensors of the plan have a row for each token of a step, for the
      * checker: which cells of which page a token takes is data, but no two tokens share one. */
     int attention_parts; /* workers that share a KV head */
@@ -197,9 +197,11 @@ perk_status perk_plan_create(perk_plan **out, const perk_graph *graph, const per
                              const perk_config *config, perk_error *err);
 void perk_plan_free(perk_plan *plan);
 
-/* Whether linears on wgmma are those of kernels_src/batched.cuh, for at most 64 rows of tokens or logits; else they are
+/* Whether wide linears are those of kernels_src/batched.cuh, for at most 64 rows of tokens or logits; else they are
  * those of kernels_src/wide.cuh, over tokens alone. */
-static inline bool perk_plan_is_batched(const perk_plan *plan) { return plan->slot_slices > 1; }
+static inline bool perk_plan_is_batched(const perk_plan *plan) {
+    return plan->wide_tokens > 0 && plan->wide_tokens <= PERK_BATCHED_TOKENS;
+}
 
 /* Where the arrays of the step's batch lie in device memory; the part of a block's shared memory that a copy of it
  * takes (0: it is too large for one); the pages that a request of max_seq_length has. */

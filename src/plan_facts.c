@@ -101,7 +101,7 @@ int perk_plan_barrier_bytes(const perk_plan *plan) {
 }
 
 int perk_plan_input_bytes(const perk_plan *plan) {
-    return plan->input_slots * plan->slot_slices * plan->wide_tokens * PERK_SLICE_ROW_BYTES;
+    return plan->input_slots * plan->wide_tokens * PERK_SLICE_ROW_BYTES;
 }
 
 static bool has_operand(const perk_plan *plan, const perk_stage *stage, const perk_tensor *tensor) {

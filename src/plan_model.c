@@ -15,11 +15,10 @@ static const struct {
     double routing;     /* until a producer knows whose tiles it streams: trips to L2, the picks of a token */
     double input;       /* bytes: activations, from L2 */
     double slice; /* wide linears, not measured: 64 columns of four row tiles by 256 tokens, at 60 % of the peak */
-    double slice_input; /* bytes, the same: slices from L2, which all workers share */
-    double unit;        /* batched linears, not measured: the products with two slices, of two warpgroups in turn */
-    double unit_input;  /* bytes, the same: slices from L2, beside the stream of weights */
-    double pass;        /* the same: finishing all tiles of a pass */
-    double kv_share;    /* the part of its share of the bandwidth at which a task of attention reads keys and values */
+    double slice_input;   /* bytes, the same: slices from L2, which all workers share */
+    double batched;       /* batched linears, not measured: the products of a chunk with 8 tokens */
+    double batched_input; /* bytes, the same: slices from L2, beside the stream of weights */
+    double kv_share; /* the part of its share of the bandwidth at which a task of attention reads keys and values */
 } machine = {.begin = 0.4,
              .signal = 0.63,
              .latency = 0.8,
@@ -31,9 +30,8 @@ static const struct {
              .input = 13e3,
              .slice = 0.5,
              .slice_input = 45e3,
-             .unit = 0.12,
-             .unit_input = 33e3,
-             .pass = 0.4,
+             .batched = 0.05,
+             .batched_input = 33e3,
              .kv_share = 0.67};
 
 /* The fixed part of a task, by its op and by the end of its stage's name. The first row that fits. */
@@ -166,27 +164,47 @@ static void run_linear(const machine_run *run, worker *w, const perk_stage *stag
     }
 }
 
+/* Groups of tiles, chunk by chunk of each: the same, where x is read once a group. */
+static void run_batched_linear(const machine_run *run, worker *w, const perk_stage *stage, const perk_task *task,
+                               int rows) {
+    int blocks = stage->stream.blocks_per_tile, together = stage->stream.together;
+    double products = machine.batched * run->plan->wide_tokens / 8;
+    for (int first = 0; first < task->count; first += together) {
+        int tiles = PERK_MIN(together, task->count - first);
+        for (int block = 0; block < blocks; block += PERK_CHUNK_BLOCKS) {
+            int count = PERK_MIN(PERK_CHUNK_BLOCKS, blocks - block);
+            double slices = (double)perk_ceil_div((uint64_t)count, PERK_SLICE_BLOCKS);
+            double input = slices * rows * PERK_SLICE_ROW_BYTES / machine.batched_input / tiles;
+            for (int i = 0; i < tiles; i++)
+                take_chunk(run, w, (double)count * PERK_WEIGHT_BLOCK_BYTES, PERK_MAX(products, input));
+        }
+        w->now += machine.tile * tiles;
+    }
+}
+
 /* Groups of tiles, slice by slice: whatever takes longest of products, input and stream. */
 static void run_wide_linear(const machine_run *run, worker *w, const perk_stage *stage, const perk_task *task) {
     const perk_plan *plan = run->plan;
     int blocks = stage->stream.blocks_per_tile, together = stage->stream.together;
-    bool is_batched = perk_plan_is_batched(plan);
     bool is_of_tokens = plan->graph->ops[stage->op]->output->row_kind == PERK_ROWS_TOKENS;
     int share_tokens = stage->stream.share_tokens, begin = task->first / stage->stream.tile_count * share_tokens;
     int rows = PERK_MIN(run->load.requests * (is_of_tokens ? run->load.tokens : 1) - begin, share_tokens);
     if (begin > 0 && rows <= 0) return; /* as the device code does */
-    double input = (double)rows * PERK_SLICE_ROW_BYTES / (is_batched ? machine.unit_input : machine.slice_input);
+    if (perk_plan_is_batched(plan)) {
+        run_batched_linear(run, w, stage, task, rows);
+        return;
+    }
+    double input = (double)rows * PERK_SLICE_ROW_BYTES / machine.slice_input;
     for (int first = 0; first < task->count; first += together) {
         int tiles = PERK_MIN(together, task->count - first), slot_blocks = PERK_WIDE_SLOT_BLOCKS(tiles);
         double products = machine.slice * plan->wide_tokens / 256 *
                           (share_tokens == plan->wide_tokens && tiles > PERK_WIDE_TILES / 2 ? 2 : 1);
-        if (is_batched) products = machine.unit / plan->slot_slices * (tiles > PERK_WIDE_TILES / 2 ? 2 : 1);
         for (int block = 0; block < blocks; block += slot_blocks) {
             int count = PERK_MIN(slot_blocks, blocks - block);
             double slices = (double)perk_ceil_div((uint64_t)count, PERK_SLICE_BLOCKS);
             take_chunk(run, w, (double)tiles * count * PERK_WEIGHT_BLOCK_BYTES, slices * PERK_MAX(products, input));
         }
-        w->now += is_batched ? machine.pass : machine.tile * tiles;
+        w->now += machine.tile * tiles;
     }
 }
 

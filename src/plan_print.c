@@ -350,8 +350,7 @@ static void print_head(const perk_plan *plan, const perk_plan_facts *facts, perk
                        c->max_num_pages, c->page_size);
     perk_buffer_printf(out, "  shared memory  ring %d x %d", plan->ring_slots, (int)PERK_CHUNK_BYTES);
     if (plan->wide_tokens > 0)
-        perk_buffer_printf(out, " + slices %d x %d", plan->input_slots,
-                           plan->slot_slices * plan->wide_tokens * PERK_SLICE_ROW_BYTES);
+        perk_buffer_printf(out, " + slices %d x %d", plan->input_slots, plan->wide_tokens * PERK_SLICE_ROW_BYTES);
     perk_buffer_printf(out, " + staging %d + reduction %d + batch %d + barriers %d = %d bytes\n", plan->staging_bytes,
                        plan->reduction_bytes, perk_plan_batch_shared_bytes(plan), perk_plan_barrier_bytes(plan),
                        plan->shared_bytes);

@@ -286,12 +286,11 @@ static wide_deal choose_deal(const perk_lowering *l, const perk_op *op, const pe
     return halves.bytes < whole.bytes ? halves : whole;
 }
 
-/* Batched linears wait for the stream: few passes over x, and none of a tile or two beside full ones. */
+/* As many tiles as registers hold the sums of; passes of nearly equal length. */
 static int batched_together(const perk_plan *plan, int tiles) {
     int each = (int)perk_ceil_div((uint64_t)tiles, (uint64_t)plan->device.worker_count);
-    int passes = (each + PERK_WIDE_TILES - 1) / PERK_WIDE_TILES, rest = each % PERK_WIDE_TILES;
-    if (each <= PERK_WIDE_TILES / 2) return PERK_WIDE_TILES / 2;
-    return passes > 1 && (rest == 1 || rest == 2) ? (each + passes - 1) / passes : PERK_WIDE_TILES;
+    int most = plan->wide_tokens <= 32 ? 4 : 3, passes = (each + most - 1) / most;
+    return (each + passes - 1) / passes;
 }
 
 static perk_stage *begin_batched(perk_lowering *l, const perk_op *op, const perk_linear_form *form) {

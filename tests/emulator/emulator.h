@@ -126,6 +126,7 @@ struct Flight {
     Block *block;
     uint32_t barrier, arrivals, bytes;
     uint64_t due; // tick
+    Clock told;   // of the warp that started it: whoever waits for the barrier knows it once the copies have landed
 };
 
 struct Launch {
@@ -310,7 +311,7 @@ static void see(Word::Seen &seen, uint32_t clock) {
     seen.lanes |= 1u << self->lane;
 }
 static void look_for_race(Word &word, Access access) {
-    const uint32_t warp = self->warp->number, clock = self->warp->clock.of[warp] - (access == Access::copy);
+    const uint32_t warp = self->warp->number, clock = self->warp->clock.of[warp];
     const bool stores = access != Access::load, both_atomic = access == Access::atomic && word.is_atomic;
     if (!both_atomic && !comes_after(word.store, word.store_warp))
         fail(stores ? "a race in shared memory: a store after a store"
@@ -406,8 +407,13 @@ static Copy begin_copy(uint32_t shared, const void *global, uint32_t bytes, Acce
     return {to, global, bytes};
 }
 static void fly(std::vector<Copy> copies, uint32_t barrier, uint32_t arrivals, uint32_t bytes) {
-    launch->flights.push_back(
-        {std::move(copies), self->block, barrier, arrivals, bytes, launch->tick + 1 + draw(launch->copy_turns)});
+    Flight flight{
+        std::move(copies), self->block, barrier, arrivals, bytes, launch->tick + 1 + draw(launch->copy_turns), {}};
+    if (self->warp && self->warp->number < kMaxWarps) {
+        self->warp->clock.of[self->warp->number]++;
+        flight.told = self->warp->clock;
+    }
+    launch->flights.push_back(std::move(flight));
 }
 
 // Lands what is due; `at_least_one`: the clock goes on to the next that is under way.
@@ -428,6 +434,7 @@ static bool land_flights(bool at_least_one) {
         flights[i] = std::move(flights.back());
         flights.pop_back();
         land(f.copies);
+        f.block->clocks[f.barrier].join(f.told);
         mbarrier_change(*f.block, f.barrier, f.arrivals, 0, int32_t(f.bytes));
     }
     return true;

@@ -23,6 +23,14 @@ struct alignas(16) Vec16 {
 
 static inline Vec16 load_shared16(uint32_t address) { return load_shared<Vec16>(address); }
 static inline uint32_t load_shared4(uint32_t address) { return load_shared<uint32_t>(address); }
+static inline Vec16 load_matrices(uint32_t address) {
+    uint32_t words[4];
+    for (uint32_t i = 0; i < 4; i++) {
+        const uint32_t row = __shfl_sync(0xffffffffu, address, i * 8 + self->lane / 4);
+        words[i] = load_shared<uint32_t>(row + self->lane % 4 * 4);
+    }
+    return {words[0], words[1], words[2], words[3]};
+}
 static inline void store_shared4(uint32_t address, uint32_t v) { store_shared(address, v); }
 static inline void store_shared16(uint32_t address, Vec16 v) { store_shared(address, v); }
 static inline void or_shared4(uint32_t address, uint32_t bits) {
@@ -143,7 +151,6 @@ static inline void copy_async_wait() {
 }
 #if PERK_PORTABLE
 static inline void copy_async_arrive(uint32_t address) {
-    tell_clock(address);
     fly(std::move(self->copies), address, 1, 0);
     self->copies.clear();
 }
@@ -154,7 +161,7 @@ static inline void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) {
 }
 static inline void copy_bulk(uint32_t shared, const void *global, uint32_t bytes, uint32_t address) {
     if (bytes % 16 != 0) fail("a bulk copy moves multiples of 16 bytes");
-    fly({begin_copy(shared, global, bytes, Access::copy)}, address, 0, bytes);
+    fly({begin_copy(shared, global, bytes, Access::store)}, address, 0, bytes);
 }
 static inline void copy_bulk_once(uint32_t shared, const void *global, uint32_t bytes, uint32_t address) {
     copy_bulk(shared, global, bytes, address);
