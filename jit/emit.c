@@ -187,8 +187,6 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
         record.stream_blocks = (uint32_t)stage->stream.blocks_per_tile;
         record.stream_together = (uint32_t)stage->stream.together;
         record.share_tokens = (uint32_t)stage->stream.share_tokens;
-        int next = stage->operands[PERK_RECORD_OPERANDS];
-        if (next >= 0) record.next_input = (uint32_t)(plan->tensors[next].offset / 256);
         bool is_of_tokens = plan->graph->ops[stage->op]->output->row_kind == PERK_ROWS_TOKENS;
         record.rows_word = is_of_tokens ? PERK_BATCH_NUM_TOKENS : PERK_BATCH_NUM_LOGIT_ROWS;
     }

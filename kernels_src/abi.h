@@ -87,8 +87,6 @@ enum {
     PERK_WIDE_TILES = 8,      /* row tiles that a worker may work on at once: one a consumer warp */
     PERK_BATCHED_TOKENS = 64, /* of a step, at most, in programs whose wide linears are batched ones */
 };
-/* What a batched linear does, in its scalar: where most layers' do, all of them may. */
-enum { PERK_BATCHED_IS_SCALED = 1, PERK_BATCHED_MAKES_NORM = 2 };
 /* Tiles that are worked on at once share ring slots: so many blocks of each are in one. */
 #define PERK_WIDE_SLOT_BLOCKS(tiles) ((tiles) > 4 ? 2 : (tiles) > 2 ? 4 : (tiles) > 1 ? 8 : 16)
 
@@ -132,11 +130,7 @@ typedef struct perk_task_record {
             uint32_t share_tokens;    /* wide linears: unit u is row tile u % stream_tiles for the tokens from
                                          u / stream_tiles * share_tokens on, so many of them */
             uint32_t rows_word;       /* linears: which word of the batch has the number of rows */
-            union {
-                uint32_t next_input;   /* batched linears: the seventh operand */
-                uint32_t takes_inputs; /* programs with prompt attention, which have no batched linears: 1: the task has
-                                          the slots of wide linears' inputs for itself */
-            };
+            uint32_t takes_inputs;    /* 1: the task has the slots of wide linears' inputs for itself */
         };
         /* Where the weights are those of experts: stream_tiles are those of one expert, and the step's routing says
          * whose the task's units are. */

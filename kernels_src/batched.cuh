@@ -9,7 +9,7 @@
 namespace perk {
 
 template <Rows kRowsOf, uint32_t kIn, uint32_t kOut, uint32_t kTogether, Epilogue kEpilogue, Activation kActivation,
-          bool kHasBias, bool kOutIsInput, bool kIsNormed>
+          bool kHasBias, bool kOutIsInput>
 struct BatchedLinear {
     static constexpr uint32_t kBlocks = (kIn + PERK_BLOCK_COLS - 1) / PERK_BLOCK_COLS; // of a tile
     static constexpr uint32_t kChunks = (kBlocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS;
@@ -97,7 +97,7 @@ struct BatchedLinear {
     static constexpr uint32_t kRoundSets = PERK_CONSUMER_WARPS / kRoundGroups; // of warps, which take rounds in turn
     static constexpr uint32_t kWarpCells = (kTogether * kTileRounds + kRoundSets - 1) / kRoundSets;
     static constexpr uint32_t kCellBytes = PERK_CONSUMER_WARPS * 512, kScratch = kRoundGroups * kCellBytes;
-    static_assert(kGroups % 2 == 0 && kScratch + program::wide_tokens * 4 <= program::reduction_bytes,
+    static_assert(kGroups % 2 == 0 && kScratch <= program::reduction_bytes,
                   "the plan gave this stage too little reduction scratch");
 
     struct Cell {
@@ -156,73 +156,6 @@ struct BatchedLinear {
             make_uint2(__float_as_uint(best.value), best.index);
     }
 
-    // ---- norms ----
-    // The linear that writes the residual stream writes its norm, too, but for the scale, and leaves a sum of squares
-    // of each token and tile. The linears behind make the scales, and their outputs get them.
-
-    struct NextNorm {
-        const uint8_t *gain;
-        uint8_t *out;   // an input of batched linears
-        float *squares; // [tokens][tiles]
-        bool is_made;
-    };
-    static constexpr bool kMayMakeNorm = kEpilogue == Epilogue::residual && !kIsNormed;
-    static constexpr bool kMayBeScaled = kIsNormed && !kIsFloat;
-
-    // `low` and `high` are pairs of neighbouring outputs of a token: lane 4g+q has those of token 2q + g % 2.
-    static __device__ __forceinline__ void store_norm(const Worker &w, const Finish &f, const NextNorm &next,
-                                                      uint32_t tile, uint32_t first_token, uint32_t low,
-                                                      uint32_t high) {
-        const uint32_t token = Outputs::token(w, first_token), column = Outputs::pair(w, tile);
-        const bool is_live = token < f.rows;
-        const uint32_t pairs[2] = {low, high};
-        float square = 0.0f;
-#pragma unroll
-        for (uint32_t i = 0; i < 2; i++) {
-            const float first = low_bf16(pairs[i]), second = high_bf16(pairs[i]);
-            const uint32_t at = column + i * 8;
-            square += first * first + second * second;
-            if (!is_live || at >= kOut) continue;
-            const uint32_t gain = __ldg(reinterpret_cast<const uint32_t *>(next.gain) + at / 2);
-            *reinterpret_cast<uint32_t *>(next.out + wide_pair(token, at)) =
-                pack_bf16(first * low_bf16(gain), second * high_bf16(gain));
-        }
-        square += __shfl_xor_sync(0xffffffffu, square, 8); // over the pairs
-        square += __shfl_xor_sync(0xffffffffu, square, 16);
-        if (w.lane < 8 && is_live) next.squares[uint64_t(token) * Output::kTiles + tile] = square;
-    }
-
-    static __device__ __forceinline__ uint32_t scale_of(const Worker &w, uint32_t token) {
-        return w.reduction() + kScratch + token * 4;
-    }
-    // A warp makes those of every eighth of `rows` tokens, loaded four at a time; all others are 1.
-    static __device__ __forceinline__ void make_scales(const Worker &w, const uint8_t *squares, uint32_t rows,
-                                                       float eps) {
-        constexpr uint32_t kSums = (kIn + PERK_TILE_ROWS - 1) / PERK_TILE_ROWS, kTogetherRows = 4;
-#pragma unroll 1
-        for (uint32_t first = w.warp; first < rows; first += kTogetherRows * PERK_CONSUMER_WARPS) {
-            float totals[kTogetherRows] = {};
-#pragma unroll
-            for (uint32_t begin = 0; begin < kSums; begin += 32)
-#pragma unroll
-                for (uint32_t r = 0; r < kTogetherRows; r++) {
-                    const uint32_t row = min(first + r * PERK_CONSUMER_WARPS, rows - 1), sum = begin + w.lane;
-                    if (sum < kSums)
-                        totals[r] += __uint_as_float(load_coherent4(squares + (uint64_t(row) * kSums + sum) * 4));
-                }
-#pragma unroll
-            for (uint32_t r = 0; r < kTogetherRows; r++) {
-                const uint32_t row = first + r * PERK_CONSUMER_WARPS;
-                const float total = warp_sum(totals[r]);
-                if (w.lane == 0 && row < rows)
-                    store_shared4(scale_of(w, row), __float_as_uint(rsqrtf(total / kIn + eps)));
-            }
-        }
-        if (w.thread >= rows && w.thread < program::wide_tokens)
-            store_shared4(scale_of(w, w.thread), __float_as_uint(1.0f));
-        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-    }
-
     // ---- the task ----
 
     // What is added to the lane's outputs of a cell: two pairs.
@@ -234,26 +167,13 @@ struct BatchedLinear {
         return task.first() + (first + cell.tile) * task.stride();
     }
 
-    static __device__ __forceinline__ void finish_cell(const Worker &w, const Finish &f, const NextNorm &next,
-                                                       uint32_t tile, uint32_t group, float (&sum)[4],
-                                                       const Residual &residual) {
+    static __device__ __forceinline__ void finish_cell(const Worker &w, const Finish &f, uint32_t tile, uint32_t group,
+                                                       const float (&sum)[4], const Residual &residual) {
         const Outputs outputs(w, f, tile, true, group * 8);
         const uint32_t token = group * 8 + w.lane % 4 * 2; // the lane's first
-        if constexpr (kMayBeScaled) {
-#pragma unroll
-            for (uint32_t j = 0; j < 4; j++) sum[j] *= __uint_as_float(load_shared4(scale_of(w, token + j % 2)));
-        }
         if constexpr (kIsFloat) {
             store_floats(w, f, tile, token, sum[0] + outputs.low_bias, sum[2] + outputs.high_bias);
             store_floats(w, f, tile, token + 1, sum[1] + outputs.low_bias, sum[3] + outputs.high_bias);
-        } else if constexpr (kMayMakeNorm) {
-            const float2 low = Output::pair_outputs(w, sum[0] + outputs.low_bias, sum[1] + outputs.low_bias);
-            const float2 high = Output::pair_outputs(w, sum[2] + outputs.high_bias, sum[3] + outputs.high_bias);
-            outputs.low.store(0, low, residual.low);
-            outputs.high.store(0, high, residual.high);
-            if (!next.is_made) return;
-            store_norm(w, f, next, tile, group * 8, outputs.low.stored(0, low, residual.low),
-                       outputs.high.stored(0, high, residual.high));
         } else {
             Output::finish_group(w, outputs, 0, sum, residual.low, residual.high);
         }
@@ -261,7 +181,7 @@ struct BatchedLinear {
 
     // `tiles` of them from the worker's `first` on.
     static __device__ __forceinline__ uint32_t run_pass(Worker &w, const TaskView &task, uint32_t first, uint32_t tiles,
-                                                        const Finish &f, const NextNorm &next, uint32_t chunk) {
+                                                        const Finish &f, uint32_t chunk) {
         Residual residuals[kWarpCells]; // early: in flight while the products are made
 #pragma unroll
         for (uint32_t i = 0; i < kWarpCells; i++) {
@@ -281,25 +201,21 @@ struct BatchedLinear {
             const Cell cell = cell_of(w, round);
             float sum[4] = {};
             add_shared(w, sum);
-            finish_cell(w, f, next, tile_of(task, first, cell), cell.group, sum, residuals[round / kRoundSets]);
+            finish_cell(w, f, tile_of(task, first, cell), cell.group, sum, residuals[round / kRoundSets]);
         }
         return chunk;
     }
 
-    static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk, float eps) {
+    static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk) {
         const Finish f{w.args.activations + task.operand(kResidual), w.args.constants + task.operand(kBias),
                        w.args.activations + task.operand(kOutput), row_count<kRowsOf>(w),
                        w.args.activations + task.operand(kCandidates)};
-        const NextNorm next{w.args.constants + task.operand(kNormWeight), w.args.activations + task.next_input(),
-                            reinterpret_cast<float *>(f.candidates), (task.scalar() & PERK_BATCHED_MAKES_NORM) != 0};
         const uint32_t count = task.count();
         await_inputs(w, task);
         if (has_no_rows<kRowsOf>(w)) return chunk;
-        if constexpr (kMayBeScaled)
-            make_scales(w, f.candidates, task.scalar() & PERK_BATCHED_IS_SCALED ? f.rows : 0, eps);
 #pragma unroll 1
         for (uint32_t first = 0; first < count; first += kTogether)
-            chunk = run_pass(w, task, first, min(kTogether, count - first), f, next, chunk);
+            chunk = run_pass(w, task, first, min(kTogether, count - first), f, chunk);
         return chunk;
     }
 };

@@ -288,10 +288,6 @@ __device__ __forceinline__ void copy_bulk_once(uint32_t shared, const void *glob
         "l"(global), "r"(bytes), "r"(barrier)
         : "memory");
 }
-// Brings memory to L2.
-__device__ __forceinline__ void prefetch_bulk(const void *global, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
 // What others wrote, and this thread has acquired, is there for its copies from here on.
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 // What this thread has stored in shared memory, or its copy_async has, is there for wgmma, and before copies to come.

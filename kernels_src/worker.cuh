@@ -358,7 +358,6 @@ struct TaskView {
     __device__ __forceinline__ uint32_t signal_counter() const { return get(17); }
     __device__ __forceinline__ uint64_t operand(uint32_t i) const { return uint64_t(get(18 + i)) * 256; }
     __device__ __forceinline__ uint32_t scalar() const { return get(24); }
-    __device__ __forceinline__ uint64_t next_input() const { return uint64_t(get(31)) * 256; }
 };
 static_assert(sizeof(perk_task_record) == 128, "a record is one word a lane of a warp");
 
@@ -484,27 +483,6 @@ struct OwnExperts {
     uint32_t expert = 0;
 };
 
-// Until a token is routed, memory has nothing to do. It brings to L2 what is streamed after the layer's experts, as
-// much as a ring holds: a lane a chunk, placed as stream_task finds them. Weights of experts leave L2 before that.
-__device__ __forceinline__ void prefetch_after_experts(const Worker &w) {
-#if !PERK_PORTABLE
-    const perk_task_record *record = record_at(w, w.position);
-    do {
-        record++;
-        if (__ldg(&record->kind) == PERK_TASK_END) return;
-    } while (__ldg(&record->stream_tiles) == 0 || __ldg(&record->routing_experts) != 0);
-    const uint32_t blocks = __ldg(&record->stream_blocks), workers = __ldg(&record->stride);
-    const uint32_t tile_chunks = (blocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS, round = w.lane / tile_chunks;
-    if (w.lane >= program::ring_slots || round >= __ldg(&record->count)) return;
-    const uint32_t block = w.lane % tile_chunks * PERK_CHUNK_BLOCKS;
-    const uint32_t width = min(workers, __ldg(&record->stream_tiles) - round * workers);
-    const uint32_t count = min(uint32_t(PERK_CHUNK_BLOCKS), blocks - block);
-    const uint32_t place = round * workers * blocks + width * block + __ldg(&record->first) * count;
-    prefetch_bulk(w.args.weights + (uint64_t(__ldg(&record->stream_base)) + place) * PERK_WEIGHT_BLOCK_BYTES,
-                  count * PERK_WEIGHT_BLOCK_BYTES);
-#endif
-}
-
 __device__ __forceinline__ void pick_experts(const Worker &w, OwnExperts &own) {
     using Top = TopExperts<kOwnExperts, kOwnSlots>;
     const perk_task_record *record = record_at(w, w.position);
@@ -513,7 +491,6 @@ __device__ __forceinline__ void pick_experts(const Worker &w, OwnExperts &own) {
     const uint32_t wanted = (w.step() << 16) + counter;
     if (own.picked_for == wanted) return;
     own.picked_for = wanted;
-    prefetch_after_experts(w);
     if (w.lane == 0) wait_counter(w, counter, w.step() * signals + signals);
     __syncwarp();
     Top top;

@@ -408,35 +408,6 @@ static bool norm_is_foldable(const perk_lowering *l, const perk_op *norm) {
     return readers > 0;
 }
 
-/* A norm that batched linears read is made by the batched linear that writes the residual stream, when nobody else
- * reads it and that linear does not take a norm itself. */
-static const perk_op *norm_host(const perk_lowering *l, const perk_op *norm) {
-    const perk_tensor *out = norm->output;
-    const perk_op *host = norm->inputs[PERK_IN_X]->producer;
-    if (!perk_plan_is_batched(l->plan) || !is_linear(host) || !host->inputs[PERK_IN_RESIDUAL] || out->kept) return NULL;
-    const perk_op *before = host->inputs[PERK_IN_X]->producer;
-    if (before && before->type == &perk_op_rmsnorm) return NULL;
-    if (perk_lower_next_norm(l, host)) return NULL;
-    int readers = 0;
-    for (int i = 0; i < l->graph->op_count; i++)
-        for (int j = 0; j < PERK_OP_INPUTS_MAX; j++) {
-            const perk_op *op = l->graph->ops[i];
-            if (op->inputs[j] != out) continue;
-            if (!is_linear(op) || j != PERK_IN_X || op->output->dtype != PERK_BF16) return NULL;
-            readers++;
-        }
-    return readers > 0 ? host : NULL;
-}
-
-const perk_op *perk_lower_next_norm(const perk_lowering *l, const perk_op *linear) {
-    for (int i = linear->index + 1; i < l->graph->op_count; i++) {
-        const perk_op *op = l->graph->ops[i];
-        if (op->type == &perk_op_rmsnorm && op->inputs[PERK_IN_X] == linear->output && l->fold_into[i] == linear)
-            return op;
-    }
-    return NULL;
-}
-
 /* gate_mul is folded into the linear that makes its input, when nothing else reads that. */
 static const perk_op *gate_host(const perk_lowering *l, const perk_op *gate) {
     const perk_tensor *x = gate->inputs[PERK_IN_X];
@@ -464,8 +435,6 @@ static void choose_folds(perk_lowering *l) {
         if (op->type == &perk_op_moe_sum) l->fold_into[i] = sum_host(l, op);
         if (op->type == &perk_op_rmsnorm && norm_is_foldable(l, op))
             reader_count(l->graph, op->output, &l->fold_into[i]);
-        else if (op->type == &perk_op_rmsnorm)
-            l->fold_into[i] = norm_host(l, op);
     }
 }
 
@@ -536,10 +505,10 @@ static void plan_wide(perk_plan *plan) {
 
 static int input_slot_bytes(const perk_plan *plan) { return plan->wide_tokens * PERK_SLICE_ROW_BYTES + 16; }
 
-/* Batched linears: what all warps have of 16 outputs of some groups of 8 tokens, and a scale for each token. */
+/* Batched linears: what all warps have of 16 outputs of some groups of 8 tokens. */
 static int batched_reduction_bytes(const perk_plan *plan) {
     int groups = plan->wide_tokens / 8, at_once = groups % 4 == 0 ? 4 : 2;
-    return perk_plan_is_batched(plan) ? at_once * PERK_CONSUMER_WARPS * 512 + plan->wide_tokens * 4 : 0;
+    return perk_plan_is_batched(plan) ? at_once * PERK_CONSUMER_WARPS * 512 : 0;
 }
 
 static int reduction_bytes_of(const perk_lowering *l, const perk_op *op) {

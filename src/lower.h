@@ -51,8 +51,6 @@ int perk_lower_most_hits(const perk_lowering *lowering, const perk_tensor *exper
  * folded into it. */
 typedef struct perk_linear_form {
     const perk_op *norm, *gate, *sum;
-    const perk_op
-        *next; /* batched: a norm of the output, that it makes for the linears behind (perk_lower_next_norm) */
     const perk_tensor *x, *out;
     const char *epilogue;
     perk_activation activation;
@@ -79,10 +77,6 @@ bool perk_lower_has_wide_input(const perk_lowering *lowering, const perk_tensor 
  * plan tensor that they write. */
 bool perk_lower_writes_input(const perk_lowering *lowering, const perk_tensor *output);
 int perk_lower_output(perk_lowering *lowering, const perk_tensor *output);
-
-/* Batched linears: the norm that is made by the linear whose output it takes, or NULL: that linear writes it without
- * its scale, and a sum of squares of each row and tile, from which the linears behind make the scale. */
-const perk_op *perk_lower_next_norm(const perk_lowering *lowering, const perk_op *linear);
 
 /* Opens a stage "<output's name><suffix>"; `statement` is the C++ that runs one of its tasks. NULL on failure. */
 perk_stage *perk_lower_begin(perk_lowering *lowering, const perk_op *op, const char *suffix, const char *statement, ...)

@@ -111,7 +111,7 @@ typedef struct perk_stream {
     perk_wait routed; /* what the producer waits for before it reads that */
 } perk_stream;
 
-enum { PERK_STAGE_OPERANDS = PERK_RECORD_OPERANDS + 1 };
+enum { PERK_STAGE_OPERANDS = PERK_RECORD_OPERANDS };
 
 /* Which function of kernels_src/ a stage's tasks are instances of. The emitter has the statement in `kinds`; the
  * simulator does the same in C. */

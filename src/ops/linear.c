@@ -107,8 +107,8 @@ static perk_status linear_reference(perk_reference *reference, const perk_op *op
 
 /* ---- lowering: row tiles, dealt to the workers in turn; device code in kernels_src/linear.cuh ---- */
 
-/* Operands of the stage. Batched linears have SQUARES for CANDIDATES, which are those of logits alone. */
-enum { IN, OUT, RESIDUAL, NORM_WEIGHT, BIAS, CANDIDATES, NEXT, SQUARES = CANDIDATES };
+/* Operands of the stage. */
+enum { IN, OUT, RESIDUAL, NORM_WEIGHT, BIAS, CANDIDATES };
 
 static bool has_argmax(const perk_graph *graph, const perk_tensor *logits) {
     for (int i = 0; i < graph->op_count; i++)
@@ -121,9 +121,8 @@ perk_linear_form perk_linear_form_of(const perk_lowering *l, const perk_op *op) 
         .x = op->inputs[PERK_IN_X], .out = op->output, .epilogue = "store", .tile_width = PERK_TILE_ROWS};
     if (form.x->producer && form.x->producer->type == &perk_op_rmsnorm && perk_lower_is_folded(l, form.x->producer)) {
         form.norm = form.x->producer;
-        if (!perk_lower_is_wide(l, op)) form.x = form.norm->inputs[PERK_IN_X];
+        form.x = form.norm->inputs[PERK_IN_X];
     }
-    form.next = perk_lower_is_wide(l, op) ? perk_lower_next_norm(l, op) : NULL;
     for (int i = op->index + 1; i < l->graph->op_count; i++) {
         if (l->fold_into[i] != op) continue;
         if (l->graph->ops[i]->type == &perk_op_gate_mul) form.gate = l->graph->ops[i];
@@ -177,37 +176,10 @@ static void add_tiles(perk_lowering *l, const perk_stage *stage, int worker, int
     perk_lower_read(l, perk_lower_whole(l, stage->stream.tensor));
     if (stage->operands[NORM_WEIGHT] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[NORM_WEIGHT]));
     if (stage->operands[BIAS] >= 0) perk_lower_read(l, perk_lower_whole(l, stage->operands[BIAS]));
-    bool takes_squares = stage->operands[SQUARES] >= 0 && stage->operands[NEXT] < 0 &&
-                         l->graph->ops[stage->op]->output->dtype != PERK_F32;
-    if (takes_squares) perk_lower_read(l, perk_lower_whole(l, stage->operands[SQUARES]));
     if (stage->operands[RESIDUAL] >= 0)
         perk_lower_tiles(l, stage->operands[RESIDUAL], tile_width, &task, perk_lower_read);
     perk_lower_tiles(l, stage->operands[OUT], tile_width, &task, perk_lower_write);
-    if (stage->operands[NEXT] >= 0) {
-        perk_lower_tiles(l, stage->operands[NEXT], tile_width, &task, perk_lower_write);
-        perk_lower_tiles(l, stage->operands[SQUARES], 1, &task, perk_lower_write);
-    } else if (stage->operands[CANDIDATES] >= 0 && !takes_squares) {
-        perk_lower_tiles(l, stage->operands[CANDIDATES], 2, &task, perk_lower_write);
-    }
-}
-
-/* The sums of squares that the host of a norm leaves: of each row, one a tile. Made on first use, by the host. */
-static int squares_of(perk_lowering *l, const perk_tensor *normed) {
-    char name[128];
-    snprintf(name, sizeof name, "%.80s.squares", normed->name);
-    for (int i = 0; i < l->plan->tensor_count; i++)
-        if (!strcmp(l->plan->tensors[i].name, name)) return i;
-    return perk_lower_scratch(l, name, PERK_SPACE_ACTIVATIONS, perk_lower_rows(l, normed),
-                              (int)perk_ceil_div((uint64_t)normed->cols, PERK_TILE_ROWS), PERK_F32);
-}
-
-static void choose_norm_operands(perk_lowering *l, const perk_op *op, const perk_linear_form *form, perk_stage *stage) {
-    bool is_wide = perk_lower_is_wide(l, op);
-    const perk_op *norm = is_wide ? form->next : form->norm;
-    if (norm) stage->operands[NORM_WEIGHT] = perk_lower_tensor(l, norm->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
-    if (form->next) stage->operands[NEXT] = perk_lower_wide_input(l, form->next->output);
-    if (is_wide && (form->next || form->norm))
-        stage->operands[SQUARES] = squares_of(l, form->next ? form->next->output : form->x);
+    if (stage->operands[CANDIDATES] >= 0) perk_lower_tiles(l, stage->operands[CANDIDATES], 2, &task, perk_lower_write);
 }
 
 static void choose_operands(perk_lowering *l, const perk_op *op, const perk_linear_form *form, perk_stage *stage) {
@@ -217,7 +189,8 @@ static void choose_operands(perk_lowering *l, const perk_op *op, const perk_line
         is_wide ? perk_lower_output(l, form->out) : perk_lower_tensor(l, form->out, PERK_LAYOUT_ROWS);
     stage->operands[RESIDUAL] = perk_lower_tensor(l, op->inputs[PERK_IN_RESIDUAL], PERK_LAYOUT_ROWS);
     stage->operands[BIAS] = perk_lower_tensor(l, op->inputs[PERK_IN_BIAS], PERK_LAYOUT_ROWS);
-    choose_norm_operands(l, op, form, stage);
+    if (form->norm)
+        stage->operands[NORM_WEIGHT] = perk_lower_tensor(l, form->norm->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
     if (!strcmp(form->epilogue, "logits")) stage->operands[CANDIDATES] = perk_lower_candidates(l, form->out);
     stage->stream.tensor =
         perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT], form->gate ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
@@ -289,29 +262,25 @@ static wide_deal choose_deal(const perk_lowering *l, const perk_op *op, const pe
 /* As many tiles as registers hold the sums of; passes of nearly equal length. */
 static int batched_together(const perk_plan *plan, int tiles) {
     int each = (int)perk_ceil_div((uint64_t)tiles, (uint64_t)plan->device.worker_count);
-    int most = plan->wide_tokens <= 32 ? 4 : 3, passes = (each + most - 1) / most;
+    int most = plan->wide_tokens <= 16 ? 8 : plan->wide_tokens <= 32 ? 6 : 3, passes = (each + most - 1) / most;
     return (each + passes - 1) / passes;
 }
 
 static perk_stage *begin_batched(perk_lowering *l, const perk_op *op, const perk_linear_form *form) {
     const perk_tensor *weight = op->inputs[PERK_IN_WEIGHT];
     int together = batched_together(l->plan, tile_count(op, form));
-    bool is_normed = form->x->producer && form->x->producer->type == &perk_op_rmsnorm;
     arrange_input(l, op, form->x);
     if (l->error.status != PERK_OK) return NULL;
     perk_stage *stage = perk_lower_begin(
         l, op, "",
-        "chunk = BatchedLinear<Rows::%s, %d, %d, %d, Epilogue::%s, Activation::%s, %s, %s, %s>::run(worker, task, "
-        "chunk, %.9ef);",
+        "chunk = BatchedLinear<Rows::%s, %d, %d, %d, Epilogue::%s, Activation::%s, %s, %s>::run(worker, task, chunk);",
         op->output->row_kind == PERK_ROWS_TOKENS ? "tokens" : "logits", (int)weight->cols, (int)weight->rows, together,
         form->epilogue, perk_activation_name(form->activation), op->inputs[PERK_IN_BIAS] ? "true" : "false",
-        perk_lower_writes_input(l, form->out) ? "true" : "false", is_normed ? "true" : "false",
-        is_normed ? (double)form->x->producer->eps : 0.0);
+        perk_lower_writes_input(l, form->out) ? "true" : "false");
     if (!stage) return NULL;
     stage->stream.together = together;
     stage->stream.shares = 1;
     stage->stream.share_tokens = l->plan->wide_tokens;
-    stage->scalar = (form->norm ? PERK_BATCHED_IS_SCALED : 0) | (form->next ? PERK_BATCHED_MAKES_NORM : 0);
     return stage;
 }
 

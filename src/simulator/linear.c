@@ -4,8 +4,8 @@
 
 #include <math.h>
 
-/* Operands of the stage; batched linears that make or take a norm have SQUARES for CANDIDATES. */
-enum { IN, OUT, RESIDUAL, NORM_WEIGHT, BIAS, CANDIDATES, NEXT, SQUARES = CANDIDATES };
+/* Operands of the stage. */
+enum { IN, OUT, RESIDUAL, NORM_WEIGHT, BIAS, CANDIDATES };
 enum { ROUTING = 2, SUM_RESIDUAL = 4 }; /* of one over experts */
 
 typedef struct linear_run {
@@ -24,7 +24,6 @@ typedef struct linear_run {
     int slots;                /* experts: pairs of a token */
     const float *shares;      /* experts that are summed up: of the pairs; else NULL */
     float *totals;            /* with them: [tokens][PERK_TILE_ROWS] */
-    const uint16_t *gain;     /* of the norm that is made of the output; NULL: none */
 } linear_run;
 
 static int in_row(const linear_run *run, int row) { return run->pairs ? run->pairs[row] / run->shared_by : row; }
@@ -46,21 +45,6 @@ static bool stage_input(linear_run *run) {
         float mean = perk_math_dot(x, x, cols) / (float)t->op->inputs[PERK_IN_WEIGHT]->cols;
         run->scales[row] = 1 / sqrtf(mean + run->norm->eps);
         for (size_t c = 0; c < cols; c++) x[c] = perk_round_bf16(x[c] * perk_bf16_to_f32(gain[c]));
-    }
-    return true;
-}
-
-/* The scales of a norm that another linear has made: from a sum of squares of each of its tiles. */
-static bool take_scales(linear_run *run) {
-    int64_t width = run->t->op->inputs[PERK_IN_WEIGHT]->cols;
-    int64_t tiles = (int64_t)perk_ceil_div((uint64_t)width, PERK_TILE_ROWS);
-    float eps = run->t->op->inputs[PERK_IN_X]->producer->eps;
-    for (int row = run->first_row; row < run->rows; row++) {
-        const float *squares = perk_sim_read(run->t, SQUARES, PERK_F32, row, 0, tiles);
-        if (!squares) return false;
-        float total = 0;
-        for (int64_t i = 0; i < tiles; i++) total += squares[i];
-        run->scales[row] = 1 / sqrtf(total / (float)width + eps);
     }
     return true;
 }
@@ -87,19 +71,6 @@ static void finish_gated(const linear_run *run, int row, int64_t first, int64_t 
     }
 }
 
-/* The norm of what is stored, but for its scale, and the sum of squares from which others make that. */
-static void make_norm(const linear_run *run, int row, int64_t first, int64_t count, const uint16_t *stored) {
-    float square = 0;
-    uint16_t *next = perk_sim_write(run->t, NEXT, PERK_BF16, row, first, count);
-    for (int64_t c = 0; next && c < count; c++) {
-        float value = perk_bf16_to_f32(stored[c]);
-        square += value * value;
-        next[c] = perk_f32_to_bf16(value * perk_bf16_to_f32(run->gain[first + c]));
-    }
-    float *out = next ? perk_sim_write(run->t, SQUARES, PERK_F32, row, first / PERK_TILE_ROWS, 1) : NULL;
-    if (out) *out = square;
-}
-
 static void finish_store(const linear_run *run, int row, int64_t first, int64_t count) {
     const float *sums = run->sums + (size_t)row * PERK_TILE_ROWS;
     const uint16_t *residual = NULL;
@@ -113,9 +84,7 @@ static void finish_store(const linear_run *run, int row, int64_t first, int64_t 
         stored[c] = perk_f32_to_bf16(sums[c] * run->scales[row] + bias_at(run, first + c) + add);
     }
     uint16_t *out = perk_sim_write(run->t, OUT, PERK_BF16, out_row(run, row), first, count);
-    if (!out) return;
-    memcpy(out, stored, (size_t)count * sizeof *out);
-    if (run->gain) make_norm(run, row, first, count, stored);
+    if (out) memcpy(out, stored, (size_t)count * sizeof *out);
 }
 
 /* The pair's share of what its token becomes. */
@@ -196,8 +165,7 @@ static linear_run begin_run(perk_sim_task *t) {
     run.values = run.weight->values;
     run.gate = folded_gate(t);
     if (run.gate) run.width /= 2;
-    if (t->stage->operands[NORM_WEIGHT] >= 0 && t->stage->operands[NEXT] < 0)
-        run.norm = t->op->inputs[PERK_IN_X]->producer;
+    if (t->stage->operands[NORM_WEIGHT] >= 0) run.norm = t->op->inputs[PERK_IN_X]->producer;
     return run;
 }
 
@@ -213,19 +181,13 @@ static float *take_scratch(linear_run *run, size_t rows, size_t more) {
 void perk_sim_linear(perk_sim_task *t) {
     const perk_tensor *weight = t->op->inputs[PERK_IN_WEIGHT];
     linear_run run = begin_run(t);
-    bool makes_norm = t->stage->operands[NEXT] >= 0;
-    bool is_scaled = !makes_norm && t->stage->operands[SQUARES] >= 0 && t->op->output->dtype != PERK_F32;
     int first_tile = choose_share(&run);
     if (!take_scratch(&run, (size_t)run.rows, 0)) return;
     if (t->stage->operands[BIAS] >= 0) {
         run.bias = perk_sim_read(t, BIAS, PERK_BF16, 0, 0, weight->rows);
         if (!run.bias) return;
     }
-    if (makes_norm) {
-        run.gain = perk_sim_read(t, NORM_WEIGHT, PERK_BF16, 0, 0, weight->rows);
-        if (!run.gain) return;
-    }
-    if (!stage_input(&run) || (is_scaled && !take_scales(&run))) return;
+    if (!stage_input(&run)) return;
     for (int i = 0; i < t->task->count && !t->status; i++) {
         int tile = first_tile + i * t->task->stride;
         run_tile(&run, tile, tile);

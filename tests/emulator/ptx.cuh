@@ -166,10 +166,6 @@ static inline void copy_bulk(uint32_t shared, const void *global, uint32_t bytes
 static inline void copy_bulk_once(uint32_t shared, const void *global, uint32_t bytes, uint32_t address) {
     copy_bulk(shared, global, bytes, address);
 }
-static inline void prefetch_bulk(const void *global, uint32_t bytes) {
-    if (bytes % 16 != 0) fail("a prefetch is of multiples of 16 bytes");
-    for (uint32_t i = 0; i < bytes; i += 16) (void)load_global<Vec16>(static_cast<const uint8_t *>(global) + i);
-}
 #endif
 static inline void fence_mbarrier_init() {}
 static inline void fence_copies() {}
