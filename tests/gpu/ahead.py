@@ -26,7 +26,8 @@ def parse():
     parser.add_argument("--perk", default=str(ROOT / "build" / "bin" / "perk"), help="the perk binary")
     parser.add_argument("--shapes", nargs="+", default=shapes.ALL, choices=list(shapes.SHAPES), metavar="SHAPE")
     parser.add_argument("--label", default="all shapes", help="what the row calls them")
-    parser.add_argument("--jobs", type=int, default=max(2, len(os.sched_getaffinity(0)) // 2), help="programs at a time")
+    parser.add_argument("--jobs", type=int, default=max(2, len(os.sched_getaffinity(0)) // 2),
+                        help="programs at a time")
     parser.add_argument("--rows", help="a file that gets a line of JSON for each result")
     return parser.parse_args()
 
@@ -60,7 +61,8 @@ def compile_all(part, perk, jobs, at_once):
                 troubles.append(str(failure))
     took = time.monotonic() - start
     compiling = [program["ms"]["compile"] / 1e3 for program in made]
-    part.numbers.update(programs=len(jobs), at_once=at_once, compile_s=sum(compiling), slowest_s=max(compiling, default=0))
+    part.numbers.update(programs=len(jobs), at_once=at_once, compile_s=sum(compiling),
+                        slowest_s=max(compiling, default=0))
     part.detail = f"{len(jobs)} programs, {sum(compiling):.0f} s of compiling in {took:.0f} s, {at_once} at a time"
     require(not troubles, f"{len(troubles)} of {len(jobs)} programs: {'; '.join(troubles[:3])}")
 

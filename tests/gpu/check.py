@@ -114,7 +114,7 @@ class Check:
 
     def script(self, name, names, limit, *args):
         """A script of this folder: its own rows, which are to be `names`. One that it does not make, fails."""
-        rows, start, trouble, said = Rows(), time.monotonic(), None, ""
+        rows, start, trouble = Rows(), time.monotonic(), None
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             file = pathlib.Path(folder) / "rows"
             try:
@@ -170,11 +170,11 @@ class Check:
             label = "small shapes"
             return self.ahead(shapes.ON_CPU, label, 120) + self.side_by_side(
                 lambda: self.parity(shapes.ON_CPU, 150, label),
-                lambda: self.ahead(self.large(), "true shapes", 120))
+                lambda: self.ahead(self.true_shapes(), "true shapes", 120))
 
         return self.side_by_side(
             lambda: self.program("test_gpu_ops", 180), whole_models,
-            lambda: self.script("trust.py", trust.CHECKS, 200, "--part", "checks"), small_shapes)
+            lambda: self.script("trust.py", trust.CHECKS, 220, "--part", "checks"), small_shapes)
 
     def timed(self):
         """What measures time, or waits for a limit to pass: one after the other, alone."""
@@ -185,15 +185,15 @@ class Check:
                 *self.script("starts.py", starts.NAMES, 120),
                 *self.script("trust.py", trust.COSTS, 90, "--part", "costs")]
 
-    def large(self):
-        """The true shapes; each may need most of the GPU's memory."""
+    def true_shapes(self):
+        """Each may need most of the GPU's memory."""
         return [name for name in (shapes.QUICK if self.args.quick else shapes.ALL) if name not in shapes.ON_CPU]
 
     def everything(self):
         if self.args.cpu:
             return self.parity(shapes.ON_CPU, 300)
         return [*self.phase("side by side", self.untimed), *self.phase("timed, alone", self.timed),
-                *self.phase("true shapes", lambda: self.parity(self.large(), 300, "true shapes"))]
+                *self.phase("true shapes", lambda: self.parity(self.true_shapes(), 300, "true shapes"))]
 
 
 # ---- the record ----

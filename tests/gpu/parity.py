@@ -25,6 +25,7 @@ import pathlib
 import signal
 import sys
 import tempfile
+import time
 
 import numpy
 import torch
@@ -55,6 +56,7 @@ class Subject:
     """A model folder, the transformers model over it, and the prompts."""
 
     def __init__(self, name, work, fitted, device, seed):
+        self.begin = time.monotonic()
         self.name, self.device, self.shape = name, device, shapes.SHAPES[name]
         self.config, self.layers, self.full_layers = fitted.config, fitted.layers(), fitted.full_layers
         if self.shape.folder:
@@ -223,6 +225,7 @@ def check_shape(rows, perk, subject, work):
             check_logits(part, yardstick, found, base)
     with subject.row(rows, f"greedy {subject.name}") as part:
         check_greedy(part, yardstick, subject, runs)
+        part.numbers["shape_s"] = round(time.monotonic() - subject.begin, 1)  # from the drawing of its weights on
 
 
 def run_shape(rows, perk, name, args):

@@ -27,6 +27,7 @@ SMALL = ROOT / "bench" / "configs" / "qwen3-0.6b"  # the shape whose steps have 
 WAIT_LIMIT_PERCENT, STAMPS_PERCENT = 1.0, 3.0
 ROUNDS = 3   # of measuring with and without, in turn: the median of the ratios is what counts
 AT_ONCE = 4  # sanitizers: most of their time is the CPU's
+SECONDS = 180  # for one of them
 TOOLS = ("memcheck", "racecheck", "synccheck")
 SHOWN = 6    # lines of a sanitizer's findings in a row
 CHECKS = ["self-test", *(f"{tool}, {what}" for tool in TOOLS for what in ("every op", "a model"))]
@@ -42,9 +43,12 @@ def findings(text):
     said = [line.strip("= ").strip() for line in text.splitlines() if line.startswith("=========")]
     noise = re.compile(r"$|COMPUTE-SANITIZER|.*SUMMARY:|Target application|(Saved )?host backtrace|Host Frame", re.I)
     said = [line for line in said if not noise.match(line)]
-    starts = [i for i, line in enumerate(said) if "Race reported" in line]
-    analysed = [line for i in starts for line in said[i:i + 3]]
-    return analysed or said
+    analysed, is_analysis = [], False
+    for line in said:
+        is_analysis = "Race reported" in line or (is_analysis and line.startswith("and "))
+        if is_analysis:
+            analysed.append(line)
+    return analysed + [line for line in said if line not in analysed]
 
 
 def ops_that_ran(text):
@@ -93,7 +97,7 @@ class Trust:
         name = " ".join(command[:2] if command[0] == "test-op" else command[:1])
         name += " --portable" if "--portable" in command else ""
         try:
-            code, said = run_to_end([sanitizer, "--tool", tool, *options, self.perk.binary, *command], 150)
+            code, said = run_to_end([sanitizer, "--tool", tool, *options, self.perk.binary, *command], SECONDS)
         except Failure as failure:
             raise Failure(f"{name}: {failure}") from None
         summaries = re.findall(r"=+ (?:ERROR|RACECHECK) SUMMARY: (.*)", said)
@@ -109,7 +113,7 @@ class Trust:
 
     def selftest(self):
         """What the doctor found; also where some op is wrong."""
-        done = self.perk.call("doctor", "--selftest", "--json", timeout=180)
+        done = self.perk.call("doctor", "--selftest", "--json", timeout=SECONDS)
         try:
             return json.loads(done.stdout)["selftest"]
         except (ValueError, KeyError):
