@@ -66,6 +66,13 @@ class Rows:
             detail = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
         self.add(name, status, detail or part.detail, part.numbers, time.monotonic() - start)
 
+    def fail_missing(self, names, reason):
+        """Rows that were to be there and are not: what did not run is never silently absent."""
+        there = {row["name"] for row in self.rows}
+        for name in names:
+            if name not in there:
+                self.add(name, FAILED, reason)
+
     def failed(self):
         return sum(row["status"] == FAILED for row in self.rows)
 
@@ -79,6 +86,7 @@ class Perk:
 
     def __init__(self, binary, backend):
         self.binary, self.backend = str(binary), backend
+        self.programs = []  # what calls with --verbose said of each program that a start made or found
 
     def call(self, *args, timeout=120, **environment):
         """Runs it; a timeout or a signal is a Failure, an exit code is the caller's to judge."""
@@ -93,6 +101,7 @@ class Perk:
         print(f"  $ {shown} -> {done.returncode}", flush=True)
         if done.stderr.strip():
             print("    " + done.stderr.strip().replace("\n", "\n    "), flush=True)
+        self.programs += re.findall(r"program for \d+ tokens a step, [^:]*", done.stderr)
         require(done.returncode >= 0, f"died of signal {-done.returncode}: {shown}; {last_lines(done.stderr)}")
         return done
 

@@ -5,22 +5,12 @@ layer, so that every layer counts in the logits.
 """
 import concurrent.futures
 import json
-import pathlib
-import shutil
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SHARD_BYTES = 2 << 30
-
-
-def best_place(wanted_bytes):
-    """Where temporary models go: /tmp unless it lacks the room and memory has it. Returns (folder, free bytes)."""
-    places = [(pathlib.Path(place), shutil.disk_usage(place).free) for place in ("/tmp", "/dev/shm")
-              if pathlib.Path(place).is_dir()]
-    enough = [place for place in places if place[1] * 0.9 > wanted_bytes]
-    return enough[0] if enough else max(places, key=lambda place: place[1])
 
 
 def empty_model(folder, device):

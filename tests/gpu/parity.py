@@ -18,12 +18,14 @@ is the yardstick, and in bf16, which measures the noise that the number format b
 Exit codes: 0 everything passed, 1 something failed. Needs torch, transformers, safetensors and numpy.
 """
 import argparse
+import contextlib
 import gc
 import json
 import pathlib
 import signal
 import sys
 import tempfile
+import time
 
 import numpy
 import torch
@@ -32,19 +34,19 @@ from transformers.utils import logging
 
 import models
 import shapes
-from harness import FAILED, ROOT, Failure, Perk, Rows, require
+from harness import ROOT, Failure, Perk, Rows, require
 
 NOISE_FACTOR, ROW_FACTOR, MAX_TOKENS = 1.2, 2.0, 64
-SPARE_BYTES = 1 << 30  # of the disk: for logits
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--perk", default=str(ROOT / "build" / "bin" / "perk"), help="the perk binary")
-    parser.add_argument("--shapes", nargs="+", default=[*shapes.QUICK, *shapes.LARGE], choices=list(shapes.SHAPES),
+    parser.add_argument("--shapes", nargs="+", default=shapes.ALL, choices=list(shapes.SHAPES),
                         metavar="SHAPE", help=f"of {', '.join(shapes.SHAPES)}")
     parser.add_argument("--backend", default="gpu", choices=["gpu", "reference"])
     parser.add_argument("--device", default="cuda", help="where transformers runs")
+    parser.add_argument("--ahead", metavar="LABEL", help="of what ahead.py compiled: every start must find it")
     parser.add_argument("--rows", help="a file that gets a line of JSON for each result")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
@@ -53,10 +55,10 @@ def parse():
 class Subject:
     """A model folder, the transformers model over it, and the prompts."""
 
-    def __init__(self, name, work, room, device, seed):
+    def __init__(self, name, work, fitted, device, seed):
+        self.begin = time.monotonic()
         self.name, self.device, self.shape = name, device, shapes.SHAPES[name]
-        self.config = shapes.read_config(self.shape)
-        self.layers = shapes.fit_layers(self.config, room)
+        self.config, self.layers, self.full_layers = fitted.config, fitted.layers(), fitted.full_layers
         if self.shape.folder:
             self.folder = ROOT / self.shape.folder
             self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16).to(device).eval()
@@ -76,6 +78,15 @@ class Subject:
 
     def all_logits(self):
         return torch.cat([self.logits(ids) for ids in self.prompts.values()])
+
+    @contextlib.contextmanager
+    def row(self, rows, name):
+        """A row that says how much of the model it is about."""
+        with rows.part(name) as part:
+            part.numbers["layers"] = self.layers
+            yield part
+            if self.layers < self.full_layers:
+                part.detail += f"; {self.layers} of {self.full_layers} layers (little disk)"
 
     def widen(self):
         """The same weights in fp32; bf16 values are fp32 values."""
@@ -114,7 +125,7 @@ def perk_logits(perk, subject, options, work):
     given.write_text(json.dumps(list(subject.prompts.values())))
     try:
         perk.succeed("logits", "--model", subject.folder, "--ids", given, "--out", made, "--backend", perk.backend,
-                     *options, timeout=subject.shape.seconds)
+                     "--verbose", *options, timeout=subject.shape.seconds)
         return torch.from_numpy(numpy.load(made))
     finally:
         made.unlink(missing_ok=True)
@@ -136,7 +147,7 @@ def run_perk(perk, subject, work):
     logits = {variant: attempt(perk_logits, perk, subject, options, work)
               for variant, options in subject.shape.variants.items()}
     runs = {length: attempt(perk.generate, subject.folder, subject.prompts[length], MAX_TOKENS,
-                            timeout=subject.shape.seconds) for length in subject.shape.greedy}
+                            "--verbose", timeout=subject.shape.seconds) for length in subject.shape.greedy}
     return logits, runs
 
 
@@ -209,30 +220,33 @@ def check_shape(rows, perk, subject, work):
     subject.widen()
     yardstick = Yardstick(subject, rounded)
     del rounded
-    full = shapes.read_config(subject.shape)["num_hidden_layers"]
-    fewer = "" if subject.layers == full else f", {subject.layers} of {full} layers (little disk)"
     for variant, found in logits.items():
-        with rows.part(f"logits {subject.name}, {variant}{fewer}") as part:
-            part.numbers["layers"] = subject.layers
+        with subject.row(rows, f"logits {subject.name}, {variant}") as part:
             check_logits(part, yardstick, found, base)
-    with rows.part(f"greedy {subject.name}{fewer}") as part:
-        part.numbers["layers"] = subject.layers
+    with subject.row(rows, f"greedy {subject.name}") as part:
         check_greedy(part, yardstick, subject, runs)
+        part.numbers["shape_s"] = round(time.monotonic() - subject.begin, 1)  # from the drawing of its weights on
 
 
 def run_shape(rows, perk, name, args):
-    wanted = shapes.count_bytes(shapes.read_config(shapes.SHAPES[name])) + SPARE_BYTES
-    place, free = models.best_place(wanted)
-    with tempfile.TemporaryDirectory(prefix="perk-parity-", dir=place) as folder:
-        work = pathlib.Path(folder)
-        try:
-            subject = Subject(name, work, int(free * 0.9) - SPARE_BYTES, args.device, args.seed)
-            check_shape(rows, perk, subject, work)
-        except Exception as error:  # of torch: perk's own failures are rows already
-            rows.add(f"parity {name}", FAILED, f"{type(error).__name__}: {error}")
+    try:
+        fitted = shapes.fit(shapes.SHAPES[name])
+        with tempfile.TemporaryDirectory(prefix="perk-parity-", dir=fitted.place) as folder:
+            work = pathlib.Path(folder)
+            check_shape(rows, perk, Subject(name, work, fitted, args.device, args.seed), work)
+    except Exception as error:  # of torch or the disk: perk's own failures are rows already
+        rows.fail_missing(shapes.row_names(name), f"{type(error).__name__}: {error}")
     gc.collect()
     if args.device != "cpu":
         torch.cuda.empty_cache()
+
+
+def check_found(part, perk):
+    """Every program that the starts told of was made by perk compile, under the key that a start looks for."""
+    compiled = [line for line in perk.programs if "from the cache" not in line]
+    part.detail = f"{len(perk.programs)} programs in all starts, {len(compiled)} of them compiled by a start"
+    require(perk.programs, "no start told of its programs")
+    require(not compiled, f"{part.detail}, such as: {compiled[:2]}")
 
 
 def main():
@@ -245,6 +259,9 @@ def main():
     perk = Perk(args.perk, args.backend)
     for name in args.shapes:
         run_shape(rows, perk, name, args)
+    if args.ahead:
+        with rows.part(shapes.found_row(args.ahead)) as part:
+            check_found(part, perk)
     return 1 if rows.failed() else 0
 
 

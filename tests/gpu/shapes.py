@@ -1,9 +1,12 @@
 """The model shapes that the GPU checks run: a config.json with changes, and what to do with it."""
 import dataclasses
 import json
+import pathlib
+import shutil
 
 from harness import ROOT
 
+SPARE_BYTES = 1 << 30  # of the disk: for logits
 LENGTHS = (1, 15, 16, 17, 64, 65, 200)  # around the steps (1, 8, 16, 64 tokens) and the pages (16, 64 positions)
 
 COMMON = dict(
@@ -91,6 +94,38 @@ QUICK = [*ON_CPU, "qwen3-0.6b"]
 # Without qwen3-4b-2-layers and llama-3.1-8b-2-layers, which have nothing that these lack.
 LARGE = ["qwen3-14b-2-layers", "llama-3.2-1b", "qwen2.5-7b-2-layers", "mistral-7b-2-layers", "qwen3-32b-2-layers",
          "qwen3-30b-a3b-2-layers", "qwen3-8b"]
+ALL = [*QUICK, *LARGE]
+
+
+# ---- what becomes of a shape ----
+
+
+def programs(shape):
+    """Of perk compile, the options for each program that the shape's runs start: perk logits makes one, with a row of
+    logits for every token of a step; perk run, by default, those for 1, 8 and 16 tokens a step and one such row."""
+    found = [(*options, "--max-logit-rows", options[options.index("--max-batched-tokens") + 1])
+             for options in shape.variants.values()]
+    if shape.greedy:
+        found += [(*step(tokens), "--max-logit-rows", "1") for tokens in (1, 8, 16)]
+    return [(*options, "--max-batched-requests", "1") for options in dict.fromkeys(found)]
+
+
+def row_names(name):
+    """The rows that parity.py makes of the shape."""
+    shape = SHAPES[name]
+    repeats = [f"same bits {name}"] if shape.repeats else []
+    return [*repeats, *(f"logits {name}, {variant}" for variant in shape.variants), f"greedy {name}"]
+
+
+def ahead_row(label):
+    return f"compile ahead, {label}"
+
+
+def found_row(label):
+    return f"starts find what was compiled ahead, {label}"
+
+
+# ---- configs and their weights ----
 
 
 def read_config(shape):
@@ -115,7 +150,33 @@ def count_bytes(config):
 
 
 def fit_layers(config, free_bytes):
-    """Lowers the number of layers until the weights fit; returns it."""
+    """Lowers the number of layers until the weights fit."""
     while count_bytes(config) > free_bytes and config["num_hidden_layers"] > 1:
         config["num_hidden_layers"] -= 1
-    return config["num_hidden_layers"]
+
+
+def best_place(wanted_bytes):
+    """Where temporary models go: /tmp unless it lacks the room and memory has it. Returns (folder, free bytes)."""
+    places = [(pathlib.Path(place), shutil.disk_usage(place).free) for place in ("/tmp", "/dev/shm")
+              if pathlib.Path(place).is_dir()]
+    enough = [place for place in places if place[1] * 0.9 > wanted_bytes]
+    return enough[0] if enough else max(places, key=lambda place: place[1])
+
+
+@dataclasses.dataclass
+class Fitted:
+    """What of a shape fits this machine's disk."""
+    config: dict
+    place: pathlib.Path  # for the folder of the weights
+    full_layers: int     # before some were left out
+
+    def layers(self):
+        return self.config["num_hidden_layers"]
+
+
+def fit(shape):
+    config = read_config(shape)
+    full = config["num_hidden_layers"]
+    place, free = best_place(count_bytes(config) + SPARE_BYTES)
+    fit_layers(config, int(free * 0.9) - SPARE_BYTES)
+    return Fitted(config, place, full)

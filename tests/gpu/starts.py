@@ -135,6 +135,8 @@ PARTS = [
     ("refuses pages beyond the memory", Starts.too_much_memory), ("start after refusals", Starts.after_refusals),
 ]
 
+NAMES = [name for name, _ in PARTS]
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
