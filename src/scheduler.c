@@ -1,8 +1,7 @@
 #include "scheduler.h"
 
+#include "page_hash.h"
 #include "sampler.h"
-
-#include <xxhash.h>
 
 _Static_assert((int)PERK_END_STOP == PERK_FINISH_STOP && (int)PERK_END_LENGTH == PERK_FINISH_LENGTH &&
                    (int)PERK_END_CANCELLED == PERK_FINISH_CANCELLED,
@@ -19,6 +18,7 @@ struct perk_scheduler {
     int32_t eos_ids[PERK_STOP_IDS];
     int eos_count;
     bool share_prefixes;
+    perk_page_secret secret;
     uint64_t *block; /* the schedule's state */
     perk_schedule schedule;
     perk_sampler *sampler;
@@ -86,7 +86,8 @@ perk_status perk_scheduler_create(perk_scheduler **out, const perk_config *confi
     scheduler->share_prefixes = share_prefixes;
     scheduler->eos_count = eos_count;
     if (eos_count) memcpy(scheduler->eos_ids, eos_ids, (size_t)eos_count * sizeof *eos_ids);
-    perk_status status = create_schedule(scheduler, err);
+    perk_status status = perk_page_secret_draw(&scheduler->secret, err);
+    if (!status) status = create_schedule(scheduler, err);
     if (!status) status = perk_sampler_create(&scheduler->sampler, vocab_size, err);
     if (status) {
         perk_scheduler_free(scheduler);
@@ -239,20 +240,14 @@ void perk_request_free(perk_request *request) {
 
 /* ---- into the schedule ---- */
 
-uint64_t perk_page_key(const int32_t *tokens, int32_t page_size, uint64_t before) {
-    return XXH3_64bits_withSeed(tokens, (size_t)page_size * sizeof *tokens, before);
-}
-
-/* Hashes of the pages that the request's known tokens fill: each over its own tokens, seeded with the one before. */
+/* Hashes of the pages that the request's known tokens fill. */
 static void extend_hashes(perk_scheduler *scheduler, int32_t slot) {
     perk_slot *r = &scheduler->schedule.slots[slot];
-    uint64_t *hashes = perk_slot_hashes(&scheduler->schedule, slot);
-    const int32_t *tokens = perk_slot_tokens(&scheduler->schedule, slot);
     int32_t page_size = scheduler->config.page_size;
-    if (!scheduler->share_prefixes) return;
-    for (; r->length - r->hash_count * page_size >= page_size; r->hash_count++)
-        hashes[r->hash_count] =
-            perk_page_key(tokens + r->hash_count * page_size, page_size, r->hash_count ? hashes[r->hash_count - 1] : 0);
+    if (scheduler->share_prefixes)
+        r->hash_count =
+            perk_hash_pages(&scheduler->secret, perk_slot_tokens(&scheduler->schedule, slot), page_size,
+                            perk_slot_hashes(&scheduler->schedule, slot), r->hash_count, r->length / page_size);
 }
 
 static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot) {

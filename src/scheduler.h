@@ -68,10 +68,6 @@ perk_status perk_scheduler_exchange(perk_scheduler *scheduler, int32_t *news, pe
 /* After the last launch has ended and all its tokens were taken in. */
 perk_status perk_scheduler_take_back(perk_scheduler *scheduler, perk_error *err);
 
-/* The key of a full page: a hash of its tokens and of all before, of which `before` is that of the page before (0:
- * there is none). */
-uint64_t perk_page_key(const int32_t *tokens, int32_t page_size, uint64_t before);
-
 /* Takes `count` pages for work outside of any request; where they are in use, running requests are set back. False
  * when the whole pool has fewer. They are given back with perk_scheduler_return. */
 bool perk_scheduler_borrow(perk_scheduler *scheduler, int32_t count, int32_t *pages);
