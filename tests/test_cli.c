@@ -231,12 +231,18 @@ static void test_prompts(void) {
     item = json_array_get(answers, 2); /* ends at a token of its own although end tokens are ignored */
     CHECK(strcmp(json_string_value(json_object_get(item, "finish")), "stop") == 0);
     CHECK(json_array_size(json_object_get(item, "tokens")) == 1);
+    json_t *single =
+        run_json(NULL, "run --model " FOLDER " --tokens 4 --max-tokens 2 --ignore-eos --presence-penalty 1 "
+                       "--logprobs --top-logprobs 3 --json");
     const json_t *logprobs = json_object_get(json_array_get(answers, 3), "logprobs");
+    CHECK(json_equal(json_object_get(single, "logprobs"), logprobs), "%s", result.out);
+    CHECK(json_is_integer(json_object_get(single, "found_tokens")));
     const json_t *place = json_array_get(logprobs, 1), *top = json_object_get(place, "top");
     CHECK(json_array_size(logprobs) == 2 && json_array_size(top) == 3, "%s", result.out);
     CHECK(json_number_value(json_object_get(json_array_get(top, 0), "logprob")) >=
           json_number_value(json_object_get(json_array_get(top, 2), "logprob")));
     json_decref(answers);
+    json_decref(single);
     json_decref(first);
     json_decref(second);
     outcome_free(&result);
@@ -283,6 +289,9 @@ static void test_wrong_prompts(void) {
     perk_buffer_free(&file);
     expect_failure(1, "nowhere.jsonl", "run --model " FOLDER " --prompts nowhere.jsonl");
     expect_failure(2, "goes with none", "run --model " FOLDER " --prompts x --tokens 1");
+    expect_failure(2, "needs --json or --prompts", "run --model " FOLDER " --tokens 1 --logprobs");
+    expect_failure(2, "needs --logprobs", "run --model " FOLDER " --tokens 1 --json --top-logprobs 2");
+    expect_failure(2, "top-logprobs", "run --model " FOLDER " --tokens 1 --json --logprobs --top-logprobs 21");
     expect_output("\n", "", "run --model " FOLDER " --prompts -");
 }
 

@@ -3,8 +3,7 @@
 
 #include <errno.h>
 
-/* ---- a line of the file: a request
- * -------------------------------------------------------------------------------------- */
+/* ---- a line of the file: a request ---- */
 
 /* What a request points into until it is submitted. */
 typedef struct request_lists {
@@ -130,8 +129,7 @@ static perk_status read_member(const perk_engine *engine, const char *key, const
     return perk_fail(err, PERK_BAD_FORMAT, "unknown field \"%.60s\"", key);
 }
 
-/* ---- requests under way
- * -------------------------------------------------------------------------------------- */
+/* ---- requests under way ---- */
 
 typedef struct prompt_job {
     const char *line;
@@ -163,6 +161,8 @@ static perk_status begin(perk_engine *engine, const perk_sampling *defaults, pro
     return status;
 }
 
+/* ---- answers ---- */
+
 static json_t *logprobs_json(const perk_request *request, size_t count) {
     json_t *list = json_array();
     for (size_t place = 0, each; place < count; place++) {
@@ -177,41 +177,44 @@ static json_t *logprobs_json(const perk_request *request, size_t count) {
     return list;
 }
 
-static json_t *answer_json(const perk_engine *engine, const prompt_job *job, perk_error *err) {
+perk_status perk_cli_answer_json(const perk_engine *engine, const perk_request *request, json_t **out,
+                                 perk_error *err) {
     const perk_tokenizer *tokenizer = perk_engine_tokenizer(engine);
     size_t count = 0, size = 0;
-    const int32_t *tokens = perk_request_tokens(job->request, &count);
+    const int32_t *tokens = perk_request_tokens(request, &count);
     char *text = NULL;
-    if (tokenizer && perk_tokenizer_decode(tokenizer, tokens, count, 1, &text, &size, err)) return NULL;
+    *out = NULL;
+    if (tokenizer) {
+        perk_status status = perk_tokenizer_decode(tokenizer, tokens, count, 1, &text, &size, err);
+        if (status) return status;
+    }
     perk_request_stats stats;
-    perk_request_statistics(job->request, &stats);
+    perk_request_statistics(request, &stats);
     double rate = count > 1 && stats.decode_ms > 0 ? (double)(count - 1) / (stats.decode_ms * 1e-3) : 0;
     json_t *ids = json_array();
     for (size_t i = 0; i < count; i++) json_array_append_new(ids, json_integer(tokens[i]));
     json_t *times = json_pack("{s:f, s:f, s:f, s:f}", "queue_ms", stats.queue_ms, "prefill_ms", stats.prefill_ms,
                               "decode_ms", stats.decode_ms, "decode_tokens_per_second", rate);
-    json_t *answer = json_pack("{s:s%, s:o, s:i, s:i, s:s, s:o}", "text", text ? text : "", size, "tokens", ids,
-                               "prompt_tokens", (int)stats.prompt_tokens, "found_tokens", (int)stats.found_tokens,
-                               "finish", perk_cli_finish_name(perk_request_finish(job->request)), "times", times);
-    if (perk_request_logprobs(job->request, 0, NULL))
-        json_object_set_new(answer, "logprobs", logprobs_json(job->request, count));
+    *out = json_pack("{s:s%, s:o, s:i, s:i, s:s, s:o}", "text", text ? text : "", size, "tokens", ids, "prompt_tokens",
+                     (int)stats.prompt_tokens, "found_tokens", (int)stats.found_tokens, "finish",
+                     perk_cli_finish_name(perk_request_finish(request)), "times", times);
+    if (perk_request_logprobs(request, 0, NULL)) json_object_set_new(*out, "logprobs", logprobs_json(request, count));
     free(text);
-    return answer;
+    return *out ? PERK_OK : perk_fail_memory(err, "an answer");
 }
 
 /* Prints the job's line and lets go of it. False: nothing more can be printed. */
 static bool print(const perk_engine *engine, prompt_job *job) {
     perk_error err = {0};
-    json_t *answer = job->failure ? json_pack("{s:s}", "error", job->failure) : answer_json(engine, job, &err);
-    if (err.status) return perk_cli_fail(&err), false;
+    json_t *answer = job->failure ? json_pack("{s:s}", "error", job->failure) : NULL;
+    if (!job->failure && perk_cli_answer_json(engine, job->request, &answer, &err)) return perk_cli_fail(&err), false;
     if (job->id) json_object_set(answer, "id", job->id);
     perk_request_free(job->request);
     job->request = NULL;
     return perk_cli_print_json(answer) && !fflush(stdout);
 }
 
-/* ---- the file
- * -------------------------------------------------------------------------------------- */
+/* ---- the file ---- */
 
 enum { MAX_UNDER_WAY = 256 }; /* waiting requests cost memory, and more of them make no step fuller */
 
