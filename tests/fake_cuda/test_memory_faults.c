@@ -6,7 +6,7 @@
  * The linker leads perk's own calls of the malloc family here (--wrap). Those of the libraries below perk are told
  * apart by where they come from, and fail in sweeps of their own (not under the sanitizers, whose malloc it is then).
  */
-#include "fake_cuda.h"
+#include "open_fake.h"
 #include "perk/service.h"
 #include "perk/test.h"
 #include "src/base.h"
@@ -14,7 +14,6 @@
 
 #include "src/cli/cli.h"
 
-#include <dlfcn.h>
 #include <link.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -558,17 +557,6 @@ static void sweep_commands(void) {
 
 /* ---- the program ---- */
 
-static void open_fake(void) {
-    fake_cuda *(*state)(void);
-    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
-    CHECK(library, "%s", dlerror());
-    *(void **)&state = dlsym(library, "fake_cuda_state");
-    CHECK(state);
-    fake = state();
-    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
-    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
-}
-
 static void sweep_libraries(void) {
     choose(TINY, PERK_BACKEND_GPU, false);
     sweep_library("libpcre2-8", "tokenizer", use_tokenizer, true);
@@ -582,7 +570,7 @@ static void sweep_libraries(void) {
 int main(int argc, char **argv) {
     if (argc > 1) only = argv[1];
     make_scratch();
-    open_fake();
+    fake = open_fake().driver;
     sweep("tokenizer", use_tokenizer);
     sweep("tokenizer with byte fallback", use_sentencepiece);
     sweep("chats", use_chat);
