@@ -51,7 +51,7 @@ static perk_engine *open_engine(perk_mode mode, int32_t idle_limit_ms) {
     return open_sized(CONFIG.max_num_batched_tokens, mode, idle_limit_ms);
 }
 
-/* Half of the prompts begin alike. The last kind samples, though hardly: it makes all fall back to single steps. */
+/* Half of the prompts begin alike. The last kind samples, though hardly. */
 static void make_kinds(void) {
     uint64_t place = 0;
     perk_engine *engine = open_engine(PERK_MODE_SINGLE, 0);
@@ -238,6 +238,34 @@ static void test_pause(void) {
     perk_service_free(run.service); /* in the middle of it */
 }
 
+/* Closed with requests under way, the service has no kernel on the GPU any more, and every call still returns. */
+static void test_close(void) {
+    perk_service *service;
+    perk_answer answer;
+    perk_engine_stats stats;
+    int32_t tokens[POSITIONS];
+    uint64_t ids[3];
+    size_t count;
+    CHECK_OK(perk_service_open(&service, open_engine(PERK_MODE_ONLINE, 60000), NULL, &err));
+    for (int k = 0; k < 3; k++)
+        CHECK_OK(perk_service_submit(service, kinds[k].prompt, kinds[k].length, &kinds[k].sampling, &ids[k], &err));
+    CHECK_OK(perk_service_wait(service, ids[0], tokens, POSITIONS, -1, &answer, &err));
+    count = answer.count;
+    CHECK(count > 0);
+    CHECK_OK(perk_service_close(service, &err));
+    perk_service_statistics(service, &stats);
+    CHECK(stats.running == 0 && stats.waiting == 0 && stats.pages_in_use == 0 && stats.finished == 3);
+    CHECK_OK(perk_service_pause(service, &err));
+    CHECK_OK(perk_service_resume(service, &err));
+    CHECK_OK(perk_service_drain(service, &err));
+    CHECK_OK(perk_service_poll(service, ids[0], tokens + count, POSITIONS - count, &answer, &err));
+    count += answer.count;
+    CHECK(answer.finish != PERK_FINISH_NONE && count <= kinds[0].answer_length);
+    CHECK(memcmp(tokens, kinds[0].answer, count * sizeof *tokens) == 0);
+    CHECK_FAILS(perk_service_submit(service, tokens, 1, NULL, &ids[1], &err), PERK_CANCELLED, "closed");
+    perk_service_free(service);
+}
+
 /* ---- an engine of its own ---- */
 
 static int count_tokens(void *user, int32_t token, const char *text, size_t size) {
@@ -309,5 +337,6 @@ int main(int argc, char **argv) {
     test_arrivals(2, 1, KINDS - 1);
     test_arrivals(3, 0, KINDS);
     test_pause();
+    test_close();
     return 0;
 }
