@@ -1,6 +1,5 @@
 /* A service over the reference executor: many threads submit, read, cancel and forget at once, and every answer is the
- * one that the request gets alone; what is wrong or late is refused. Run it under ThreadSanitizer, too:
- * -DCMAKE_C_FLAGS=-fsanitize=thread. */
+ * one that the request gets alone; what is wrong or late is refused. CI runs it under ThreadSanitizer, too. */
 #include "perk/service.h"
 #include "src/base.h"
 #include "temp.h"
