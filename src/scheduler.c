@@ -449,13 +449,16 @@ static double phase_ms(const perk_request *request, double begin, double end) {
 
 void perk_request_statistics(const perk_request *request, perk_request_stats *out) {
     const perk_slot *r = request->slot >= 0 ? &request->scheduler->schedule.slots[request->slot] : NULL;
+    double decode_ms = phase_ms(request, request->answered, 0);
+    int32_t answered = request->length - request->prompt_length;
     *out = (perk_request_stats){.prompt_tokens = request->prompt_length,
-                                .answer_tokens = request->length - request->prompt_length,
+                                .answer_tokens = answered,
                                 .found_tokens = r ? r->found : request->found,
                                 .set_backs = r ? r->set_backs : request->set_backs,
                                 .queue_ms = phase_ms(request, request->submitted, request->started),
                                 .prefill_ms = phase_ms(request, request->started, request->answered),
-                                .decode_ms = phase_ms(request, request->answered, 0)};
+                                .decode_ms = decode_ms};
+    if (answered > 1 && decode_ms > 0) out->tokens_per_second = (answered - 1) / (decode_ms * 1e-3);
 }
 
 void perk_scheduler_statistics(const perk_scheduler *scheduler, perk_engine_stats *out) {

@@ -182,6 +182,18 @@ static void test_run_text(void) {
     for (const char *c = chat.out; *c; c++) lines += *c == '\n';
     CHECK(lines >= 2, "two turns, two answers: %s", chat.out);
     outcome_free(&chat);
+    /* The second turn finds what the first one has computed, its answer as well. */
+    chat = run_perk("Tell me about the boat.\nAnd then?\n",
+                    "run --model %s --chat --max-tokens 40 --page-size 16 --verbose --backend reference", TINY);
+    CHECK_CODE(chat, 0);
+    int prompt = 0, found = 0, made = 0;
+    const char *first = strstr(chat.errors, "perk: prompt "),
+               *second = first ? strstr(first + 1, "perk: prompt ") : NULL;
+    CHECK(second && sscanf(first, "perk: prompt %d tokens, 0 of them known, in %*f ms; then %d", &prompt, &made) == 2,
+          "%s", chat.errors);
+    CHECK(sscanf(second, "perk: prompt %*d tokens, %d", &found) == 1 && found >= (prompt + made - 17) / 16 * 16, "%s",
+          chat.errors);
+    outcome_free(&chat);
     json = run_json(NULL, "run --model " TINY " --chat --prompt Hi --max-tokens 3 --json --temperature 1 --seed 4");
     json_t *again =
         run_json(NULL, "run --model " TINY " --chat --prompt Hi --max-tokens 3 --json --temperature 1 --seed 4");

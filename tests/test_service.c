@@ -207,7 +207,8 @@ static void test_event_loop(void) {
     }
     CHECK(!is_readable(service, 0));
     CHECK_OK(perk_service_poll(service, ids[0], tokens[0], ANSWER, &answer, &err));
-    CHECK(answer.count == 0 && answer.finish == PERK_FINISH_LENGTH && answer.stats.decode_ms > 0);
+    CHECK(answer.count == 0 && answer.finish == PERK_FINISH_LENGTH);
+    CHECK(answer.stats.decode_ms > 0 && answer.stats.tokens_per_second > 0);
     perk_service_free(service);
 }
 

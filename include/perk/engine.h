@@ -29,9 +29,8 @@ typedef enum perk_backend {
 enum { PERK_MAX_PROGRAMS = 8 };
 
 /* How steps follow each other on a GPU; the reference executor knows single ones alone. In the two others the kernel
- * batches, picks and ends by itself, in launches of many steps, all in the program for max_num_batched_tokens. Requests
- * for which it cannot choose (temperature, penalties, bias, log probabilities) make all steps single ones until they
- * have ended; nothing is lost or computed again by that. A model for which there is no such kernel is refused. */
+ * batches, picks (by all that perk_sampling says) and ends by itself, in launches of many steps, all in the program for
+ * max_num_batched_tokens. A model for which there is no such kernel is refused. */
 typedef enum perk_mode {
     PERK_MODE_SINGLE = 0,     /* a launch a step: who calls perk_engine_step owns the loop */
     PERK_MODE_COMPLETION = 1, /* a launch until nothing is unfinished, or of steps_a_launch steps */
@@ -187,11 +186,12 @@ PERK_API void perk_request_free(perk_request *request);
 /* Times in milliseconds; a phase that has not begun is 0, one under way counts up to now. */
 typedef struct perk_request_stats {
     int32_t prompt_tokens, answer_tokens;
-    int32_t found_tokens; /* positions found in pages that others, or it before it was set back, had written */
-    int32_t set_backs;    /* how often older requests needed its pages, so that it was computed again */
-    double queue_ms;      /* from submission to the first step that worked on it */
-    double prefill_ms;    /* from there to the first token */
-    double decode_ms;     /* from there to the end */
+    int32_t found_tokens;     /* positions found in pages that others, or it before it was set back, had written */
+    int32_t set_backs;        /* how often older requests needed its pages, so that it was computed again */
+    double queue_ms;          /* from submission to the first step that worked on it */
+    double prefill_ms;        /* from there to the first token */
+    double decode_ms;         /* from there to the end */
+    double tokens_per_second; /* of the answer after its first token; 0 as long as there is no second one */
 } perk_request_stats;
 
 PERK_API void perk_request_statistics(const perk_request *request, perk_request_stats *out);

@@ -190,11 +190,10 @@ perk_status perk_cli_answer_json(const perk_engine *engine, const perk_request *
     }
     perk_request_stats stats;
     perk_request_statistics(request, &stats);
-    double rate = count > 1 && stats.decode_ms > 0 ? (double)(count - 1) / (stats.decode_ms * 1e-3) : 0;
     json_t *ids = json_array();
     for (size_t i = 0; i < count; i++) json_array_append_new(ids, json_integer(tokens[i]));
     json_t *times = json_pack("{s:f, s:f, s:f, s:f}", "queue_ms", stats.queue_ms, "prefill_ms", stats.prefill_ms,
-                              "decode_ms", stats.decode_ms, "decode_tokens_per_second", rate);
+                              "decode_ms", stats.decode_ms, "decode_tokens_per_second", stats.tokens_per_second);
     *out = json_pack("{s:s%, s:o, s:i, s:i, s:s, s:o}", "text", text ? text : "", size, "tokens", ids, "prompt_tokens",
                      (int)stats.prompt_tokens, "found_tokens", (int)stats.found_tokens, "finish",
                      perk_cli_finish_name(perk_request_finish(request)), "times", times);

@@ -17,6 +17,7 @@ typedef struct run_answer {
     perk_buffer text;
     perk_cli_ids ids; /* only `items` and `count` */
     perk_generation generation;
+    uint64_t found; /* positions of the prompt, in pages of earlier turns */
     bool failed;
 } run_answer;
 
@@ -97,8 +98,12 @@ static void answer_free(run_answer *answer) {
 
 static perk_status generate(perk_engine *engine, const run_options *run, const int32_t *ids, size_t count,
                             run_answer *answer, perk_error *err) {
+    perk_engine_stats before, after;
+    perk_engine_statistics(engine, &before);
     perk_status status =
         perk_engine_generate(engine, ids, count, &run->sampling, take_token, answer, &answer->generation, err);
+    perk_engine_statistics(engine, &after);
+    answer->found = after.found_tokens - before.found_tokens;
     if (!status && (answer->failed || answer->text.failed)) status = perk_fail_memory(err, "the answer");
     return status;
 }
@@ -113,8 +118,9 @@ static void print_answer(const perk_engine *engine, const run_options *run, cons
     putchar('\n');
     const perk_generation *generation = &answer->generation;
     if (run->engine.verbose)
-        perk_cli_error("prompt %d tokens in %.1f ms; then %d tokens in %.1f ms", generation->prompt_tokens,
-                       generation->prefill_ms, generation->tokens, generation->decode_ms);
+        perk_cli_error("prompt %d tokens, %llu of them known, in %.1f ms; then %d tokens in %.1f ms",
+                       generation->prompt_tokens, (unsigned long long)answer->found, generation->prefill_ms,
+                       generation->tokens, generation->decode_ms);
 }
 
 static perk_status run_to_text(perk_engine *engine, const run_options *run, const perk_cli_ids *ids, perk_error *err) {
