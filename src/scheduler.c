@@ -22,6 +22,7 @@ struct perk_scheduler {
     uint64_t *block; /* the schedule's state */
     perk_schedule schedule;
     perk_sampler *sampler;
+    const perk_tokenizer *tokenizer;                   /* NULL: there is none */
     perk_request **placed_in;                          /* [slots] */
     int32_t *picks;                                    /* [logit rows] */
     perk_executor *away;                               /* who has the schedule; NULL: it is here */
@@ -109,6 +110,10 @@ void perk_scheduler_free(perk_scheduler *scheduler) {
     free(scheduler);
 }
 
+void perk_scheduler_set_tokenizer(perk_scheduler *scheduler, const perk_tokenizer *tokenizer) {
+    scheduler->tokenizer = tokenizer;
+}
+
 int32_t perk_scheduler_unfinished(const perk_scheduler *scheduler) {
     return scheduler->queued.count + scheduler->placed.count;
 }
@@ -144,10 +149,14 @@ perk_status perk_scheduler_check(const perk_scheduler *scheduler, const int32_t 
     if (!status && sampling->stop_token_count > room)
         status = perk_fail(err, PERK_LIMIT, "stop_token_count %d: beside the model's end tokens there is room for %d",
                            sampling->stop_token_count, room);
+    if (!status && sampling->stop_string_count && !scheduler->tokenizer)
+        status = perk_fail(err, PERK_NOT_FOUND,
+                           "stop_strings: the model has no usable tokenizer.json to find them in: use stop_tokens");
     return status;
 }
 
 static void free_memory(perk_request *request) {
+    perk_stop_text_free(request->text);
     perk_sampling_free(&request->sampling);
     free(request->logprobs);
     free(request->tokens);
@@ -175,9 +184,12 @@ perk_status perk_scheduler_submit(perk_scheduler *scheduler, const int32_t *prom
     size_t logprob_count = (size_t)perk_sampling_logprob_count(sampling);
     if (logprob_count)
         request->logprobs = perk_calloc((size_t)(request->limit - length), logprob_count * sizeof *request->logprobs);
-    if (!request->tokens || (logprob_count && !request->logprobs)) {
+    if (!request->tokens || (logprob_count && !request->logprobs)) status = perk_fail_memory(err, "a request");
+    if (!status && sampling->stop_string_count)
+        status = perk_stop_text_create(&request->text, scheduler->tokenizer, &request->sampling, err);
+    if (status) {
         free_memory(request);
-        return perk_fail_memory(err, "a request");
+        return status;
     }
     memcpy(request->tokens, prompt, prompt_length * sizeof *prompt);
     request->scheduler = scheduler;
@@ -203,6 +215,17 @@ const perk_logprob *perk_request_logprobs(const perk_request *request, size_t pl
 
 perk_finish perk_request_finish(const perk_request *request) { return request->finish; }
 
+/* Appends a token to the answer. *stops: it completes a stop string. */
+static perk_status append(perk_request *request, int32_t token, bool *stops, perk_error *err) {
+    const char *text;
+    size_t size;
+    request->tokens[request->length++] = token;
+    request->scheduler->answer_tokens++;
+    if (request->answered == 0) request->answered = perk_now();
+    *stops = false;
+    return request->text ? perk_stop_text_push(request->text, token, false, &text, &size, stops, err) : PERK_OK;
+}
+
 /* The request is out of the schedule, or never was in it; `slot` is free again, or -1. */
 static void finish(perk_request *request, perk_finish reason, int32_t slot) {
     perk_scheduler *scheduler = request->scheduler;
@@ -220,15 +243,19 @@ static void finish(perk_request *request, perk_finish reason, int32_t slot) {
     list_move(request, &scheduler->finished);
 }
 
-void perk_request_cancel(perk_request *request) {
+/* Ends a request that the schedule would go on with, if it has it. */
+static void end(perk_request *request, perk_finish reason) {
     perk_executor *away = request->scheduler->away;
     int32_t slot = request->slot;
-    if (request->finish != PERK_FINISH_NONE) return;
     if (slot >= 0 && away)
         away->type->online->cancel(away, slot); /* and the slot is free when the executor says so */
     else if (slot >= 0)
         perk_schedule_cancel(&request->scheduler->schedule, slot);
-    finish(request, PERK_FINISH_CANCELLED, away ? -1 : slot);
+    finish(request, reason, away ? -1 : slot);
+}
+
+void perk_request_cancel(perk_request *request) {
+    if (request->finish == PERK_FINISH_NONE) end(request, PERK_FINISH_CANCELLED);
 }
 
 void perk_request_free(perk_request *request) {
@@ -339,17 +366,18 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
         if (status) return status;
     }
     perk_schedule_commit(schedule, scheduler->picks);
-    double now = perk_now();
     for (int32_t row = 0; row < rows; row++) {
         int32_t slot = schedule->logit_slots[row];
         perk_request *request = scheduler->placed_in[slot];
+        bool stops;
         if (!request) continue;
-        request->tokens[request->length++] = scheduler->picks[row];
-        scheduler->answer_tokens++;
-        if (request->answered == 0) request->answered = now;
+        perk_status status = append(request, scheduler->picks[row], &stops, err);
+        if (status) return status;
         extend_hashes(scheduler, slot);
         if (schedule->slots[slot].state == PERK_SLOT_FINISHED)
-            finish(request, (perk_finish)schedule->slots[slot].end, slot);
+            finish(request, stops ? PERK_FINISH_STOP : (perk_finish)schedule->slots[slot].end, slot);
+        else if (stops)
+            end(request, PERK_FINISH_STOP);
     }
     return PERK_OK;
 }
@@ -368,7 +396,8 @@ perk_status perk_scheduler_launch(perk_scheduler *scheduler, perk_executor *exec
 }
 
 /* `details`: of the token, where its request wants log probabilities. */
-static perk_status take_token(perk_request *request, int32_t token, const perk_draw_record *details, perk_error *err) {
+static perk_status take_token(perk_request *request, int32_t token, const perk_draw_record *details, bool *stops,
+                              perk_error *err) {
     if (token < 0 || token >= request->scheduler->vocab_size || request->length == request->limit)
         return perk_fail(err, PERK_INTERNAL, "a request of %d tokens that ends at %d got token %d", request->length,
                          request->limit, token);
@@ -378,10 +407,7 @@ static perk_status take_token(perk_request *request, int32_t token, const perk_d
     if (each)
         perk_sampler_logprobs(details, token, each - 1,
                               request->logprobs + (size_t)(request->length - request->prompt_length) * (size_t)each);
-    request->tokens[request->length++] = token;
-    request->scheduler->answer_tokens++;
-    if (request->answered == 0) request->answered = perk_now();
-    return PERK_OK;
+    return append(request, token, stops, err);
 }
 
 /* One record. The requests of some were cancelled here meanwhile: of them, the slot alone counts. */
@@ -395,13 +421,14 @@ static perk_status take_record(perk_scheduler *scheduler, const perk_token_recor
         return PERK_OK;
     }
     if (request->started == 0) request->started = perk_now();
-    bool has_token = record->token >= 0 || (ends && record->end != PERK_END_CANCELLED);
+    bool has_token = record->token >= 0 || (ends && record->end != PERK_END_CANCELLED), stops = false;
     perk_status status =
-        has_token ? take_token(request, record->token, record->has_details ? details : NULL, err) : PERK_OK;
+        has_token ? take_token(request, record->token, record->has_details ? details : NULL, &stops, err) : PERK_OK;
+    if (!status && stops && !ends) end(request, PERK_FINISH_STOP);
     if (status || !ends) return status;
     r->found = record->found;
     r->set_backs = record->set_backs;
-    finish(request, (perk_finish)record->end, record->slot);
+    finish(request, stops ? PERK_FINISH_STOP : (perk_finish)record->end, record->slot);
     return PERK_OK;
 }
 

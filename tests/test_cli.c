@@ -176,6 +176,18 @@ static void test_run_text(void) {
     json_decref(json);
     outcome_free(&text);
 
+    /* A stop string ends the text in front of it, streamed or not. */
+    text = run_perk(NULL, "run --model %s --prompt 'Once upon a time' --max-tokens 12 --stop ' a'", TINY);
+    CHECK_CODE(text, 0);
+    json = run_json("{\"prompt\": \"Once upon a time\", \"stop\": [\"no such\", \" a\"]}\n",
+                    "run --model " TINY " --prompts - --max-tokens 12");
+    CHECK(strcmp(json_string_value(json_object_get(json, "finish")), "stop") == 0);
+    length = json_string_length(json_object_get(json, "text"));
+    CHECK(text.out_size == length + 1 && !strstr(text.out, " a"), "%s", text.out);
+    CHECK(memcmp(text.out, json_string_value(json_object_get(json, "text")), length) == 0, "%s", text.out);
+    json_decref(json);
+    outcome_free(&text);
+
     outcome chat = run_perk("Hello!\n\nHow are you?\n", "run --model %s --chat --system Short. --max-tokens 4", TINY);
     CHECK_CODE(chat, 0);
     int lines = 0;
@@ -283,13 +295,19 @@ static void test_wrong_prompts(void) {
         {"{\"tokens\": [1], \"logit_bias\": {\"x\": 1}}", "logit_bias"},
         {"{\"tokens\": [1], \"logit_bias\": {\"500\": 1}}", "bias 0 is id 500"},
         {"{\"tokens\": [1], \"stop_tokens\": 3}", "stop_tokens"},
+        {"{\"tokens\": [1], \"stop\": 3}", "\"stop\" is neither"},
+        {"{\"tokens\": [1], \"stop\": [\"a\", null]}", "\"stop\" is neither"},
+        {"{\"tokens\": [1], \"stop\": \"a\\u0000b\"}", "\"stop\" is neither"},
+        {"{\"tokens\": [1], \"stop\": \"\"}", "stop_strings 0: must be UTF-8 of 1 to 256"},
+        {"{\"tokens\": [1], \"stop\": \"a\"}", "tokenizer.json to find them in"},
+        {"{\"tokens\": [1], \"stop\": [\"1\",\"2\",\"3\",\"4\",\"5\",\"6\",\"7\",\"8\",\"9\"]}", "more than 8"},
         {"{\"tokens\": [2], \"max_tokens\": 1}", NULL},
     };
     perk_buffer file = {0};
     for (size_t i = 0; i < PERK_COUNT(cases); i++) perk_buffer_printf(&file, "%s\n", cases[i].line);
     outcome result = run_perk(file.data, "run --model %s --prompts -", FOLDER);
     CHECK_CODE(result, 1);
-    CHECK(strstr(result.errors, "17 of 19 requests failed"), "%s", result.errors);
+    CHECK(strstr(result.errors, "23 of 25 requests failed"), "%s", result.errors);
     json_t *answers = lines_of(&result);
     CHECK(json_array_size(answers) == PERK_COUNT(cases), "%s", result.out);
     for (size_t i = 0; i < PERK_COUNT(cases); i++) {

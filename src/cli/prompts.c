@@ -1,6 +1,8 @@
 /* perk run --prompts: a request a line, an answer a line in the same order. The engine has many of them at a time. */
 #include "cli.h"
 
+#include "src/scheduler.h"
+
 #include <errno.h>
 
 /* ---- a line of the file: a request ---- */
@@ -8,6 +10,7 @@
 /* What a request points into until it is submitted. */
 typedef struct request_lists {
     perk_cli_ids prompt, stop_tokens;
+    const char *stop_strings[PERK_MAX_STOP_STRINGS]; /* the line's */
     perk_logit_bias *bias;
 } request_lists;
 
@@ -93,6 +96,24 @@ static perk_status read_stop_tokens(const json_t *list, perk_sampling *sampling,
     return PERK_OK;
 }
 
+/* A string, or a list of them. */
+static perk_status read_stop_strings(const json_t *value, perk_sampling *sampling, request_lists *lists,
+                                     perk_error *err) {
+    size_t count = json_is_array(value) ? json_array_size(value) : 1;
+    if (count > PERK_MAX_STOP_STRINGS)
+        return perk_fail(err, PERK_LIMIT, "\"stop\" has more than %d strings", (int)PERK_MAX_STOP_STRINGS);
+    for (size_t i = 0; i < count; i++) {
+        const json_t *item = json_is_array(value) ? json_array_get(value, i) : value;
+        const char *text = json_string_value(item);
+        if (!text || strlen(text) != json_string_length(item))
+            return perk_fail(err, PERK_BAD_FORMAT, "\"stop\" is neither a string nor a list of strings");
+        lists->stop_strings[i] = text;
+    }
+    sampling->stop_strings = lists->stop_strings;
+    sampling->stop_string_count = (int32_t)count;
+    return PERK_OK;
+}
+
 /* "tokens", "prompt" or "messages": one of them. */
 static perk_status read_prompt(const perk_engine *engine, const char *key, const json_t *value, perk_cli_ids *prompt,
                                perk_error *err) {
@@ -124,6 +145,7 @@ static perk_status read_member(const perk_engine *engine, const char *key, const
         return read_prompt(engine, key, value, &lists->prompt, err);
     if (strcmp(key, "logit_bias") == 0) return read_bias(value, sampling, lists, err);
     if (strcmp(key, "stop_tokens") == 0) return read_stop_tokens(value, sampling, lists, err);
+    if (strcmp(key, "stop") == 0) return read_stop_strings(value, sampling, lists, err);
     for (size_t i = 0; i < PERK_COUNT(fields); i++)
         if (strcmp(key, fields[i].name) == 0) return read_field(&fields[i], value, sampling, err);
     return perk_fail(err, PERK_BAD_FORMAT, "unknown field \"%.60s\"", key);
@@ -187,6 +209,7 @@ perk_status perk_cli_answer_json(const perk_engine *engine, const perk_request *
     if (tokenizer) {
         perk_status status = perk_tokenizer_decode(tokenizer, tokens, count, 1, &text, &size, err);
         if (status) return status;
+        size = perk_stop_text_cut(&request->sampling, text, size);
     }
     perk_request_stats stats;
     perk_request_statistics(request, &stats);

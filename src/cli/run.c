@@ -7,7 +7,7 @@
 typedef struct run_options {
     perk_cli_engine engine;
     perk_sampling sampling;
-    const char *prompt, *system, *tokens, *prompts;
+    const char *prompt, *system, *tokens, *prompts, *stop;
     int chat, ignore_eos, logprobs, mode;
     perk_cli_dump dump;
 } run_options;
@@ -43,6 +43,7 @@ static int parse(const perk_cli_command *command, run_options *run, int argc, ch
                               "of tokens of the answer, each time", -2, 2),
         PERK_CLI_OPTION_SEED("seed", &run->sampling.seed, "of sampling: same seed, same tokens"),
         PERK_CLI_OPTION_FLAG("ignore-eos", &run->ignore_eos, "go on after the model's end tokens"),
+        PERK_CLI_OPTION_TEXT("stop", &run->stop, "TEXT", "ends the answer, which is printed up to it"),
         PERK_CLI_OPTION_FLAG("logprobs", &run->logprobs, "with --json or --prompts: the tokens' log probabilities"),
         PERK_CLI_OPTION_INT("top-logprobs", &run->sampling.top_logprobs, "N", "and those of the N likeliest", 0,
                             PERK_MAX_TOP_LOGPROBS),
@@ -55,6 +56,8 @@ static int parse(const perk_cli_command *command, run_options *run, int argc, ch
     if (code != PERK_EXIT_GO_ON) return code;
     run->sampling.ignore_eos = run->ignore_eos;
     run->sampling.logprobs = run->logprobs;
+    run->sampling.stop_strings = &run->stop;
+    run->sampling.stop_string_count = run->stop != NULL;
     run->engine.options.mode = (perk_mode)run->mode;
     if (run->tokens && (run->prompt || run->chat))
         return perk_cli_usage(command, "--tokens goes with neither --prompt nor --chat");

@@ -155,7 +155,8 @@ static perk_status generate(perk_engine *engine) {
 }
 
 static perk_status generate_from_text(perk_engine *engine) {
-    const perk_sampling greedy = {.max_tokens = ANSWER, .ignore_eos = 1};
+    static const char *const stops[] = {"not in there"};
+    const perk_sampling greedy = {.max_tokens = ANSWER, .ignore_eos = 1, .stop_strings = stops, .stop_string_count = 1};
     token_list list = {.count = 0};
     if (!perk_engine_tokenizer(engine)) return PERK_OK;
     return perk_engine_generate_text(engine, "Once upon", &greedy, take_token, &list, NULL, &err);
