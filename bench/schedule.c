@@ -54,7 +54,8 @@ static void arrive(schedule_bench *b, int32_t number, int32_t answer) {
     r->stop_ids[r->stop_count++] = 1;
     r->stop_ids[r->stop_count++] = 2;
     for (int32_t i = 0; i < r->hash_count; i++)
-        perk_slot_hashes(&b->s, slot)[i] = ((uint64_t)number * 64 + (uint64_t)i + 1) * UINT64_C(0x9e3779b97f4a7c15);
+        perk_slot_hashes(&b->s, slot)[i] =
+            (perk_page_hash){((uint64_t)number * 64 + (uint64_t)i + 1) * UINT64_C(0x9e3779b97f4a7c15), 0};
     perk_schedule_arrive(&b->s, slot);
 }
 

@@ -207,6 +207,7 @@ struct perk_slot;
 struct perk_token_record;
 struct perk_draw_bias;
 struct perk_draw_record;
+struct perk_page_hash;
 struct perk_desk;
 
 typedef struct perk_many_args {
@@ -215,7 +216,7 @@ typedef struct perk_many_args {
     const struct perk_mail *mails;            /* [mail_mask + 1] */
     const struct perk_slot *host_slots;       /* [slots] */
     const int32_t *host_tokens;               /* [slots][positions] */
-    const uint64_t *host_hashes;              /* [slots][pages_per_request] */
+    const struct perk_page_hash *host_hashes; /* [slots][pages_per_request] */
     struct perk_token_record *records;        /* [record_mask + 1] */
     struct perk_draw_record *details;         /* [record_mask + 1] of records that say so */
     const struct perk_draw_bias *host_biases; /* [slots][PERK_DRAW_BIASES] */
@@ -224,7 +225,7 @@ typedef struct perk_many_args {
     uint64_t *schedule;      /* the block of perk_schedule_lay_out */
     struct perk_slot *slots; /* in that block, and the four below */
     int32_t *tokens;
-    uint64_t *hashes;
+    struct perk_page_hash *hashes;
     struct perk_draw_bias *biases;
     const int32_t *logit_slots;
     struct perk_mail *inbox;          /* [mail_mask + 1] */

@@ -40,8 +40,10 @@ __device__ __forceinline__ uint32_t load_served(const Worker &w) { return load_s
 
 // Words of host memory to device memory.
 __device__ __forceinline__ void fetch_words(const Worker &w, void *to, const void *from, uint32_t words) {
+    uint32_t lane = w.lane;
+    forget(lane); // as below
 #pragma unroll 4
-    for (uint32_t i = w.lane; i < words; i += 32)
+    for (uint32_t i = lane; i < words; i += 32)
         static_cast<uint32_t *>(to)[i] = load_host4(static_cast<const uint32_t *>(from) + i);
 }
 
@@ -54,7 +56,7 @@ __device__ __forceinline__ void fetch_request(const Worker &w, uint32_t slot) {
     const uint32_t length = load_host4(&from->prompt_length), hashes = load_host4(&from->hash_count);
     fetch_words(w, many.tokens + tokens, many.host_tokens + tokens, min(length, program::max_seq_length));
     const uint32_t biases = load_host4(&from->rule.bias_count);
-    fetch_words(w, many.hashes + pages, many.host_hashes + pages, 2 * min(hashes, program::pages_per_request));
+    fetch_words(w, many.hashes + pages, many.host_hashes + pages, 4 * min(hashes, program::pages_per_request));
     fetch_words(w, many.biases + uint64_t(slot) * PERK_DRAW_BIASES,
                 many.host_biases + uint64_t(slot) * PERK_DRAW_BIASES,
                 min(biases, uint32_t(PERK_DRAW_BIASES)) * sizeof(perk_draw_bias) / 4);

@@ -11,8 +11,13 @@
 
 #include "shared_code.h"
 
+/* Made by the host (src/page_hash.h) so that equal hashes mean equal tokens. */
+typedef struct perk_page_hash {
+    uint64_t low, high;
+} perk_page_hash;
+
 typedef struct perk_page {
-    uint64_t hash; /* of a listed page */
+    perk_page_hash hash; /* of a listed page */
     int32_t owners;
     int32_t listed;
     int32_t before, after; /* its neighbours in the row of unused pages, -1: none */
@@ -64,21 +69,30 @@ PERK_SHARED_CODE void perk_pool_begin(perk_pool *pool) {
 
 /* ---- the table ---- */
 
+PERK_SHARED_CODE int perk_page_hash_equal(perk_page_hash a, perk_page_hash b) {
+    return a.low == b.low && a.high == b.high;
+}
+
+/* Where a page with this hash is looked for first. */
+PERK_SHARED_CODE int32_t perk_pool_home(const perk_pool *pool, perk_page_hash hash) {
+    return (int32_t)(hash.low & (uint32_t)pool->table_mask);
+}
+
 /* Where `hash` is listed, or the empty place where it would be. */
-PERK_SHARED_CODE int32_t perk_pool_place(const perk_pool *pool, uint64_t hash) {
-    int32_t place = (int32_t)(hash & (uint32_t)pool->table_mask);
-    while (pool->table[place] && pool->pages[pool->table[place] - 1].hash != hash)
+PERK_SHARED_CODE int32_t perk_pool_place(const perk_pool *pool, perk_page_hash hash) {
+    int32_t place = perk_pool_home(pool, hash);
+    while (pool->table[place] && !perk_page_hash_equal(pool->pages[pool->table[place] - 1].hash, hash))
         place = (place + 1) & pool->table_mask;
     return place;
 }
 
 /* The page that holds the tokens with this hash, or -1. */
-PERK_SHARED_CODE int32_t perk_pool_find(const perk_pool *pool, uint64_t hash) {
+PERK_SHARED_CODE int32_t perk_pool_find(const perk_pool *pool, perk_page_hash hash) {
     return pool->table[perk_pool_place(pool, hash)] - 1;
 }
 
 /* Lets others find a completely written page, unless it or another one already is listed. Returns whether it is new. */
-PERK_SHARED_CODE int perk_pool_list(perk_pool *pool, int32_t page, uint64_t hash) {
+PERK_SHARED_CODE int perk_pool_list(perk_pool *pool, int32_t page, perk_page_hash hash) {
     if (pool->pages[page].listed) return 0;
     int32_t place = perk_pool_place(pool, hash);
     if (pool->table[place]) return 0;
@@ -93,7 +107,7 @@ PERK_SHARED_CODE int perk_pool_list(perk_pool *pool, int32_t page, uint64_t hash
 PERK_SHARED_CODE void perk_pool_unlist(perk_pool *pool, int32_t page) {
     int32_t mask = pool->table_mask, hole = perk_pool_place(pool, pool->pages[page].hash);
     for (int32_t at = (hole + 1) & mask; pool->table[at]; at = (at + 1) & mask) {
-        int32_t home = (int32_t)(pool->pages[pool->table[at] - 1].hash & (uint32_t)mask);
+        int32_t home = perk_pool_home(pool, pool->pages[pool->table[at] - 1].hash);
         if (((at - home) & mask) < ((at - hole) & mask)) continue;
         pool->table[hole] = pool->table[at];
         hole = at;

@@ -59,7 +59,7 @@ typedef struct perk_schedule_state {
     int32_t free_slots, free_rows;
     uint32_t changes; /* moves when a page is given back, or what a refused request did not find is there */
     int32_t reserved;
-    uint64_t wanted; /* hash of the first page that the last refused request did not find; 0: none */
+    perk_page_hash wanted; /* of the first page that the last refused request did not find; zeros: none */
     uint64_t steps, step_tokens, answer_tokens, found_tokens, set_backs, finished; /* since the beginning */
 } perk_schedule_state;
 
@@ -84,7 +84,7 @@ typedef struct perk_schedule {
     perk_schedule_state *state;
     perk_slot *slots;
     int32_t *tokens;        /* [slots][positions] */
-    uint64_t *hashes;       /* [slots][pages_per_request] of all tokens up to the end of each full page */
+    perk_page_hash *hashes; /* [slots][pages_per_request] of all tokens up to the end of each full page */
     perk_draw_bias *biases; /* [slots][PERK_DRAW_BIASES] what the rules ask for */
     int32_t *order;         /* [slots] the unfinished ones by age; those that run come first */
     int32_t *free_slots;    /* stacks */
@@ -125,7 +125,7 @@ PERK_SHARED_CODE perk_schedule_layout perk_schedule_lay_out(const perk_schedule_
     layout.token_count = perk_schedule_array(&next, requests, sizeof(int32_t));
     layout.kv_length = perk_schedule_array(&next, requests, sizeof(int32_t));
     layout.page_table = perk_schedule_array(&next, requests * pages_each, sizeof(int32_t));
-    layout.hashes = perk_schedule_array(&next, slots * pages_each, sizeof(uint64_t));
+    layout.hashes = perk_schedule_array(&next, slots * pages_each, sizeof(perk_page_hash));
     layout.tokens = perk_schedule_array(&next, slots * positions, sizeof(int32_t));
     layout.biases = perk_schedule_array(&next, slots * PERK_DRAW_BIASES, sizeof(perk_draw_bias));
     layout.words = next;
@@ -152,7 +152,7 @@ PERK_SHARED_CODE void perk_schedule_bind(perk_schedule *s, const perk_schedule_l
     s->state = (perk_schedule_state *)(block + layout.state);
     s->slots = (perk_slot *)(block + layout.slots);
     s->tokens = (int32_t *)(block + layout.tokens);
-    s->hashes = block + layout.hashes;
+    s->hashes = (perk_page_hash *)(block + layout.hashes);
     s->biases = (perk_draw_bias *)(block + layout.biases);
     s->order = (int32_t *)(block + layout.order);
     s->free_slots = (int32_t *)(block + layout.free_slots);
@@ -186,7 +186,7 @@ PERK_SHARED_CODE perk_draw_bias *perk_slot_biases(const perk_schedule *s, int32_
     return s->biases + (uint64_t)slot * PERK_DRAW_BIASES;
 }
 
-PERK_SHARED_CODE uint64_t *perk_slot_hashes(const perk_schedule *s, int32_t slot) {
+PERK_SHARED_CODE perk_page_hash *perk_slot_hashes(const perk_schedule *s, int32_t slot) {
     return s->hashes + (uint64_t)slot * (uint64_t)s->batch.pages_per_request;
 }
 
@@ -273,8 +273,9 @@ PERK_SHARED_CODE void perk_schedule_offer(perk_schedule *s, int32_t slot) {
     perk_slot *r = &s->slots[slot];
     int32_t full = perk_lesser(r->hash_count, r->cached >> s->page_shift);
     for (; r->offered < full; r->offered++) {
-        uint64_t hash = perk_slot_hashes(s, slot)[r->offered];
-        if (perk_pool_list(&s->pool, perk_slot_pages(s, r)[r->offered], hash) && hash == s->state->wanted)
+        perk_page_hash hash = perk_slot_hashes(s, slot)[r->offered];
+        if (perk_pool_list(&s->pool, perk_slot_pages(s, r)[r->offered], hash) &&
+            perk_page_hash_equal(hash, s->state->wanted))
             s->state->changes++;
     }
 }
@@ -283,9 +284,9 @@ PERK_SHARED_CODE void perk_schedule_offer(perk_schedule *s, int32_t slot) {
 PERK_SHARED_CODE int32_t perk_schedule_price(perk_schedule *s, int32_t slot) {
     const perk_slot *r = &s->slots[slot];
     int32_t price = perk_pieces(r->length, s->limits.page_size), most = perk_slot_shareable(s, r);
-    s->state->wanted = 0;
+    s->state->wanted.low = s->state->wanted.high = 0;
     for (int32_t i = 0; i < most; i++) {
-        uint64_t hash = perk_slot_hashes(s, slot)[i];
+        perk_page_hash hash = perk_slot_hashes(s, slot)[i];
         int32_t page = perk_pool_find(&s->pool, hash);
         if (page < 0) {
             s->state->wanted = hash;

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Configures and builds perk. CC chooses the compiler; TARGET builds that target alone.
+# Configures and builds perk. CC chooses the compiler; TARGET builds these targets alone.
 # usage: scripts/build.sh [FOLDER [-DNAME=VALUE ...]]   (build)
 set -eu
 cd "$(dirname "$0")/.."
 folder=${1:-build}
 [ $# = 0 ] || shift
 cmake -G Ninja -S . -B "$folder" "$@" >/dev/null
-cmake --build "$folder" ${TARGET:+--target "$TARGET"} ${CI:+-- --quiet}
+# shellcheck disable=SC2086
+cmake --build "$folder" ${TARGET:+--target $TARGET} ${CI:+-- --quiet}

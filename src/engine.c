@@ -260,6 +260,7 @@ perk_status perk_engine_open(perk_engine **out, const char *model_folder, const 
         tokenizer_load_end(&load, &engine->tokenizer, &options->log, status ? NULL : err); /* the first error counts */
     if (!status) status = tokenizer_status;
     if (status) goto out;
+    perk_scheduler_set_tokenizer(engine->scheduler, engine->tokenizer);
     set_mode(engine, options);
     engine->report.total_ms = milliseconds_since(start);
     *out = engine;
@@ -463,27 +464,9 @@ void perk_engine_statistics(const perk_engine *engine, perk_engine_stats *out) {
 typedef struct token_output {
     perk_on_token on_token; /* may be NULL */
     void *user;
-    perk_text_stream *stream; /* NULL: no tokenizer */
-    perk_buffer text;         /* of one token */
+    perk_stop_text *text; /* NULL: no tokenizer */
     size_t delivered;
 } token_output;
-
-static perk_status append_text(token_output *output, int32_t token, bool last, perk_error *err) {
-    output->text.size = 0;
-    perk_buffer_append(&output->text, "", 0);
-    if (output->stream) {
-        const char *piece;
-        size_t size;
-        perk_status status = perk_text_stream_push(output->stream, token, &piece, &size, err);
-        if (status) return status;
-        perk_buffer_append(&output->text, piece, size);
-        if (last) {
-            if ((status = perk_text_stream_finish(output->stream, &piece, &size, err))) return status;
-            perk_buffer_append(&output->text, piece, size);
-        }
-    }
-    return output->text.failed ? perk_fail_memory(err, "the text of a token") : PERK_OK;
-}
 
 static perk_status deliver(token_output *output, perk_request *request, perk_error *err) {
     size_t count;
@@ -491,10 +474,13 @@ static perk_status deliver(token_output *output, perk_request *request, perk_err
     for (; output->delivered < count; output->delivered++) {
         if (!output->on_token) continue;
         int32_t token = tokens[output->delivered];
-        bool last = output->delivered + 1 == count && perk_request_finish(request) != PERK_FINISH_NONE;
-        perk_status status = append_text(output, token, last, err);
+        bool last = output->delivered + 1 == count && perk_request_finish(request) != PERK_FINISH_NONE, found;
+        const char *text = "";
+        size_t size = 0;
+        perk_status status =
+            output->text ? perk_stop_text_push(output->text, token, last, &text, &size, &found, err) : PERK_OK;
         if (status) return status;
-        if (output->on_token(output->user, token, output->text.data, output->text.size)) {
+        if (output->on_token(output->user, token, text, size)) {
             output->delivered++;
             perk_request_cancel(request);
             return PERK_OK;
@@ -532,11 +518,11 @@ perk_status perk_engine_generate(perk_engine *engine, const int32_t *prompt, siz
     perk_status status = perk_engine_submit(engine, prompt, prompt_length, sampling, &request, err);
     if (status) return status;
     generation->prompt_tokens = (int32_t)prompt_length;
-    if (on_token && engine->tokenizer) status = perk_text_stream_new(&output.stream, engine->tokenizer, 1, err);
+    if (on_token && engine->tokenizer)
+        status = perk_stop_text_create(&output.text, engine->tokenizer, &request->sampling, err);
     if (!status) status = run_request(engine, request, &output, generation, err);
+    perk_stop_text_free(output.text);
     perk_request_free(request);
-    perk_text_stream_free(output.stream);
-    perk_buffer_free(&output.text);
     return status;
 }
 

@@ -2,6 +2,7 @@
 #include "gpu_many.h"
 
 #include "gpu_state.h"
+#include "page_hash.h"
 #include "plan_steps.h"
 #include "sampler.h"
 #include "scheduler.h"
@@ -25,7 +26,8 @@ struct perk_gpu_many {
     perk_mail *mails;
     perk_slot *slots;
     int32_t *tokens;
-    uint64_t *hashes;
+    perk_page_hash *hashes;
+    perk_page_secret secret; /* of requests that are posted here */
     perk_token_record *records;
     perk_draw_record *details;
     perk_draw_bias *biases;
@@ -76,7 +78,7 @@ static uint64_t place_host(struct perk_gpu_many *many, uint64_t host, uint64_t d
         mail[side] = take(&at[side], mails * sizeof(perk_mail));
         slot[side] = take(&at[side], slots * sizeof(perk_slot));
         token[side] = take(&at[side], slots * positions * sizeof(int32_t));
-        hash[side] = take(&at[side], slots * pages * sizeof(uint64_t));
+        hash[side] = take(&at[side], slots * pages * sizeof(perk_page_hash));
         record[side] = take(&at[side], RING_RECORDS * sizeof(perk_token_record));
         detail[side] = take(&at[side], RING_RECORDS * sizeof(perk_draw_record));
         bias[side] = take(&at[side], slots * PERK_DRAW_BIASES * sizeof(perk_draw_bias));
@@ -111,7 +113,7 @@ static uint64_t place_device(const perk_gpu *gpu, struct perk_gpu_many *many, ui
     uint64_t schedule = (uint64_t)(uintptr_t)args->schedule;
     args->slots = (perk_slot *)(uintptr_t)(schedule + many->layout.slots * 8);
     args->tokens = (int32_t *)(uintptr_t)(schedule + many->layout.tokens * 8);
-    args->hashes = (uint64_t *)(uintptr_t)(schedule + many->layout.hashes * 8);
+    args->hashes = (perk_page_hash *)(uintptr_t)(schedule + many->layout.hashes * 8);
     args->biases = (perk_draw_bias *)(uintptr_t)(schedule + many->layout.biases * 8);
     args->logit_slots = (const int32_t *)(uintptr_t)(schedule + many->layout.logit_slots * 8);
     return at.next;
@@ -174,7 +176,8 @@ perk_status perk_gpu_many_open(perk_gpu *gpu, perk_error *err) {
     many->layout = perk_schedule_lay_out(&many->limits);
     many->owners = perk_calloc((size_t)many->limits.slots, sizeof *many->owners);
     if (!many->owners) return perk_fail_memory(err, "requests");
-    perk_status status = allocate_host(gpu, many, err);
+    perk_status status = perk_page_secret_draw(&many->secret, err);
+    if (!status) status = allocate_host(gpu, many, err);
     if (!status) status = allocate_device(gpu, many, err);
     if (!status) status = upload_schedule(gpu, many, err);
     if (!status) fill_args(gpu, many);
@@ -240,7 +243,6 @@ static void write_slot(struct perk_gpu_many *many, int32_t slot, const perk_gpu_
     perk_slot *r = &many->slots[slot];
     int32_t page_size = many->limits.page_size;
     uint64_t pages = perk_ceil_div((uint64_t)many->limits.positions, (uint64_t)page_size);
-    uint64_t *hashes = many->hashes + (uint64_t)slot * pages;
     *r = (perk_slot){.state = PERK_SLOT_OPEN,
                      .prompt_length = a->prompt_length,
                      .limit = a->limit,
@@ -254,9 +256,9 @@ static void write_slot(struct perk_gpu_many *many, int32_t slot, const perk_gpu_
     if (a->stop_count) memcpy(r->stop_ids, a->stop_ids, (size_t)a->stop_count * sizeof *a->stop_ids);
     memcpy(many->tokens + (uint64_t)slot * (uint64_t)many->limits.positions, a->prompt,
            (size_t)a->prompt_length * sizeof *a->prompt);
-    for (; a->share_prefix && a->prompt_length - r->hash_count * page_size >= page_size; r->hash_count++)
-        hashes[r->hash_count] = perk_page_key(a->prompt + r->hash_count * page_size, page_size,
-                                              r->hash_count ? hashes[r->hash_count - 1] : 0);
+    if (a->share_prefix)
+        r->hash_count = perk_hash_pages(&many->secret, a->prompt, page_size, many->hashes + (uint64_t)slot * pages, 0,
+                                        a->prompt_length / page_size);
 }
 
 perk_status perk_gpu_many_submit(perk_executor *executor, const perk_gpu_arrival *arrival, int32_t *slot,

@@ -1,9 +1,10 @@
 #include "sampling.h"
 
+#include "tokenizer/utf8.h"
+
 #include <math.h>
 
-/* ---- checks
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- checks ---- */
 
 static perk_status check_number(const char *field, float value, float low, float high, perk_error *err) {
     if (value >= low && value <= high) return PERK_OK;
@@ -56,18 +57,31 @@ static perk_status check_lists(const perk_sampling *sampling, int32_t vocab_size
     return status;
 }
 
+static perk_status check_stop_strings(const perk_sampling *sampling, perk_error *err) {
+    perk_status status = check_count("stop_string_count", sampling->stop_string_count, PERK_MAX_STOP_STRINGS,
+                                     sampling->stop_strings, err);
+    for (int32_t i = 0; i < sampling->stop_string_count && !status; i++) {
+        const char *text = sampling->stop_strings[i];
+        size_t size = text ? strnlen(text, PERK_MAX_STOP_STRING + 1) : 0;
+        if (size < 1 || size > PERK_MAX_STOP_STRING || !perk_utf8_valid(text, size))
+            status = perk_fail(err, PERK_INVALID_ARGUMENT, "stop_strings %d: must be UTF-8 of 1 to %d bytes", i,
+                               (int)PERK_MAX_STOP_STRING);
+    }
+    return status;
+}
+
 perk_status perk_sampling_check(const perk_sampling *sampling, int32_t vocab_size, perk_error *err) {
     perk_status status = check_filters(sampling, err);
     if (!status) status = check_penalties(sampling, err);
     if (!status) status = check_lists(sampling, vocab_size, err);
+    if (!status) status = check_stop_strings(sampling, err);
     if (!status) status = check_count("top_logprobs", sampling->top_logprobs, PERK_MAX_TOP_LOGPROBS, sampling, err);
     if (!status && sampling->top_logprobs && !sampling->logprobs)
         status = perk_fail(err, PERK_INVALID_ARGUMENT, "top_logprobs %d without logprobs", sampling->top_logprobs);
     return status;
 }
 
-/* ---- copies
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- copies ---- */
 
 /* Those of a token that is named twice are added in the order in which they stand. */
 int32_t perk_sampling_biases(const perk_sampling *sampling, perk_logit_bias *biases) {
@@ -90,14 +104,30 @@ int32_t perk_sampling_biases(const perk_sampling *sampling, perk_logit_bias *bia
     return count;
 }
 
+/* The list and its strings in one piece of memory. NULL: there is none. */
+static char **copy_strings(const char *const *strings, int32_t count) {
+    size_t list = (size_t)count * sizeof *strings, size = list;
+    for (int32_t i = 0; i < count; i++) size += strlen(strings[i]) + 1;
+    char **copy = malloc(size);
+    if (!copy) return NULL;
+    for (char *next = (char *)copy + list, **place = copy; place < copy + count; strings++) {
+        *place++ = next;
+        next = stpcpy(next, *strings) + 1;
+    }
+    return copy;
+}
+
 perk_status perk_sampling_copy(perk_sampling *copy, const perk_sampling *sampling, perk_error *err) {
     size_t bias_size = (size_t)sampling->bias_count * sizeof *sampling->bias;
     size_t stop_size = (size_t)sampling->stop_token_count * sizeof *sampling->stop_tokens;
     perk_logit_bias *bias = bias_size ? malloc(bias_size) : NULL;
     int32_t *stop_tokens = stop_size ? malloc(stop_size) : NULL;
-    if ((bias_size && !bias) || (stop_size && !stop_tokens)) {
+    char **stop_strings =
+        sampling->stop_string_count ? copy_strings(sampling->stop_strings, sampling->stop_string_count) : NULL;
+    if ((bias_size && !bias) || (stop_size && !stop_tokens) || (sampling->stop_string_count && !stop_strings)) {
         free(bias);
         free(stop_tokens);
+        free(stop_strings);
         return perk_fail_memory(err, "a request's sampling");
     }
     *copy = *sampling;
@@ -105,18 +135,20 @@ perk_status perk_sampling_copy(perk_sampling *copy, const perk_sampling *samplin
     if (stop_tokens) memcpy(stop_tokens, sampling->stop_tokens, stop_size);
     copy->bias = bias;
     copy->stop_tokens = stop_tokens;
+    copy->stop_strings = (const char *const *)stop_strings;
     return PERK_OK;
 }
 
 void perk_sampling_free(perk_sampling *sampling) {
     free((void *)sampling->bias);
     free((void *)sampling->stop_tokens);
+    free((void *)sampling->stop_strings);
     sampling->bias = NULL;
     sampling->stop_tokens = NULL;
+    sampling->stop_strings = NULL;
 }
 
-/* ---- questions
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- questions ---- */
 
 bool perk_sampling_penalizes(const perk_sampling *sampling) {
     bool repetition = sampling->repetition_penalty > 0 && sampling->repetition_penalty != 1;

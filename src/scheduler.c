@@ -1,8 +1,7 @@
 #include "scheduler.h"
 
+#include "page_hash.h"
 #include "sampler.h"
-
-#include <xxhash.h>
 
 _Static_assert((int)PERK_END_STOP == PERK_FINISH_STOP && (int)PERK_END_LENGTH == PERK_FINISH_LENGTH &&
                    (int)PERK_END_CANCELLED == PERK_FINISH_CANCELLED,
@@ -19,9 +18,11 @@ struct perk_scheduler {
     int32_t eos_ids[PERK_STOP_IDS];
     int eos_count;
     bool share_prefixes;
+    perk_page_secret secret;
     uint64_t *block; /* the schedule's state */
     perk_schedule schedule;
     perk_sampler *sampler;
+    const perk_tokenizer *tokenizer;                   /* NULL: there is none */
     perk_request **placed_in;                          /* [slots] */
     int32_t *picks;                                    /* [logit rows] */
     perk_executor *away;                               /* who has the schedule; NULL: it is here */
@@ -86,7 +87,8 @@ perk_status perk_scheduler_create(perk_scheduler **out, const perk_config *confi
     scheduler->share_prefixes = share_prefixes;
     scheduler->eos_count = eos_count;
     if (eos_count) memcpy(scheduler->eos_ids, eos_ids, (size_t)eos_count * sizeof *eos_ids);
-    perk_status status = create_schedule(scheduler, err);
+    perk_status status = perk_page_secret_draw(&scheduler->secret, err);
+    if (!status) status = create_schedule(scheduler, err);
     if (!status) status = perk_sampler_create(&scheduler->sampler, vocab_size, err);
     if (status) {
         perk_scheduler_free(scheduler);
@@ -106,6 +108,10 @@ void perk_scheduler_free(perk_scheduler *scheduler) {
     free(scheduler->picks);
     free(scheduler->block);
     free(scheduler);
+}
+
+void perk_scheduler_set_tokenizer(perk_scheduler *scheduler, const perk_tokenizer *tokenizer) {
+    scheduler->tokenizer = tokenizer;
 }
 
 int32_t perk_scheduler_unfinished(const perk_scheduler *scheduler) {
@@ -143,10 +149,14 @@ perk_status perk_scheduler_check(const perk_scheduler *scheduler, const int32_t 
     if (!status && sampling->stop_token_count > room)
         status = perk_fail(err, PERK_LIMIT, "stop_token_count %d: beside the model's end tokens there is room for %d",
                            sampling->stop_token_count, room);
+    if (!status && sampling->stop_string_count && !scheduler->tokenizer)
+        status = perk_fail(err, PERK_NOT_FOUND,
+                           "stop_strings: the model has no usable tokenizer.json to find them in: use stop_tokens");
     return status;
 }
 
 static void free_memory(perk_request *request) {
+    perk_stop_text_free(request->text);
     perk_sampling_free(&request->sampling);
     free(request->logprobs);
     free(request->tokens);
@@ -174,9 +184,12 @@ perk_status perk_scheduler_submit(perk_scheduler *scheduler, const int32_t *prom
     size_t logprob_count = (size_t)perk_sampling_logprob_count(sampling);
     if (logprob_count)
         request->logprobs = perk_calloc((size_t)(request->limit - length), logprob_count * sizeof *request->logprobs);
-    if (!request->tokens || (logprob_count && !request->logprobs)) {
+    if (!request->tokens || (logprob_count && !request->logprobs)) status = perk_fail_memory(err, "a request");
+    if (!status && sampling->stop_string_count)
+        status = perk_stop_text_create(&request->text, scheduler->tokenizer, &request->sampling, err);
+    if (status) {
         free_memory(request);
-        return perk_fail_memory(err, "a request");
+        return status;
     }
     memcpy(request->tokens, prompt, prompt_length * sizeof *prompt);
     request->scheduler = scheduler;
@@ -202,6 +215,17 @@ const perk_logprob *perk_request_logprobs(const perk_request *request, size_t pl
 
 perk_finish perk_request_finish(const perk_request *request) { return request->finish; }
 
+/* Appends a token to the answer. *stops: it completes a stop string. */
+static perk_status append(perk_request *request, int32_t token, bool *stops, perk_error *err) {
+    const char *text;
+    size_t size;
+    request->tokens[request->length++] = token;
+    request->scheduler->answer_tokens++;
+    if (request->answered == 0) request->answered = perk_now();
+    *stops = false;
+    return request->text ? perk_stop_text_push(request->text, token, false, &text, &size, stops, err) : PERK_OK;
+}
+
 /* The request is out of the schedule, or never was in it; `slot` is free again, or -1. */
 static void finish(perk_request *request, perk_finish reason, int32_t slot) {
     perk_scheduler *scheduler = request->scheduler;
@@ -219,15 +243,19 @@ static void finish(perk_request *request, perk_finish reason, int32_t slot) {
     list_move(request, &scheduler->finished);
 }
 
-void perk_request_cancel(perk_request *request) {
+/* Ends a request that the schedule would go on with, if it has it. */
+static void end(perk_request *request, perk_finish reason) {
     perk_executor *away = request->scheduler->away;
     int32_t slot = request->slot;
-    if (request->finish != PERK_FINISH_NONE) return;
     if (slot >= 0 && away)
         away->type->online->cancel(away, slot); /* and the slot is free when the executor says so */
     else if (slot >= 0)
         perk_schedule_cancel(&request->scheduler->schedule, slot);
-    finish(request, PERK_FINISH_CANCELLED, away ? -1 : slot);
+    finish(request, reason, away ? -1 : slot);
+}
+
+void perk_request_cancel(perk_request *request) {
+    if (request->finish == PERK_FINISH_NONE) end(request, PERK_FINISH_CANCELLED);
 }
 
 void perk_request_free(perk_request *request) {
@@ -239,20 +267,14 @@ void perk_request_free(perk_request *request) {
 
 /* ---- into the schedule ---- */
 
-uint64_t perk_page_key(const int32_t *tokens, int32_t page_size, uint64_t before) {
-    return XXH3_64bits_withSeed(tokens, (size_t)page_size * sizeof *tokens, before);
-}
-
-/* Hashes of the pages that the request's known tokens fill: each over its own tokens, seeded with the one before. */
+/* Hashes of the pages that the request's known tokens fill. */
 static void extend_hashes(perk_scheduler *scheduler, int32_t slot) {
     perk_slot *r = &scheduler->schedule.slots[slot];
-    uint64_t *hashes = perk_slot_hashes(&scheduler->schedule, slot);
-    const int32_t *tokens = perk_slot_tokens(&scheduler->schedule, slot);
     int32_t page_size = scheduler->config.page_size;
-    if (!scheduler->share_prefixes) return;
-    for (; r->length - r->hash_count * page_size >= page_size; r->hash_count++)
-        hashes[r->hash_count] =
-            perk_page_key(tokens + r->hash_count * page_size, page_size, r->hash_count ? hashes[r->hash_count - 1] : 0);
+    if (scheduler->share_prefixes)
+        r->hash_count =
+            perk_hash_pages(&scheduler->secret, perk_slot_tokens(&scheduler->schedule, slot), page_size,
+                            perk_slot_hashes(&scheduler->schedule, slot), r->hash_count, r->length / page_size);
 }
 
 static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot) {
@@ -344,17 +366,18 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
         if (status) return status;
     }
     perk_schedule_commit(schedule, scheduler->picks);
-    double now = perk_now();
     for (int32_t row = 0; row < rows; row++) {
         int32_t slot = schedule->logit_slots[row];
         perk_request *request = scheduler->placed_in[slot];
+        bool stops;
         if (!request) continue;
-        request->tokens[request->length++] = scheduler->picks[row];
-        scheduler->answer_tokens++;
-        if (request->answered == 0) request->answered = now;
+        perk_status status = append(request, scheduler->picks[row], &stops, err);
+        if (status) return status;
         extend_hashes(scheduler, slot);
         if (schedule->slots[slot].state == PERK_SLOT_FINISHED)
-            finish(request, (perk_finish)schedule->slots[slot].end, slot);
+            finish(request, stops ? PERK_FINISH_STOP : (perk_finish)schedule->slots[slot].end, slot);
+        else if (stops)
+            end(request, PERK_FINISH_STOP);
     }
     return PERK_OK;
 }
@@ -373,7 +396,8 @@ perk_status perk_scheduler_launch(perk_scheduler *scheduler, perk_executor *exec
 }
 
 /* `details`: of the token, where its request wants log probabilities. */
-static perk_status take_token(perk_request *request, int32_t token, const perk_draw_record *details, perk_error *err) {
+static perk_status take_token(perk_request *request, int32_t token, const perk_draw_record *details, bool *stops,
+                              perk_error *err) {
     if (token < 0 || token >= request->scheduler->vocab_size || request->length == request->limit)
         return perk_fail(err, PERK_INTERNAL, "a request of %d tokens that ends at %d got token %d", request->length,
                          request->limit, token);
@@ -383,10 +407,7 @@ static perk_status take_token(perk_request *request, int32_t token, const perk_d
     if (each)
         perk_sampler_logprobs(details, token, each - 1,
                               request->logprobs + (size_t)(request->length - request->prompt_length) * (size_t)each);
-    request->tokens[request->length++] = token;
-    request->scheduler->answer_tokens++;
-    if (request->answered == 0) request->answered = perk_now();
-    return PERK_OK;
+    return append(request, token, stops, err);
 }
 
 /* One record. The requests of some were cancelled here meanwhile: of them, the slot alone counts. */
@@ -400,13 +421,14 @@ static perk_status take_record(perk_scheduler *scheduler, const perk_token_recor
         return PERK_OK;
     }
     if (request->started == 0) request->started = perk_now();
-    bool has_token = record->token >= 0 || (ends && record->end != PERK_END_CANCELLED);
+    bool has_token = record->token >= 0 || (ends && record->end != PERK_END_CANCELLED), stops = false;
     perk_status status =
-        has_token ? take_token(request, record->token, record->has_details ? details : NULL, err) : PERK_OK;
+        has_token ? take_token(request, record->token, record->has_details ? details : NULL, &stops, err) : PERK_OK;
+    if (!status && stops && !ends) end(request, PERK_FINISH_STOP);
     if (status || !ends) return status;
     r->found = record->found;
     r->set_backs = record->set_backs;
-    finish(request, (perk_finish)record->end, record->slot);
+    finish(request, stops ? PERK_FINISH_STOP : (perk_finish)record->end, record->slot);
     return PERK_OK;
 }
 
@@ -454,13 +476,16 @@ static double phase_ms(const perk_request *request, double begin, double end) {
 
 void perk_request_statistics(const perk_request *request, perk_request_stats *out) {
     const perk_slot *r = request->slot >= 0 ? &request->scheduler->schedule.slots[request->slot] : NULL;
+    double decode_ms = phase_ms(request, request->answered, 0);
+    int32_t answered = request->length - request->prompt_length;
     *out = (perk_request_stats){.prompt_tokens = request->prompt_length,
-                                .answer_tokens = request->length - request->prompt_length,
+                                .answer_tokens = answered,
                                 .found_tokens = r ? r->found : request->found,
                                 .set_backs = r ? r->set_backs : request->set_backs,
                                 .queue_ms = phase_ms(request, request->submitted, request->started),
                                 .prefill_ms = phase_ms(request, request->started, request->answered),
-                                .decode_ms = phase_ms(request, request->answered, 0)};
+                                .decode_ms = decode_ms};
+    if (answered > 1 && decode_ms > 0) out->tokens_per_second = (answered - 1) / (decode_ms * 1e-3);
 }
 
 void perk_scheduler_statistics(const perk_scheduler *scheduler, perk_engine_stats *out) {

@@ -7,6 +7,7 @@
 #include "executor.h"
 #include "kernels_src/schedule.h"
 #include "perk/engine.h"
+#include "stop_text.h"
 
 typedef struct perk_scheduler perk_scheduler;
 typedef struct perk_request_list perk_request_list;
@@ -16,6 +17,7 @@ struct perk_request {
     perk_request_list *list; /* of the scheduler's, the one that it stands in */
     perk_request *previous, *next;
     perk_sampling sampling; /* with arrays of its own */
+    perk_stop_text *text;   /* in which stop strings are looked for; NULL: there are none */
     perk_logprob *logprobs; /* [answer's limit][perk_sampling_logprob_count]; NULL: not asked for */
     int32_t *tokens;        /* [limit] the prompt, then the answer */
     int32_t prompt_length, length, limit;
@@ -32,8 +34,11 @@ perk_status perk_scheduler_create(perk_scheduler **out, const perk_config *confi
 /* Frees all requests with it. */
 void perk_scheduler_free(perk_scheduler *scheduler);
 
-/* Queues a request. Fails with PERK_INVALID_ARGUMENT (no token, an id outside the vocabulary, bad sampling numbers) or
- * PERK_LIMIT (the prompt leaves no room in max_seq_length). */
+/* For stop strings; without one they are refused. Borrowed as long as there are requests. */
+void perk_scheduler_set_tokenizer(perk_scheduler *scheduler, const perk_tokenizer *tokenizer);
+
+/* Queues a request. Fails with PERK_INVALID_ARGUMENT (no token, an id outside the vocabulary, bad sampling numbers),
+ * PERK_LIMIT (the prompt leaves no room in max_seq_length) or PERK_NOT_FOUND (stop strings, and no tokenizer). */
 perk_status perk_scheduler_submit(perk_scheduler *scheduler, const int32_t *prompt, size_t prompt_length,
                                   const perk_sampling *sampling, perk_request **out, perk_error *err);
 /* What perk_scheduler_submit refuses; reads nothing that ever changes, so any thread may ask. */
@@ -67,10 +72,6 @@ perk_status perk_scheduler_launch(perk_scheduler *scheduler, perk_executor *exec
 perk_status perk_scheduler_exchange(perk_scheduler *scheduler, int32_t *news, perk_error *err);
 /* After the last launch has ended and all its tokens were taken in. */
 perk_status perk_scheduler_take_back(perk_scheduler *scheduler, perk_error *err);
-
-/* The key of a full page: a hash of its tokens and of all before, of which `before` is that of the page before (0:
- * there is none). */
-uint64_t perk_page_key(const int32_t *tokens, int32_t page_size, uint64_t before);
 
 /* Takes `count` pages for work outside of any request; where they are in use, running requests are set back. False
  * when the whole pool has fewer. They are given back with perk_scheduler_return. */

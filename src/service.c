@@ -244,7 +244,8 @@ static double step(perk_service *service) {
     return again;
 }
 
-/* A kernel that stays leaves the GPU. What it has made until then is published with the rest. */
+/* A kernel that stays leaves the GPU; nothing happens where none does. What it has made until then is published with
+ * the rest. */
 static void leave_gpu(perk_service *service) {
     perk_error failure = {0};
     pthread_mutex_unlock(&service->lock);
@@ -311,9 +312,11 @@ static void *serve(void *argument) {
             pthread_cond_timedwait(&service->work, &service->lock, &end);
         }
     }
+    leave_gpu(service);
     cancel_all(service);
     deliver_all(service);
     empty_inbox(service); /* of the callbacks */
+    service->stepping = false;
     service->ended = true;
     pthread_cond_broadcast(&service->idle);
     pthread_mutex_unlock(&service->lock);
@@ -590,8 +593,9 @@ perk_status perk_service_pause(perk_service *service, perk_error *err) {
     service->paused = true;
     pthread_cond_signal(&service->work);
     while (service->stepping && service->paused) pthread_cond_wait(&service->idle, &service->lock);
+    if (!service->paused) status = perk_fail(err, PERK_CANCELLED, "perk_service_resume ended it at once");
     pthread_mutex_unlock(&service->lock);
-    return PERK_OK;
+    return status;
 }
 
 perk_status perk_service_drain(perk_service *service, perk_error *err) {
@@ -605,6 +609,8 @@ perk_status perk_service_drain(perk_service *service, perk_error *err) {
     pthread_cond_signal(&service->work);
     while (!status && service->draining && (service->unfinished > 0 || service->stepping) && !service->ended)
         pthread_cond_wait(&service->idle, &service->lock);
+    if (!status && !service->draining && (service->unfinished > 0 || service->stepping))
+        status = perk_fail(err, PERK_CANCELLED, "perk_service_resume ended it before all requests had ended");
     pthread_mutex_unlock(&service->lock);
     return status;
 }

@@ -3,30 +3,14 @@
 #ifndef PERK_TESTS_EMULATED_H
 #define PERK_TESTS_EMULATED_H
 
-#include "fake_cuda/fake_cuda.h"
+#include "fake_cuda/open_fake.h"
 #include "test_cache.h"
 
-#include <dlfcn.h>
-
-typedef struct emulated {
-    fake_cuda *driver;
-    fake_nvrtc *compiler;
-} emulated;
-
-static inline emulated open_emulator(int workers) {
-    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
-    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
-    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
-    CHECK(library, "%s", dlerror());
-    fake_cuda *(*driver_state)(void);
-    fake_nvrtc *(*compiler_state)(void);
-    *(void **)&driver_state = dlsym(library, "fake_cuda_state");
-    *(void **)&compiler_state = dlsym(library, "fake_nvrtc_state");
-    CHECK(driver_state && compiler_state);
-    emulated opened = {driver_state(), compiler_state()};
-    opened.driver->device.sm_count = workers;
-    opened.compiler->emulates = true;
-    return opened;
+static inline opened_fake open_emulator(int workers) {
+    opened_fake fake = open_fake();
+    fake.driver->device.sm_count = workers;
+    fake.compiler->emulates = true;
+    return fake;
 }
 
 /* The shipped model with two of its six layers: as sure of its tokens as the whole, and faster to emulate. `root` is

@@ -1,14 +1,13 @@
 /* perk bench, on the fake driver, which computes nothing: what every measurement prints, that a program that computes
  * wrong is never timed, that nothing is left behind, and what happens where there is no GPU. The measuring of syncs by
  * itself: every call of the driver that fails, a hang, and that its kernel compiles. */
-#include "fake_cuda/fake_cuda.h"
+#include "fake_cuda/open_fake.h"
 #include "jit/emit.h"
 #include "src/device.h"
 #include "src/gpu.h"
 #include "src/random_weights.h"
 #include "temp.h"
 
-#include <dlfcn.h>
 #include <jansson.h>
 #include <math.h>
 #include <sys/wait.h>
@@ -328,20 +327,7 @@ static void test_failures(void) {
 
 /* ---- syncs by themselves ---- */
 
-static fake_cuda *fake;
-static void (*reset_fake)(void);
-
-static void open_fake(void) {
-    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
-    CHECK(library, "%s", dlerror());
-    fake_cuda *(*state)(void);
-    *(void **)&state = dlsym(library, "fake_cuda_state");
-    *(void **)&reset_fake = dlsym(library, "fake_cuda_reset");
-    CHECK(state && reset_fake);
-    fake = state();
-    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
-    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
-}
+static opened_fake fake;
 
 /* Measures with that fault, or a hang; everything must be given back. */
 static perk_status sync_with(fake_fault fault, bool hang, double *microseconds) {
@@ -351,24 +337,24 @@ static perk_status sync_with(fake_fault fault, bool hang, double *microseconds) 
     perk_graph *graph;
     perk_checkpoint *weights;
     perk_executor *gpu;
-    reset_fake();
-    fake->device.sm_count = 8;
+    fake.reset_driver();
+    fake.driver->device.sm_count = 8;
     CHECK_OK(perk_graph_create(&graph, "sync", &err));
     perk_linear(graph, "y", perk_input(graph, "x", 64), perk_attach_matrix(graph, "w", 64, 64), NULL);
     CHECK_OK(perk_checkpoint_open_given(&weights, graph, 1, NULL, 0, &err));
     CHECK_OK(perk_config_resolve(&config, 0, &err));
     CHECK_OK(perk_gpu_create(&gpu, graph, weights, &config, &options, NULL, &err));
-    fake->fault = fault;
-    fake->calls = 0;
-    fake->hang = hang;
+    fake.driver->fault = fault;
+    fake.driver->calls = 0;
+    fake.driver->hang = hang;
     perk_status status = perk_gpu_sync_times(gpu, 2, microseconds, &err);
-    CHECK(status != PERK_OK || !fake->failed, "%s failed and nobody noticed", fake->failed);
-    fake->fault = (fake_fault){0};
+    CHECK(status != PERK_OK || !fake.driver->failed, "%s failed and nobody noticed", fake.driver->failed);
+    fake.driver->fault = (fake_fault){0};
     gpu->type->free(gpu);
     perk_checkpoint_free(weights);
     perk_graph_free(graph);
-    CHECK(memcmp(&fake->live, &none, sizeof none) == 0 && !fake->misuse && fake->swept == 0, "%s: %s, %s",
-          fault.function ? fault.function : "-", fake->misused_in, fake->misuse);
+    CHECK(memcmp(&fake.driver->live, &none, sizeof none) == 0 && !fake.driver->misuse && fake.driver->swept == 0,
+          "%s: %s, %s", fault.function ? fault.function : "-", fake.driver->misused_in, fake.driver->misuse);
     return status;
 }
 
@@ -432,7 +418,7 @@ int main(void) {
     test_soak();
     test_sync();
     test_failures();
-    open_fake();
+    fake = open_fake();
     test_sync_faults();
     test_sync_compiles();
     /* What measurements made on the way is gone. */

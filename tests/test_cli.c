@@ -176,11 +176,35 @@ static void test_run_text(void) {
     json_decref(json);
     outcome_free(&text);
 
+    /* A stop string ends the text in front of it, streamed or not. */
+    text = run_perk(NULL, "run --model %s --prompt 'Once upon a time' --max-tokens 12 --stop ' a'", TINY);
+    CHECK_CODE(text, 0);
+    json = run_json("{\"prompt\": \"Once upon a time\", \"stop\": [\"no such\", \" a\"]}\n",
+                    "run --model " TINY " --prompts - --max-tokens 12");
+    CHECK(strcmp(json_string_value(json_object_get(json, "finish")), "stop") == 0);
+    length = json_string_length(json_object_get(json, "text"));
+    CHECK(text.out_size == length + 1 && !strstr(text.out, " a"), "%s", text.out);
+    CHECK(memcmp(text.out, json_string_value(json_object_get(json, "text")), length) == 0, "%s", text.out);
+    json_decref(json);
+    outcome_free(&text);
+
     outcome chat = run_perk("Hello!\n\nHow are you?\n", "run --model %s --chat --system Short. --max-tokens 4", TINY);
     CHECK_CODE(chat, 0);
     int lines = 0;
     for (const char *c = chat.out; *c; c++) lines += *c == '\n';
     CHECK(lines >= 2, "two turns, two answers: %s", chat.out);
+    outcome_free(&chat);
+    /* The second turn finds what the first one has computed, its answer as well. */
+    chat = run_perk("Tell me about the boat.\nAnd then?\n",
+                    "run --model %s --chat --max-tokens 40 --page-size 16 --verbose --backend reference", TINY);
+    CHECK_CODE(chat, 0);
+    int prompt = 0, found = 0, made = 0;
+    const char *first = strstr(chat.errors, "perk: prompt "),
+               *second = first ? strstr(first + 1, "perk: prompt ") : NULL;
+    CHECK(second && sscanf(first, "perk: prompt %d tokens, 0 of them known, in %*f ms; then %d", &prompt, &made) == 2,
+          "%s", chat.errors);
+    CHECK(sscanf(second, "perk: prompt %*d tokens, %d", &found) == 1 && found >= (prompt + made - 17) / 16 * 16, "%s",
+          chat.errors);
     outcome_free(&chat);
     json = run_json(NULL, "run --model " TINY " --chat --prompt Hi --max-tokens 3 --json --temperature 1 --seed 4");
     json_t *again =
@@ -231,12 +255,18 @@ static void test_prompts(void) {
     item = json_array_get(answers, 2); /* ends at a token of its own although end tokens are ignored */
     CHECK(strcmp(json_string_value(json_object_get(item, "finish")), "stop") == 0);
     CHECK(json_array_size(json_object_get(item, "tokens")) == 1);
+    json_t *single =
+        run_json(NULL, "run --model " FOLDER " --tokens 4 --max-tokens 2 --ignore-eos --presence-penalty 1 "
+                       "--logprobs --top-logprobs 3 --json");
     const json_t *logprobs = json_object_get(json_array_get(answers, 3), "logprobs");
+    CHECK(json_equal(json_object_get(single, "logprobs"), logprobs), "%s", result.out);
+    CHECK(json_is_integer(json_object_get(single, "found_tokens")));
     const json_t *place = json_array_get(logprobs, 1), *top = json_object_get(place, "top");
     CHECK(json_array_size(logprobs) == 2 && json_array_size(top) == 3, "%s", result.out);
     CHECK(json_number_value(json_object_get(json_array_get(top, 0), "logprob")) >=
           json_number_value(json_object_get(json_array_get(top, 2), "logprob")));
     json_decref(answers);
+    json_decref(single);
     json_decref(first);
     json_decref(second);
     outcome_free(&result);
@@ -265,13 +295,19 @@ static void test_wrong_prompts(void) {
         {"{\"tokens\": [1], \"logit_bias\": {\"x\": 1}}", "logit_bias"},
         {"{\"tokens\": [1], \"logit_bias\": {\"500\": 1}}", "bias 0 is id 500"},
         {"{\"tokens\": [1], \"stop_tokens\": 3}", "stop_tokens"},
+        {"{\"tokens\": [1], \"stop\": 3}", "\"stop\" is neither"},
+        {"{\"tokens\": [1], \"stop\": [\"a\", null]}", "\"stop\" is neither"},
+        {"{\"tokens\": [1], \"stop\": \"a\\u0000b\"}", "\"stop\" is neither"},
+        {"{\"tokens\": [1], \"stop\": \"\"}", "stop_strings 0: must be UTF-8 of 1 to 256"},
+        {"{\"tokens\": [1], \"stop\": \"a\"}", "tokenizer.json to find them in"},
+        {"{\"tokens\": [1], \"stop\": [\"1\",\"2\",\"3\",\"4\",\"5\",\"6\",\"7\",\"8\",\"9\"]}", "more than 8"},
         {"{\"tokens\": [2], \"max_tokens\": 1}", NULL},
     };
     perk_buffer file = {0};
     for (size_t i = 0; i < PERK_COUNT(cases); i++) perk_buffer_printf(&file, "%s\n", cases[i].line);
     outcome result = run_perk(file.data, "run --model %s --prompts -", FOLDER);
     CHECK_CODE(result, 1);
-    CHECK(strstr(result.errors, "17 of 19 requests failed"), "%s", result.errors);
+    CHECK(strstr(result.errors, "23 of 25 requests failed"), "%s", result.errors);
     json_t *answers = lines_of(&result);
     CHECK(json_array_size(answers) == PERK_COUNT(cases), "%s", result.out);
     for (size_t i = 0; i < PERK_COUNT(cases); i++) {
@@ -283,6 +319,9 @@ static void test_wrong_prompts(void) {
     perk_buffer_free(&file);
     expect_failure(1, "nowhere.jsonl", "run --model " FOLDER " --prompts nowhere.jsonl");
     expect_failure(2, "goes with none", "run --model " FOLDER " --prompts x --tokens 1");
+    expect_failure(2, "needs --json or --prompts", "run --model " FOLDER " --tokens 1 --logprobs");
+    expect_failure(2, "needs --logprobs", "run --model " FOLDER " --tokens 1 --json --top-logprobs 2");
+    expect_failure(2, "top-logprobs", "run --model " FOLDER " --tokens 1 --json --logprobs --top-logprobs 21");
     expect_output("\n", "", "run --model " FOLDER " --prompts -");
 }
 

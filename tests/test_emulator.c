@@ -16,7 +16,7 @@
 enum { WORKERS = 3 };
 
 static perk_error err;
-static emulated fake;
+static opened_fake fake;
 
 /* ---- ops ---- */
 

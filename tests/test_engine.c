@@ -2,6 +2,7 @@
  * run short; what is wrong is refused and harms nothing. */
 #include "perk/engine.h"
 #include "src/base.h"
+#include "src/stop_text.h"
 #include "temp.h"
 
 #include <math.h>
@@ -254,6 +255,13 @@ static void test_opening(void) {
     CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "precision");
     options = (perk_engine_options){.threads = -1};
     CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "threads");
+    options = (perk_engine_options){.mode = (perk_mode)3};
+    CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "mode 3");
+    options = (perk_engine_options){.steps_a_launch = -1};
+    CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "steps_a_launch -1");
+    options = (perk_engine_options){.idle_limit_ms = -1};
+    CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "idle_limit_ms -1");
+    CHECK(engine == NULL);
 }
 
 /* ---- a failed step ---- */
@@ -346,6 +354,99 @@ static void test_text(void) {
     perk_engine_free(engine);
 }
 
+/* ---- stop strings ---- */
+
+typedef struct stop_case {
+    const char *strings[3];
+    const char *tokens; /* a character each */
+    const char *said;   /* piece by piece, with a bar behind each */
+} stop_case;
+
+/* Byte by byte: what may become a stop string waits, and comes when it does not. */
+static void test_held_back(const perk_tokenizer *tokenizer) {
+    static const stop_case cases[] = {
+        {{"xyz"}, "abxxyab", "a|b||x||xya|b|"},
+        {{"xyz"}, "abxyzab", "a|b||||"},
+        {{"xyz"}, "abxy", "a|b||xy|"}, /* at its end all is said */
+        {{"aab"}, "caaaabd", "c|||a|a||"},
+        {{"b", "abc"}, "aabc", "|a|a|"}, /* whichever is complete first */
+        {{"abcd", "bx"}, "abcx", "|||abcx|"},
+        {{"abcd", "bc"}, "abce", "||a|"},
+        {{NULL}, "abc", "a|b|c|"},
+    };
+    for (size_t i = 0; i < PERK_COUNT(cases); i++) {
+        perk_sampling sampling = {.stop_strings = cases[i].strings};
+        while (cases[i].strings[sampling.stop_string_count]) sampling.stop_string_count++;
+        perk_stop_text *text;
+        perk_buffer said = {0};
+        bool found = false;
+        CHECK_OK(perk_stop_text_create(&text, tokenizer, &sampling, &err));
+        for (const char *c = cases[i].tokens; *c && !found; c++) {
+            const char name[] = {*c, '\0'}, *piece;
+            int32_t token = perk_tokenizer_token_id(tokenizer, name);
+            size_t size;
+            CHECK_OK(perk_stop_text_push(text, token, !c[1], &piece, &size, &found, &err));
+            CHECK(strlen(piece) == size);
+            perk_buffer_printf(&said, "%s|", piece);
+        }
+        CHECK(strcmp(said.data, cases[i].said) == 0, "case %zu: %s", i, said.data);
+        perk_buffer_free(&said);
+        perk_stop_text_free(text);
+    }
+}
+
+static bool has_text(const perk_tokenizer *tokenizer, const int32_t *tokens, size_t count, const char *wanted) {
+    char *text;
+    size_t size;
+    CHECK_OK(perk_tokenizer_decode(tokenizer, tokens, count, 1, &text, &size, &err));
+    bool found = strstr(text, wanted) != NULL;
+    free(text);
+    return found;
+}
+
+/* Any piece of the text of an answer, cut out anywhere, ends the answer where it stands first, and with the token that
+ * completes it. */
+static void test_stops(perk_engine *engine, const char *whole, size_t whole_size) {
+    const perk_tokenizer *tokenizer = perk_engine_tokenizer(engine);
+    for (size_t i = 0; i < 40; i++) {
+        char stop[PERK_MAX_STOP_STRING + 1] = "";
+        size_t from = i * 37 % whole_size, cut;
+        const char *strings[] = {"not in there", stop};
+        perk_sampling sampling = {.max_tokens = 60, .stop_strings = strings, .stop_string_count = 2};
+        perk_generation generation;
+        heard all = {0};
+        memcpy(stop, whole + from, PERK_MIN(1 + i % 9, whole_size - from));
+        cut = (size_t)(strstr(whole, stop) - whole);
+        CHECK_OK(perk_engine_generate_text(engine, "Once upon a time", &sampling, hear, &all, &generation, &err));
+        CHECK(generation.finish == PERK_FINISH_STOP && all.text.size == cut, "\"%s\": %s", stop, all.text.data);
+        CHECK(memcmp(all.text.data, whole, cut) == 0);
+        CHECK(has_text(tokenizer, all.tokens, all.count, stop) &&
+              !has_text(tokenizer, all.tokens, all.count - 1, stop));
+        perk_buffer_free(&all.text);
+    }
+}
+
+static void test_stop_strings(void) {
+    perk_engine_options options = {.backend = PERK_BACKEND_REFERENCE};
+    perk_sampling sampling = {.max_tokens = 60};
+    perk_request *request;
+    perk_engine *engine;
+    heard all = {0};
+    int32_t prompt = 1;
+    const char *stop = "a";
+    if (access(TINY "/model.safetensors", R_OK) != 0) return;
+    CHECK_OK(perk_engine_open(&engine, TINY, &options, &err));
+    test_held_back(perk_engine_tokenizer(engine));
+    CHECK_OK(perk_engine_generate_text(engine, "Once upon a time", &sampling, hear, &all, NULL, &err));
+    test_stops(engine, all.text.data, all.text.size);
+    perk_buffer_free(&all.text);
+    perk_engine_free(engine);
+    CHECK_OK(perk_engine_open(&engine, FOLDER, &options, &err));
+    sampling = (perk_sampling){.stop_strings = &stop, .stop_string_count = 1};
+    CHECK_FAILS(perk_engine_submit(engine, &prompt, 1, &sampling, &request, &err), PERK_NOT_FOUND, "stop_strings");
+    perk_engine_free(engine);
+}
+
 int main(void) {
     test_batches();
     test_sharing();
@@ -355,5 +456,6 @@ int main(void) {
     test_opening();
     test_failed_step();
     test_text();
+    test_stop_strings();
     return 0;
 }

@@ -3,14 +3,13 @@
  * everything given back, the caller's context current again, and a failed step closes the engine for good. Then what
  * starts do to a cache together, and what a damaged cache does to a start: nothing but what the fake NVRTC made may
  * reach the driver. */
-#include "fake_cuda/fake_cuda.h"
+#include "fake_cuda/open_fake.h"
 #include "src/base.h"
 #include "src/engine.h"
 #include "src/gpu.h"
 #include "src/model.h"
 #include "test_cache.h"
 
-#include <dlfcn.h>
 #include <nvrtc.h>
 #include <pthread.h>
 #include <sys/wait.h>
@@ -22,37 +21,12 @@ enum { STEPS = 3, SM_COUNT = 8 /* few, for small plans: the driver calls stay th
 static perk_error err;
 static fake_cuda *fake;
 static fake_nvrtc *compiler;
-static CUcontext (*current_context)(void);
-static void (*make_current)(CUcontext context);
-static void (*reset_fake)(void), (*reset_compiler)(void);
+static opened_fake opened;
 static long calls_before_end;
 static path_text folder; /* the tiny model without its tokenizer, whose reading would be most of the test's time */
 static const char *cache_folder; /* of the engines; NULL: no cache */
 static perk_log engine_log;
 static char foreign; /* its address is a context of the embedding program's */
-
-static void *symbol(void *library, const char *name) {
-    void *address = dlsym(library, name);
-    CHECK(address, "%s", name);
-    return address;
-}
-
-static void open_fake(void) {
-    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
-    CHECK(library, "%s", dlerror());
-    fake_cuda *(*state)(void);
-    fake_nvrtc *(*compiler_state)(void);
-    *(void **)&state = symbol(library, "fake_cuda_state");
-    *(void **)&compiler_state = symbol(library, "fake_nvrtc_state");
-    *(void **)&current_context = symbol(library, "fake_cuda_current");
-    *(void **)&make_current = symbol(library, "fake_cuda_make_current");
-    *(void **)&reset_fake = symbol(library, "fake_cuda_reset");
-    *(void **)&reset_compiler = symbol(library, "fake_nvrtc_reset");
-    fake = state();
-    compiler = compiler_state();
-    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
-    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
-}
 
 static void make_folder(void) {
     static const char *const files[] = {"config.json", "generation_config.json", "model.safetensors"};
@@ -63,12 +37,12 @@ static void make_folder(void) {
 }
 
 static void begin_run(fake_fault fault) {
-    reset_fake();
-    reset_compiler();
+    opened.reset_driver();
+    opened.reset_compiler();
     fake->device.sm_count = SM_COUNT;
     fake->made_by_fake = true;
     fake->fault = fault;
-    make_current((CUcontext)(void *)&foreign);
+    opened.make_current((CUcontext)(void *)&foreign);
 }
 
 static const char *fault_text(void) {
@@ -79,7 +53,7 @@ static const char *fault_text(void) {
 }
 
 static void check_context(void) {
-    CHECK(current_context() == (CUcontext)(void *)&foreign, "after %s the caller's context is not current",
+    CHECK(opened.current_context() == (CUcontext)(void *)&foreign, "after %s the caller's context is not current",
           fault_text());
 }
 
@@ -673,11 +647,11 @@ static void test_two_engines(void) {
 
 /* An engine may move from thread to thread. */
 static void *use_elsewhere(void *engine) {
-    make_current((CUcontext)(void *)&foreign);
+    opened.make_current((CUcontext)(void *)&foreign);
     CHECK_OK(use_engine(engine));
     perk_engine_free(engine);
     check_context();
-    make_current(NULL);
+    opened.make_current(NULL);
     return NULL;
 }
 
@@ -742,7 +716,9 @@ int main(void) {
     make_scratch();
     cache_folder = scratch;
     make_folder();
-    open_fake();
+    opened = open_fake();
+    fake = opened.driver;
+    compiler = opened.compiler;
     test_missing_libraries();
     test_unusable_machines();
     begin_run((fake_fault){0});

@@ -34,6 +34,13 @@ static int draw(uint64_t seed, uint64_t *place, int low, int high) {
     return low + (int)(perk_uniform(seed, (*place)++) * (high - low + 1));
 }
 
+static void link_tokenizer(const char *root) {
+    path_text from = path_in(root, "examples/tiny/tokenizer.json");
+    char *target = realpath(from.text, NULL);
+    CHECK(target && symlink(target, path_in(folder.text, "tokenizer.json").text) == 0, "%s", from.text);
+    free(target);
+}
+
 static perk_engine *open_sized(int32_t tokens, perk_mode mode, int32_t idle_limit_ms) {
     perk_engine *engine;
     perk_config config = CONFIG;
@@ -51,7 +58,7 @@ static perk_engine *open_engine(perk_mode mode, int32_t idle_limit_ms) {
     return open_sized(CONFIG.max_num_batched_tokens, mode, idle_limit_ms);
 }
 
-/* Half of the prompts begin alike. The last kind samples, though hardly: it makes all fall back to single steps. */
+/* Half of the prompts begin alike. The last kind samples, though hardly. */
 static void make_kinds(void) {
     uint64_t place = 0;
     perk_engine *engine = open_engine(PERK_MODE_SINGLE, 0);
@@ -238,6 +245,34 @@ static void test_pause(void) {
     perk_service_free(run.service); /* in the middle of it */
 }
 
+/* Closed with requests under way, the service has no kernel on the GPU any more, and every call still returns. */
+static void test_close(void) {
+    perk_service *service;
+    perk_answer answer;
+    perk_engine_stats stats;
+    int32_t tokens[POSITIONS];
+    uint64_t ids[3];
+    size_t count;
+    CHECK_OK(perk_service_open(&service, open_engine(PERK_MODE_ONLINE, 60000), NULL, &err));
+    for (int k = 0; k < 3; k++)
+        CHECK_OK(perk_service_submit(service, kinds[k].prompt, kinds[k].length, &kinds[k].sampling, &ids[k], &err));
+    CHECK_OK(perk_service_wait(service, ids[0], tokens, POSITIONS, -1, &answer, &err));
+    count = answer.count;
+    CHECK(count > 0);
+    CHECK_OK(perk_service_close(service, &err));
+    perk_service_statistics(service, &stats);
+    CHECK(stats.running == 0 && stats.waiting == 0 && stats.pages_in_use == 0 && stats.finished == 3);
+    CHECK_OK(perk_service_pause(service, &err));
+    CHECK_OK(perk_service_resume(service, &err));
+    CHECK_OK(perk_service_drain(service, &err));
+    CHECK_OK(perk_service_poll(service, ids[0], tokens + count, POSITIONS - count, &answer, &err));
+    count += answer.count;
+    CHECK(answer.finish != PERK_FINISH_NONE && count <= kinds[0].answer_length);
+    CHECK(memcmp(tokens, kinds[0].answer, count * sizeof *tokens) == 0);
+    CHECK_FAILS(perk_service_submit(service, tokens, 1, NULL, &ids[1], &err), PERK_CANCELLED, "closed");
+    perk_service_free(service);
+}
+
 /* ---- an engine of its own ---- */
 
 static int count_tokens(void *user, int32_t token, const char *text, size_t size) {
@@ -276,6 +311,40 @@ static void test_engine(void) {
     perk_engine_free(engine);
 }
 
+/* A stop string, which the host finds while the kernel goes on: the same tokens as by single steps, and every page
+ * comes back. */
+static void test_stop_string(void) {
+    size_t count[2] = {0};
+    int32_t tokens[2][POSITIONS];
+    char stop[8] = "";
+    for (int i = -1; i < 2; i++) { /* first of all the whole answer, of which the stop string is a piece */
+        perk_engine *engine = open_engine(i == 1 ? PERK_MODE_ONLINE : PERK_MODE_SINGLE, 60000);
+        const char *const strings[] = {stop};
+        const perk_sampling sampling = {
+            .max_tokens = 30, .ignore_eos = 1, .stop_strings = strings, .stop_string_count = i >= 0};
+        perk_request *request;
+        perk_engine_stats stats;
+        int32_t running = 1, prompt[] = {5, 9, 200};
+        size_t made, size;
+        char *text;
+        CHECK_OK(perk_engine_submit(engine, prompt, 3, &sampling, &request, &err));
+        while (running) CHECK_OK(perk_engine_step(engine, &running, &err));
+        const int32_t *answer = perk_request_tokens(request, &made);
+        CHECK_OK(perk_tokenizer_decode(perk_engine_tokenizer(engine), answer, made, 1, &text, &size, &err));
+        if (i < 0) CHECK(size > 24);
+        if (i < 0) memcpy(stop, text + size / 2, 5);
+        if (i >= 0)
+            CHECK(perk_request_finish(request) == PERK_FINISH_STOP && strstr(text, stop) && made < 30, "%s", text);
+        if (i >= 0) memcpy(tokens[i], answer, (count[i] = made) * sizeof *answer);
+        free(text);
+        CHECK_OK(perk_engine_pause(engine, &err));
+        perk_engine_statistics(engine, &stats);
+        CHECK(stats.pages_in_use == 0 && stats.finished == 1 && stats.answer_tokens == made);
+        perk_engine_free(engine);
+    }
+    CHECK(count[0] == count[1] && memcmp(tokens[0], tokens[1], count[0] * sizeof **tokens) == 0);
+}
+
 /* A program for more than 64 tokens has a third role beside consumers and producer; it goes from step to step, too. */
 static void test_wide(void) {
     perk_engine *engine = open_sized(72, PERK_MODE_COMPLETION, 0);
@@ -302,12 +371,15 @@ int main(int argc, char **argv) {
     if (!getenv("PERK_TEST_GPU")) open_emulator(WORKERS);
     cache = path_in(scratch, "cache");
     folder = make_small_model(argc > 1 ? argv[1] : PERK_SOURCE_DIR);
+    link_tokenizer(argc > 1 ? argv[1] : PERK_SOURCE_DIR);
     make_kinds();
     test_engine();
+    test_stop_string();
     test_wide();
     test_arrivals(1, 0, KINDS - 1);
     test_arrivals(2, 1, KINDS - 1);
     test_arrivals(3, 0, KINDS);
     test_pause();
+    test_close();
     return 0;
 }

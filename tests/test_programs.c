@@ -1,7 +1,7 @@
 /* Several programs of one model in one engine: which there are, what their plans must have in common, that each step
  * runs the smallest that fits, and, on the emulator (tests/test_emulator.c), that requests get their tokens right while
  * programs take turns over the same pages. */
-#include "fake_cuda/fake_cuda.h"
+#include "fake_cuda/open_fake.h"
 #include "model_noise.h"
 #include "perk/engine.h"
 #include "src/base.h"
@@ -10,43 +10,23 @@
 #include "src/plan_shared.h"
 #include "test_cache.h"
 
-#include <dlfcn.h>
-
 #define TINY PERK_SOURCE_DIR "/examples/tiny"
 
 static perk_error err;
-static fake_cuda *driver;
-static fake_nvrtc *compiler;
-static void (*reset_driver)(void), (*reset_compiler)(void);
+static opened_fake fake;
 static path_text cache;
 
-static void open_fake(void) {
-    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
-    CHECK(library, "%s", dlerror());
-    fake_cuda *(*driver_state)(void);
-    fake_nvrtc *(*compiler_state)(void);
-    *(void **)&driver_state = dlsym(library, "fake_cuda_state");
-    *(void **)&compiler_state = dlsym(library, "fake_nvrtc_state");
-    *(void **)&reset_driver = dlsym(library, "fake_cuda_reset");
-    *(void **)&reset_compiler = dlsym(library, "fake_nvrtc_reset");
-    CHECK(driver_state && compiler_state && reset_driver && reset_compiler);
-    driver = driver_state();
-    compiler = compiler_state();
-    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
-    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
-}
-
 static void begin_run(int workers, bool emulates) {
-    reset_driver();
-    reset_compiler();
-    driver->device.sm_count = workers;
-    compiler->emulates = emulates;
+    fake.reset_driver();
+    fake.reset_compiler();
+    fake.driver->device.sm_count = workers;
+    fake.compiler->emulates = emulates;
 }
 
 static void check_released(void) {
     const fake_live none = {0};
-    CHECK(memcmp(&driver->live, &none, sizeof none) == 0 && driver->swept == 0);
-    CHECK(!driver->misuse, "%s: %s", driver->misused_in, driver->misuse);
+    CHECK(memcmp(&fake.driver->live, &none, sizeof none) == 0 && fake.driver->swept == 0);
+    CHECK(!fake.driver->misuse, "%s: %s", fake.driver->misused_in, fake.driver->misuse);
 }
 
 /* ---- plans over the same memory ---- */
@@ -286,7 +266,7 @@ static void run_jobs(perk_engine *engine, job *jobs) {
                                         &jobs[i].request, &err));
         }
         CHECK_OK(perk_engine_step(engine, &running, &err));
-        CHECK(!driver->misuse, "%s: %s", driver->misused_in, driver->misuse);
+        CHECK(!fake.driver->misuse, "%s: %s", fake.driver->misused_in, fake.driver->misuse);
         CHECK(step < 200, "the requests do not end");
     }
 }
@@ -339,7 +319,7 @@ static void test_turns(void) {
 
 int main(void) {
     make_scratch();
-    open_fake();
+    fake = open_fake();
     cache = path_in(scratch, "cache");
     test_shared(TINY);
     test_shared(PERK_SOURCE_DIR "/bench/configs/qwen3-0.6b/config.json");

@@ -3,7 +3,7 @@
  * EMULATOR_SEED=N runs everything in another order. PERK_TEST_GPU=1 runs it on the GPU and tells how long a row takes.
  */
 #include "driver.h"
-#include "fake_cuda/fake_cuda.h"
+#include "fake_cuda/open_fake.h"
 #include "jit/compile.h"
 #include "jit/cubin_info.h"
 #include "jit/emit.h"
@@ -12,7 +12,6 @@
 #include "test.h"
 
 #include <assert.h>
-#include <dlfcn.h>
 #include <math.h>
 #include <stddef.h>
 
@@ -307,17 +306,6 @@ static void test_nvrtc(void) {
     perk_nvrtc_free(nvrtc);
 }
 
-static void open_fake(void) {
-    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
-    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
-    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
-    CHECK(library, "%s", dlerror());
-    fake_nvrtc *(*compiler_state)(void);
-    *(void **)&compiler_state = dlsym(library, "fake_nvrtc_state");
-    CHECK(compiler_state);
-    compiler_state()->emulates = true;
-}
-
 int main(void) {
     bool on_gpu = getenv("PERK_TEST_GPU") != NULL;
     if (strstr(EMULATOR_CXX, "NOTFOUND") && !on_gpu) {
@@ -325,7 +313,7 @@ int main(void) {
         return TEST_SKIP;
     }
     if (!on_gpu) test_nvrtc();
-    if (!on_gpu) open_fake();
+    if (!on_gpu) open_fake().compiler->emulates = true;
     perk_device_info info;
     CUcontext context;
     CHECK_OK(perk_driver_open(&driver, &err));

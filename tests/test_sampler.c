@@ -184,6 +184,12 @@ static void test_bad_sampling(void) {
     static const perk_logit_bias outside = {VOCAB, 1}, heavy = {0, 101}, not_a_number = {0, NAN},
                                  fine = {VOCAB - 1, -100};
     static const int32_t negative = -1, last = VOCAB - 1;
+    static const char *const none[] = {NULL}, *const empty[] = {"a", ""}, *const broken[] = {"\xe4"};
+    static const char *const words[] = {"stop", "\n\n"};
+    char long_text[PERK_MAX_STOP_STRING + 2];
+    const char *const too_long[] = {long_text};
+    memset(long_text, 'x', sizeof long_text - 1);
+    long_text[sizeof long_text - 1] = '\0';
     const struct {
         perk_sampling sampling;
         const char *field;
@@ -214,6 +220,13 @@ static void test_bad_sampling(void) {
         {{.logprobs = 1, .top_logprobs = 21}, "top_logprobs 21"},
         {{.logprobs = 1, .top_logprobs = -1}, "top_logprobs -1"},
         {{.top_logprobs = 3}, "without logprobs"},
+        {{.stop_string_count = -1}, "stop_string_count -1"},
+        {{.stop_string_count = 1}, "stop_string_count 1"},
+        {{.stop_string_count = 9, .stop_strings = words}, "stop_string_count 9"},
+        {{.stop_string_count = 1, .stop_strings = none}, "stop_strings 0"},
+        {{.stop_string_count = 2, .stop_strings = empty}, "stop_strings 1"},
+        {{.stop_string_count = 1, .stop_strings = broken}, "stop_strings 0: must be UTF-8"},
+        {{.stop_string_count = 1, .stop_strings = too_long}, "of 1 to 256 bytes"},
     };
     for (size_t i = 0; i < PERK_COUNT(cases); i++) check_refused(cases[i].sampling, cases[i].field);
     perk_sampling good = {.repetition_penalty = 1.2f,
@@ -222,7 +235,9 @@ static void test_bad_sampling(void) {
                           .stop_tokens = &last,
                           .stop_token_count = 1,
                           .logprobs = 1,
-                          .top_logprobs = 20};
+                          .top_logprobs = 20,
+                          .stop_strings = words,
+                          .stop_string_count = 2};
     CHECK_OK(perk_sampling_check(&good, VOCAB, &err));
     CHECK(perk_sampling_stops(&good, last) && !perk_sampling_stops(&good, 0));
     CHECK(perk_sampling_logprob_count(&good) == 21 && perk_sampling_needs_logits(&good));
@@ -230,6 +245,7 @@ static void test_bad_sampling(void) {
     perk_sampling copy;
     CHECK_OK(perk_sampling_copy(&copy, &good, &err));
     CHECK(copy.bias != good.bias && copy.bias->token == fine.token && copy.stop_tokens[0] == last);
+    for (int i = 0; i < 2; i++) CHECK(copy.stop_strings[i] != words[i] && strcmp(copy.stop_strings[i], words[i]) == 0);
     perk_sampling_free(&copy);
 }
 

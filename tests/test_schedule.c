@@ -22,12 +22,13 @@ typedef struct fake_model {
     uint64_t *block;
     uint64_t *cells; /* [pages][page_size] */
     int32_t *picks;
-    uint64_t computed; /* tokens */
+    perk_page_hash halves; /* what is left of both halves of hashes, as a mask */
+    uint64_t computed;     /* tokens */
 } fake_model;
 
 static void fake_open(fake_model *fake, const perk_schedule_limits *limits) {
     uint64_t words = perk_schedule_lay_out(limits).words;
-    *fake = (fake_model){0};
+    *fake = (fake_model){.halves = {UINT64_MAX, UINT64_MAX}};
     fake->block = calloc(words, sizeof *fake->block);
     fake->cells = calloc((size_t)limits->page_count * (size_t)limits->page_size, sizeof *fake->cells);
     fake->picks = calloc((size_t)limits->logit_rows, sizeof *fake->picks);
@@ -138,13 +139,13 @@ static void expect_answer(test_job *job) {
 /* What whoever hashes knows by now; late at times. */
 static void extend_hashes(fake_model *fake, const test_job *job) {
     perk_slot *r = &fake->s.slots[job->slot];
-    uint64_t *hashes = perk_slot_hashes(&fake->s, job->slot);
+    perk_page_hash *hashes = perk_slot_hashes(&fake->s, job->slot);
     int32_t size = fake->s.limits.page_size, most = r->length / size;
     for (; r->hash_count < (most < job->hash_limit ? most : job->hash_limit); r->hash_count++) {
-        uint64_t hash = r->hash_count ? hashes[r->hash_count - 1] : 77;
+        uint64_t hash = r->hash_count ? hashes[r->hash_count - 1].low | hashes[r->hash_count - 1].high : 77;
         for (int32_t i = 0; i < size; i++)
             hash = extend(hash, perk_slot_tokens(&fake->s, job->slot)[r->hash_count * size + i]);
-        hashes[r->hash_count] = hash;
+        hashes[r->hash_count] = (perk_page_hash){hash & fake->halves.low, hash & fake->halves.high};
     }
 }
 
@@ -230,6 +231,8 @@ static void run_random(uint64_t seed, test_totals *totals) {
     perk_schedule_limits limits = random_limits(&dice);
     fake_model fake;
     fake_open(&fake, &limits);
+    if (seed % 4 == 1) fake.halves.low = 3; /* many texts share one half of their hashes, and it must not be enough */
+    if (seed % 4 == 2) fake.halves.high = 0;
     static test_job jobs[JOBS];
     int arrived = 0, done = 0, made = 0, haste = roll(&dice, 0, 4);
     for (int steps = 0; done < JOBS; steps++) {
@@ -330,6 +333,24 @@ static void test_sharing(void) {
     fake_close(&fake);
 }
 
+/* Texts whose hashes are alike in one half, as somebody may construct them for a hash of 64 bits: neither finds the
+ * pages of the other. */
+static void test_collisions(void) {
+    static const perk_page_hash halves[] = {{0, UINT64_MAX}, {UINT64_MAX, 0}};
+    for (int i = 0; i < 2; i++) {
+        fake_model fake;
+        fake_open(&fake, &SMALL);
+        fake.halves = halves[i];
+        test_job first = counting_job(32, 4), other = first, again = first;
+        for (int t = 0; t < 32; t++) other.prompt[t] = 49 - t;
+        expect_answer(&other);
+        CHECK(run_job(&fake, &first) == 35 && run_job(&fake, &other) == 35);
+        CHECK(fake.s.pool.state->listed == 8 && fake.s.state->found_tokens == 0);
+        CHECK(run_job(&fake, &again) == 8 + 3);
+        fake_close(&fake);
+    }
+}
+
 /* Four with the same prompt, at once: it is computed once, but for what is not a full page. */
 static void test_sharing_at_once(void) {
     fake_model fake;
@@ -426,7 +447,7 @@ static void test_slots(void) {
 
 static void test_pool(void) {
     enum { PAGES = 13, ROUNDS = 20000 };
-    perk_page pages[PAGES] = {{0}};
+    perk_page pages[PAGES] = {{.owners = 0}};
     perk_pool_state state = {0};
     int32_t table[32] = {0}, held[PAGES] = {0}, taken = 0;
     perk_pool pool = {&state, pages, table, PAGES, (int32_t)perk_pool_table_size(PAGES) - 1};
@@ -438,9 +459,9 @@ static void test_pool(void) {
     for (int32_t page = 0; page < PAGES; page++) CHECK(perk_pool_give(&pool, page));
     CHECK(!perk_pool_give(&pool, 3) && !perk_pool_give(&pool, -1) && !perk_pool_give(&pool, PAGES));
     for (int round = 0; round < ROUNDS; round++) {
-        uint64_t hash = (uint64_t)roll(&dice, 0, 40) << 32 | (uint32_t)roll(&dice, 29, 33);
+        perk_page_hash hash = {(uint64_t)roll(&dice, 29, 33), (uint64_t)roll(&dice, 0, 40)};
         int32_t page = perk_pool_find(&pool, hash);
-        if (page >= 0) CHECK(pages[page].listed && pages[page].hash == hash);
+        if (page >= 0) CHECK(pages[page].listed && perk_page_hash_equal(pages[page].hash, hash));
         if (page >= 0 && roll(&dice, 0, 1)) {
             perk_pool_share(&pool, page);
             taken += held[page]++ == 0;
@@ -602,6 +623,7 @@ int main(void) {
     test_attention();
     test_slots();
     test_sharing();
+    test_collisions();
     test_sharing_at_once();
     test_eviction();
     test_set_back();

@@ -1,5 +1,6 @@
 /* The scheduler over a fake model whose next token is a hash of everything that its KV pages hold: a page that is lost,
  * shared or stale, a token in the wrong place, or a chunk out of order changes the answer. */
+#include "page_hash.h"
 #include "sampler.h"
 #include "schedule_checks.h"
 #include "scheduler.h"
@@ -284,7 +285,35 @@ static void test_bad_results(void) {
     perk_scheduler_free(scheduler);
 }
 
+/* Of pages: SipHash-2-4 with 128 bits, as `openssl mac -macopt size:16 SIPHASH` computes it over 0, 1, 2, ... under the
+ * key 0, 1, 2, ... */
+static void test_hashes(void) {
+    const perk_page_secret secret = {{0x0706050403020100, 0x0f0e0d0c0b0a0908}};
+    const perk_page_hash before = {0x0706050403020100, 0x0f0e0d0c0b0a0908};
+    unsigned char bytes[64];
+    int32_t tokens[16];
+    for (int i = 0; i < 64; i++) bytes[i] = (unsigned char)(16 + i);
+    memcpy(tokens, bytes, sizeof tokens);
+    perk_page_hash one = perk_hash_page(&secret, tokens, 1, before), all = perk_hash_page(&secret, tokens, 16, before);
+    CHECK(one.low == 0x7390223f83fc259e && one.high == 0xeb3938e8a544933e);
+    CHECK(all.low == 0xf870437ae16ac7d2 && all.high == 0x22f80d5a79a4fb58);
+    /* Page by page, and from any page on. */
+    perk_page_hash hashes[4], more[4];
+    CHECK(perk_hash_pages(&secret, tokens, 4, hashes, 0, 4) == 4 &&
+          perk_hash_pages(&secret, tokens, 4, more, 0, 1) == 1);
+    CHECK(perk_hash_pages(&secret, tokens, 4, more, 1, 4) == 4 && memcmp(hashes, more, sizeof hashes) == 0);
+    CHECK(perk_page_hash_equal(hashes[0], perk_hash_page(&secret, tokens, 4, PERK_NO_PAGE_HASH)));
+    CHECK(perk_page_hash_equal(hashes[3], perk_hash_page(&secret, tokens + 12, 4, hashes[2])));
+    CHECK(!perk_page_hash_equal(hashes[3], perk_hash_page(&secret, tokens + 12, 4, hashes[1])));
+    perk_page_secret drawn[2];
+    for (int i = 0; i < 2; i++) CHECK_OK(perk_page_secret_draw(&drawn[i], &err));
+    one = perk_hash_page(&drawn[0], tokens, 16, before);
+    all = perk_hash_page(&drawn[1], tokens, 16, before);
+    CHECK(one.low != all.low && one.high != all.high, "two engines hash alike");
+}
+
 int main(void) {
+    test_hashes();
     test_set_back();
     test_bad_results();
     const char *runs = getenv("PERK_TEST_RUNS");

@@ -29,9 +29,8 @@ typedef enum perk_backend {
 enum { PERK_MAX_PROGRAMS = 8 };
 
 /* How steps follow each other on a GPU; the reference executor knows single ones alone. In the two others the kernel
- * batches, picks and ends by itself, in launches of many steps, all in the program for max_num_batched_tokens. Requests
- * for which it cannot choose (temperature, penalties, bias, log probabilities) make all steps single ones until they
- * have ended; nothing is lost or computed again by that. A model for which there is no such kernel is refused. */
+ * batches, picks (by all that perk_sampling says) and ends by itself, in launches of many steps, all in the program for
+ * max_num_batched_tokens. A model for which there is no such kernel is refused. */
 typedef enum perk_mode {
     PERK_MODE_SINGLE = 0,     /* a launch a step: who calls perk_engine_step owns the loop */
     PERK_MODE_COMPLETION = 1, /* a launch until nothing is unfinished, or of steps_a_launch steps */
@@ -100,6 +99,7 @@ typedef struct perk_logit_bias {
 } perk_logit_bias;
 
 enum { PERK_MAX_STOP_TOKENS = 16, PERK_MAX_LOGIT_BIAS = 4096, PERK_MAX_TOP_LOGPROBS = 20 };
+enum { PERK_MAX_STOP_STRINGS = 8, PERK_MAX_STOP_STRING = 256 /* bytes of one */ };
 
 /* Zero-initialised is right everywhere: greedy, until the model's end tokens or max_seq_length.
  *
@@ -128,6 +128,10 @@ typedef struct perk_sampling {
     int32_t stop_token_count;    /* also with ignore_eos; at most PERK_MAX_STOP_TOKENS */
     int32_t logprobs;            /* 1: log probabilities of the tokens, see perk_request_logprobs, */
     int32_t top_logprobs;        /* and of so many of the likeliest at each place; at most PERK_MAX_TOP_LOGPROBS */
+    /* [stop_string_count], copied: UTF-8 that ends the request with the token that completes it in the answer's text,
+     * as an end token would. The tokens are all there; text that perk makes of them ends before it. */
+    const char *const *stop_strings;
+    int32_t stop_string_count; /* at most PERK_MAX_STOP_STRINGS; only with a tokenizer */
 } perk_sampling;
 
 typedef struct perk_logprob {
@@ -137,7 +141,7 @@ typedef struct perk_logprob {
 
 typedef enum perk_finish {
     PERK_FINISH_NONE = 0,   /* still running */
-    PERK_FINISH_STOP = 1,   /* an end token */
+    PERK_FINISH_STOP = 1,   /* an end token or a stop string */
     PERK_FINISH_LENGTH = 2, /* max_tokens or max_seq_length */
     PERK_FINISH_CANCELLED = 3,
 } perk_finish;
@@ -160,8 +164,9 @@ PERK_API int32_t perk_engine_vocab_size(const perk_engine *engine);
 /* ---- requests: submit, step until finished, read the tokens ---- */
 
 /* Queues a request; `prompt` (1 or more ids) is copied; `sampling` may be NULL. Prompt and answer together have at
- * most max_seq_length tokens. Fails with PERK_LIMIT when the prompt leaves no room for an answer, and with
- * PERK_INVALID_ARGUMENT for an id outside the vocabulary or sampling numbers out of range. */
+ * most max_seq_length tokens. Fails with PERK_LIMIT when the prompt leaves no room for an answer, with
+ * PERK_INVALID_ARGUMENT for an id outside the vocabulary or sampling numbers out of range, and with PERK_NOT_FOUND for
+ * stop strings without a tokenizer. */
 PERK_API perk_status perk_engine_submit(perk_engine *engine, const int32_t *prompt, size_t prompt_length,
                                         const perk_sampling *sampling, perk_request **out, perk_error *err);
 /* Runs one step over the running requests, the oldest first; with PERK_MODE_COMPLETION, one launch; with
@@ -187,11 +192,12 @@ PERK_API void perk_request_free(perk_request *request);
 /* Times in milliseconds; a phase that has not begun is 0, one under way counts up to now. */
 typedef struct perk_request_stats {
     int32_t prompt_tokens, answer_tokens;
-    int32_t found_tokens; /* positions found in pages that others, or it before it was set back, had written */
-    int32_t set_backs;    /* how often older requests needed its pages, so that it was computed again */
-    double queue_ms;      /* from submission to the first step that worked on it */
-    double prefill_ms;    /* from there to the first token */
-    double decode_ms;     /* from there to the end */
+    int32_t found_tokens;     /* positions found in pages that others, or it before it was set back, had written */
+    int32_t set_backs;        /* how often older requests needed its pages, so that it was computed again */
+    double queue_ms;          /* from submission to the first step that worked on it */
+    double prefill_ms;        /* from there to the first token */
+    double decode_ms;         /* from there to the end */
+    double tokens_per_second; /* of the answer after its first token; 0 as long as there is no second one */
 } perk_request_stats;
 
 PERK_API void perk_request_statistics(const perk_request *request, perk_request_stats *out);
@@ -217,7 +223,8 @@ PERK_API void perk_engine_statistics(const perk_engine *engine, perk_engine_stat
 /* ---- conveniences over the above ---- */
 
 /* Called with each new token, and with the complete UTF-8 text that it adds (may be empty, always is without a
- * tokenizer; NUL-terminated; valid during the call). Special tokens add no text. Non-zero stops. */
+ * tokenizer; NUL-terminated; valid during the call). Special tokens add no text, and what a stop string may begin with
+ * waits for the token that decides it. Non-zero stops. */
 typedef int (*perk_on_token)(void *user, int32_t token, const char *text, size_t size);
 
 typedef struct perk_generation {

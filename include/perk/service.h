@@ -47,8 +47,8 @@ typedef struct perk_answer {
  */
 PERK_API perk_status perk_service_open(perk_service **out, perk_engine *engine, const perk_service_options *options,
                                        perk_error *err);
-/* Ends all requests as cancelled, and the thread. What was computed can still be polled; submissions are refused. Fails
- * with PERK_INVALID_ARGUMENT in the callback. */
+/* Ends all requests as cancelled, and the thread; no kernel stays on the GPU. What was computed can still be polled;
+ * submissions are refused. Fails with PERK_INVALID_ARGUMENT in the callback. */
 PERK_API perk_status perk_service_close(perk_service *service, perk_error *err);
 /* Closes, and frees service and engine. */
 PERK_API void perk_service_free(perk_service *service);
@@ -88,10 +88,10 @@ PERK_API perk_status perk_service_news(perk_service *service, uint64_t *requests
 /* ---- the whole ---- */
 
 /* Returns when no step runs and no kernel stays on the GPU; none begins until perk_service_resume. Requests may be
- * submitted meanwhile. */
+ * submitted meanwhile. PERK_CANCELLED: another thread resumed before it returned. */
 PERK_API perk_status perk_service_pause(perk_service *service, perk_error *err);
 /* Refuses new requests, and returns when all others have ended and no kernel stays on the GPU. Fails with
- * PERK_INVALID_ARGUMENT while paused. */
+ * PERK_INVALID_ARGUMENT while paused, and with PERK_CANCELLED when another thread resumed before. */
 PERK_API perk_status perk_service_drain(perk_service *service, perk_error *err);
 /* Ends a pause, or the refusal of new requests after perk_service_drain. */
 PERK_API perk_status perk_service_resume(perk_service *service, perk_error *err);

@@ -7,23 +7,48 @@
 
 enum { REFERENCE_ROWS = 64 }; /* tokens that the reference takes at a time */
 
-perk_status perk_bench_read_prompt(perk_bench *b, int32_t tokens, int32_t chunk, const float **logits,
-                                   perk_error *err) {
+/* Who reads a prompt: the program that is timed, or the reference. All borrowed. */
+typedef struct prompt_reader {
+    perk_executor *executor;
+    const perk_config *config;
+    perk_batch *batch;
+    int32_t *pages, *ids; /* scratch: of a request, of a step */
+    int32_t requests;     /* that read the same prompt side by side */
+} prompt_reader;
+
+static perk_status read_part(const prompt_reader *reader, int32_t position, int32_t count, bool is_last,
+                             perk_step_result *result, perk_error *err) {
+    int32_t pages_each = reader->batch->pages_per_request;
+    perk_status status = PERK_OK;
+    perk_batch_clear(reader->batch);
+    for (int32_t r = 0; r < reader->requests && status == PERK_OK; r++) {
+        for (int32_t i = 0; i < pages_each; i++) reader->pages[i] = r * pages_each + i;
+        status =
+            perk_batch_add(reader->batch, reader->config, reader->ids, count, position, reader->pages, is_last, err);
+    }
+    if (status == PERK_OK) status = reader->executor->type->step(reader->executor, reader->batch, is_last, result, err);
+    return status;
+}
+
+static perk_status read_prompt(const prompt_reader *reader, const perk_bench *b, int32_t tokens, int32_t chunk,
+                               const float **logits, perk_error *err) {
     perk_step_result result = {0};
     perk_status status = PERK_OK;
     for (int32_t position = 0; position < tokens && status == PERK_OK; position += chunk) {
         int32_t count = PERK_MIN(chunk, tokens - position);
-        bool is_last = position + count == tokens;
-        for (int32_t i = 0; i < count; i++) b->ids[i] = perk_bench_token(b, 0, position + i);
-        perk_batch_clear(b->batch);
-        for (int32_t r = 0; r < b->options->batch && status == PERK_OK; r++)
-            status = perk_bench_add(b, r, position, count, b->ids, is_last, err);
-        if (status == PERK_OK) status = b->gpu->type->step(b->gpu, b->batch, is_last, &result, err);
+        for (int32_t i = 0; i < count; i++) reader->ids[i] = perk_bench_token(b, 0, position + i);
+        status = read_part(reader, position, count, position + count == tokens, &result, err);
     }
     *logits = result.logits;
     if (status == PERK_OK && !result.logits)
         status = perk_fail(err, PERK_UNSUPPORTED, "the model makes no logits to compare");
     return status;
+}
+
+perk_status perk_bench_read_prompt(perk_bench *b, int32_t tokens, int32_t chunk, const float **logits,
+                                   perk_error *err) {
+    const prompt_reader reader = {b->gpu, &b->config, b->batch, b->pages, b->ids, b->options->batch};
+    return read_prompt(&reader, b, tokens, chunk, logits, err);
 }
 
 typedef struct reference_run {
@@ -45,22 +70,14 @@ static perk_status open_reference(reference_run *run, const perk_bench *b, int32
     if (status != PERK_OK) return status;
     run->pages = perk_calloc((size_t)run->batch->pages_per_request, sizeof *run->pages);
     if (!run->pages) return perk_fail_memory(err, "the reference's pages");
-    for (int32_t i = 0; i < run->batch->pages_per_request; i++) run->pages[i] = i;
     return perk_reference_create(&run->executor, b->model->graph, b->model->checkpoint, &run->config, &options, err);
 }
 
 static perk_status run_reference(reference_run *run, const perk_bench *b, int32_t tokens, float *out, perk_error *err) {
-    perk_step_result result = {0};
-    perk_status status = PERK_OK;
-    for (int32_t position = 0; position < tokens && status == PERK_OK; position += REFERENCE_ROWS) {
-        int32_t count = PERK_MIN(REFERENCE_ROWS, tokens - position);
-        bool is_last = position + count == tokens;
-        for (int32_t i = 0; i < count; i++) run->ids[i] = perk_bench_token(b, 0, position + i);
-        perk_batch_clear(run->batch);
-        status = perk_batch_add(run->batch, &run->config, run->ids, count, position, run->pages, is_last, err);
-        if (status == PERK_OK) status = run->executor->type->step(run->executor, run->batch, is_last, &result, err);
-    }
-    if (status == PERK_OK) memcpy(out, result.logits, (size_t)b->model->vocab_size * sizeof *out);
+    const prompt_reader reader = {run->executor, &run->config, run->batch, run->pages, run->ids, 1};
+    const float *logits;
+    perk_status status = read_prompt(&reader, b, tokens, REFERENCE_ROWS, &logits, err);
+    if (status == PERK_OK) memcpy(out, logits, (size_t)b->model->vocab_size * sizeof *out);
     return status;
 }
 

@@ -146,6 +146,8 @@ perk_status perk_cli_write_file(const char *path, const void *data, size_t size,
 const char *perk_cli_finish_name(perk_finish finish); /* "stop", ... */
 /* A list of {"role", "content"} in the model's chat format, ending where the answer begins; free() releases `*text`. */
 perk_status perk_cli_chat_text(const perk_tokenizer *tokenizer, const json_t *list, char **text, perk_error *err);
+/* What became of a finished request. */
+perk_status perk_cli_answer_json(const perk_engine *engine, const perk_request *request, json_t **out, perk_error *err);
 /* Answers a request a line of the file, which is text as perk run --help describes it, with a line each on stdout.
  * Returns the exit code. */
 int perk_cli_run_prompts(perk_engine *engine, const perk_buffer *file, const perk_sampling *defaults);

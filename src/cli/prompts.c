@@ -1,14 +1,16 @@
 /* perk run --prompts: a request a line, an answer a line in the same order. The engine has many of them at a time. */
 #include "cli.h"
 
+#include "src/scheduler.h"
+
 #include <errno.h>
 
-/* ---- a line of the file: a request
- * -------------------------------------------------------------------------------------- */
+/* ---- a line of the file: a request ---- */
 
 /* What a request points into until it is submitted. */
 typedef struct request_lists {
     perk_cli_ids prompt, stop_tokens;
+    const char *stop_strings[PERK_MAX_STOP_STRINGS]; /* the line's */
     perk_logit_bias *bias;
 } request_lists;
 
@@ -94,6 +96,24 @@ static perk_status read_stop_tokens(const json_t *list, perk_sampling *sampling,
     return PERK_OK;
 }
 
+/* A string, or a list of them. */
+static perk_status read_stop_strings(const json_t *value, perk_sampling *sampling, request_lists *lists,
+                                     perk_error *err) {
+    size_t count = json_is_array(value) ? json_array_size(value) : 1;
+    if (count > PERK_MAX_STOP_STRINGS)
+        return perk_fail(err, PERK_LIMIT, "\"stop\" has more than %d strings", (int)PERK_MAX_STOP_STRINGS);
+    for (size_t i = 0; i < count; i++) {
+        const json_t *item = json_is_array(value) ? json_array_get(value, i) : value;
+        const char *text = json_string_value(item);
+        if (!text || strlen(text) != json_string_length(item))
+            return perk_fail(err, PERK_BAD_FORMAT, "\"stop\" is neither a string nor a list of strings");
+        lists->stop_strings[i] = text;
+    }
+    sampling->stop_strings = lists->stop_strings;
+    sampling->stop_string_count = (int32_t)count;
+    return PERK_OK;
+}
+
 /* "tokens", "prompt" or "messages": one of them. */
 static perk_status read_prompt(const perk_engine *engine, const char *key, const json_t *value, perk_cli_ids *prompt,
                                perk_error *err) {
@@ -125,13 +145,13 @@ static perk_status read_member(const perk_engine *engine, const char *key, const
         return read_prompt(engine, key, value, &lists->prompt, err);
     if (strcmp(key, "logit_bias") == 0) return read_bias(value, sampling, lists, err);
     if (strcmp(key, "stop_tokens") == 0) return read_stop_tokens(value, sampling, lists, err);
+    if (strcmp(key, "stop") == 0) return read_stop_strings(value, sampling, lists, err);
     for (size_t i = 0; i < PERK_COUNT(fields); i++)
         if (strcmp(key, fields[i].name) == 0) return read_field(&fields[i], value, sampling, err);
     return perk_fail(err, PERK_BAD_FORMAT, "unknown field \"%.60s\"", key);
 }
 
-/* ---- requests under way
- * -------------------------------------------------------------------------------------- */
+/* ---- requests under way ---- */
 
 typedef struct prompt_job {
     const char *line;
@@ -163,6 +183,8 @@ static perk_status begin(perk_engine *engine, const perk_sampling *defaults, pro
     return status;
 }
 
+/* ---- answers ---- */
+
 static json_t *logprobs_json(const perk_request *request, size_t count) {
     json_t *list = json_array();
     for (size_t place = 0, each; place < count; place++) {
@@ -177,41 +199,44 @@ static json_t *logprobs_json(const perk_request *request, size_t count) {
     return list;
 }
 
-static json_t *answer_json(const perk_engine *engine, const prompt_job *job, perk_error *err) {
+perk_status perk_cli_answer_json(const perk_engine *engine, const perk_request *request, json_t **out,
+                                 perk_error *err) {
     const perk_tokenizer *tokenizer = perk_engine_tokenizer(engine);
     size_t count = 0, size = 0;
-    const int32_t *tokens = perk_request_tokens(job->request, &count);
+    const int32_t *tokens = perk_request_tokens(request, &count);
     char *text = NULL;
-    if (tokenizer && perk_tokenizer_decode(tokenizer, tokens, count, 1, &text, &size, err)) return NULL;
+    *out = NULL;
+    if (tokenizer) {
+        perk_status status = perk_tokenizer_decode(tokenizer, tokens, count, 1, &text, &size, err);
+        if (status) return status;
+        size = perk_stop_text_cut(&request->sampling, text, size);
+    }
     perk_request_stats stats;
-    perk_request_statistics(job->request, &stats);
-    double rate = count > 1 && stats.decode_ms > 0 ? (double)(count - 1) / (stats.decode_ms * 1e-3) : 0;
+    perk_request_statistics(request, &stats);
     json_t *ids = json_array();
     for (size_t i = 0; i < count; i++) json_array_append_new(ids, json_integer(tokens[i]));
     json_t *times = json_pack("{s:f, s:f, s:f, s:f}", "queue_ms", stats.queue_ms, "prefill_ms", stats.prefill_ms,
-                              "decode_ms", stats.decode_ms, "decode_tokens_per_second", rate);
-    json_t *answer = json_pack("{s:s%, s:o, s:i, s:i, s:s, s:o}", "text", text ? text : "", size, "tokens", ids,
-                               "prompt_tokens", (int)stats.prompt_tokens, "found_tokens", (int)stats.found_tokens,
-                               "finish", perk_cli_finish_name(perk_request_finish(job->request)), "times", times);
-    if (perk_request_logprobs(job->request, 0, NULL))
-        json_object_set_new(answer, "logprobs", logprobs_json(job->request, count));
+                              "decode_ms", stats.decode_ms, "decode_tokens_per_second", stats.tokens_per_second);
+    *out = json_pack("{s:s%, s:o, s:i, s:i, s:s, s:o}", "text", text ? text : "", size, "tokens", ids, "prompt_tokens",
+                     (int)stats.prompt_tokens, "found_tokens", (int)stats.found_tokens, "finish",
+                     perk_cli_finish_name(perk_request_finish(request)), "times", times);
+    if (perk_request_logprobs(request, 0, NULL)) json_object_set_new(*out, "logprobs", logprobs_json(request, count));
     free(text);
-    return answer;
+    return *out ? PERK_OK : perk_fail_memory(err, "an answer");
 }
 
 /* Prints the job's line and lets go of it. False: nothing more can be printed. */
 static bool print(const perk_engine *engine, prompt_job *job) {
     perk_error err = {0};
-    json_t *answer = job->failure ? json_pack("{s:s}", "error", job->failure) : answer_json(engine, job, &err);
-    if (err.status) return perk_cli_fail(&err), false;
+    json_t *answer = job->failure ? json_pack("{s:s}", "error", job->failure) : NULL;
+    if (!job->failure && perk_cli_answer_json(engine, job->request, &answer, &err)) return perk_cli_fail(&err), false;
     if (job->id) json_object_set(answer, "id", job->id);
     perk_request_free(job->request);
     job->request = NULL;
     return perk_cli_print_json(answer) && !fflush(stdout);
 }
 
-/* ---- the file
- * -------------------------------------------------------------------------------------- */
+/* ---- the file ---- */
 
 enum { MAX_UNDER_WAY = 256 }; /* waiting requests cost memory, and more of them make no step fuller */
 

@@ -7,17 +7,17 @@
 typedef struct run_options {
     perk_cli_engine engine;
     perk_sampling sampling;
-    const char *prompt, *system, *tokens, *prompts;
-    int chat, ignore_eos, mode;
+    const char *prompt, *system, *tokens, *prompts, *stop;
+    int chat, ignore_eos, logprobs, mode;
     perk_cli_dump dump;
 } run_options;
 
 /* What one answer leaves behind. */
 typedef struct run_answer {
-    bool stream; /* to stdout while it is made */
     perk_buffer text;
     perk_cli_ids ids; /* only `items` and `count` */
     perk_generation generation;
+    uint64_t found; /* positions of the prompt, in pages of earlier turns */
     bool failed;
 } run_answer;
 
@@ -43,6 +43,10 @@ static int parse(const perk_cli_command *command, run_options *run, int argc, ch
                               "of tokens of the answer, each time", -2, 2),
         PERK_CLI_OPTION_SEED("seed", &run->sampling.seed, "of sampling: same seed, same tokens"),
         PERK_CLI_OPTION_FLAG("ignore-eos", &run->ignore_eos, "go on after the model's end tokens"),
+        PERK_CLI_OPTION_TEXT("stop", &run->stop, "TEXT", "ends the answer, which is printed up to it"),
+        PERK_CLI_OPTION_FLAG("logprobs", &run->logprobs, "with --json or --prompts: the tokens' log probabilities"),
+        PERK_CLI_OPTION_INT("top-logprobs", &run->sampling.top_logprobs, "N", "and those of the N likeliest", 0,
+                            PERK_MAX_TOP_LOGPROBS),
     };
     perk_cli_options options = {0};
     perk_cli_add(&options, items, (int)PERK_COUNT(items));
@@ -51,6 +55,9 @@ static int parse(const perk_cli_command *command, run_options *run, int argc, ch
     int code = perk_cli_parse(command, &options, argc, argv, 0, NULL);
     if (code != PERK_EXIT_GO_ON) return code;
     run->sampling.ignore_eos = run->ignore_eos;
+    run->sampling.logprobs = run->logprobs;
+    run->sampling.stop_strings = &run->stop;
+    run->sampling.stop_string_count = run->stop != NULL;
     run->engine.options.mode = (perk_mode)run->mode;
     if (run->tokens && (run->prompt || run->chat))
         return perk_cli_usage(command, "--tokens goes with neither --prompt nor --chat");
@@ -61,10 +68,13 @@ static int parse(const perk_cli_command *command, run_options *run, int argc, ch
     if (run->system && !run->chat) return perk_cli_usage(command, "--system needs --chat");
     if (run->engine.json && run->chat && !run->prompt)
         return perk_cli_usage(command, "--json with --chat needs --prompt");
+    if (run->logprobs && !run->engine.json && !run->prompts)
+        return perk_cli_usage(command, "--logprobs needs --json or --prompts");
+    if (run->sampling.top_logprobs && !run->logprobs) return perk_cli_usage(command, "--top-logprobs needs --logprobs");
     return PERK_EXIT_GO_ON;
 }
 
-/* ---- one answer ---- */
+/* ---- one answer, as it is made ---- */
 
 static int take_token(void *user, int32_t token, const char *text, size_t size) {
     run_answer *answer = user;
@@ -77,7 +87,7 @@ static int take_token(void *user, int32_t token, const char *text, size_t size) 
         answer->ids.capacity = capacity;
     }
     answer->ids.items[answer->ids.count++] = token;
-    if (answer->stream && size) {
+    if (size) {
         fwrite(text, 1, size, stdout);
         fflush(stdout);
     }
@@ -91,9 +101,12 @@ static void answer_free(run_answer *answer) {
 
 static perk_status generate(perk_engine *engine, const run_options *run, const int32_t *ids, size_t count,
                             run_answer *answer, perk_error *err) {
-    answer->stream = !run->engine.json;
+    perk_engine_stats before, after;
+    perk_engine_statistics(engine, &before);
     perk_status status =
         perk_engine_generate(engine, ids, count, &run->sampling, take_token, answer, &answer->generation, err);
+    perk_engine_statistics(engine, &after);
+    answer->found = after.found_tokens - before.found_tokens;
     if (!status && (answer->failed || answer->text.failed)) status = perk_fail_memory(err, "the answer");
     return status;
 }
@@ -103,31 +116,40 @@ static void print_ids(const run_answer *answer) {
     for (size_t i = 0; i < answer->ids.count; i++) printf("%s%d", i ? " " : "", answer->ids.items[i]);
 }
 
-static int print_json(const perk_engine *engine, const run_answer *answer) {
-    const perk_generation *generation = &answer->generation;
-    double decode_s = generation->decode_ms * 1e-3;
-    double rate = generation->tokens > 1 && decode_s > 0 ? (generation->tokens - 1) / decode_s : 0;
-    json_t *ids = json_array();
-    for (size_t i = 0; i < answer->ids.count; i++) json_array_append_new(ids, json_integer(answer->ids.items[i]));
-    json_t *times = json_pack("{s:f, s:f, s:f}", "prefill_ms", generation->prefill_ms, "decode_ms",
-                              generation->decode_ms, "decode_tokens_per_second", rate);
-    json_t *result = json_pack(
-        "{s:s%, s:o, s:i, s:s, s:o, s:o, s:o}", "text", answer->text.data ? answer->text.data : "", answer->text.size,
-        "tokens", ids, "prompt_tokens", (int)generation->prompt_tokens, "finish",
-        perk_cli_finish_name(generation->finish), "times", times, "start",
-        perk_cli_report_json(perk_engine_report(engine)), "program_steps", perk_cli_program_steps_json(engine));
-    return perk_cli_print_json(result) ? PERK_EXIT_OK : PERK_EXIT_FAILURE;
-}
-
-static int print_answer(const perk_engine *engine, const run_options *run, const run_answer *answer) {
-    if (run->engine.json) return print_json(engine, answer);
+static void print_answer(const perk_engine *engine, const run_options *run, const run_answer *answer) {
     if (!perk_engine_tokenizer(engine)) print_ids(answer);
     putchar('\n');
     const perk_generation *generation = &answer->generation;
     if (run->engine.verbose)
-        perk_cli_error("prompt %d tokens in %.1f ms; then %d tokens in %.1f ms", generation->prompt_tokens,
-                       generation->prefill_ms, generation->tokens, generation->decode_ms);
-    return PERK_EXIT_OK;
+        perk_cli_error("prompt %d tokens, %llu of them known, in %.1f ms; then %d tokens in %.1f ms",
+                       generation->prompt_tokens, (unsigned long long)answer->found, generation->prefill_ms,
+                       generation->tokens, generation->decode_ms);
+}
+
+static perk_status run_to_text(perk_engine *engine, const run_options *run, const perk_cli_ids *ids, perk_error *err) {
+    run_answer answer = {0};
+    perk_status status = generate(engine, run, ids->items, ids->count, &answer, err);
+    if (!status)
+        print_answer(engine, run, &answer);
+    else if (answer.text.size)
+        putchar('\n');
+    answer_free(&answer);
+    return status;
+}
+
+/* ---- one answer as JSON ---- */
+
+static perk_status run_to_json(perk_engine *engine, const run_options *run, const perk_cli_ids *ids, json_t **out,
+                               perk_error *err) {
+    perk_request *request;
+    perk_status status = perk_engine_submit(engine, ids->items, ids->count, &run->sampling, &request, err);
+    while (!status && perk_request_finish(request) == PERK_FINISH_NONE) status = perk_engine_step(engine, NULL, err);
+    if (!status) status = perk_cli_answer_json(engine, request, out, err);
+    perk_request_free(request);
+    if (status) return status;
+    json_object_set_new(*out, "start", perk_cli_report_json(perk_engine_report(engine)));
+    json_object_set_new(*out, "program_steps", perk_cli_program_steps_json(engine));
+    return PERK_OK;
 }
 
 /* ---- prompts ---- */
@@ -153,30 +175,24 @@ static perk_status encode_chat(const perk_engine *engine, const perk_chat_messag
     return status;
 }
 
+static perk_status read_prompt(const perk_engine *engine, const run_options *run, perk_cli_ids *ids, perk_error *err) {
+    if (run->tokens) return perk_cli_ids_parse(ids, run->tokens, err);
+    if (!run->chat) return encode(engine, run->prompt, 1, ids, err);
+    perk_chat_message messages[2] = {{"system", run->system}, {"user", run->prompt}};
+    return encode_chat(engine, messages + !run->system, 1 + (run->system != NULL), ids, err);
+}
+
 static int run_once(perk_engine *engine, const run_options *run) {
     perk_error err = {0};
     perk_cli_ids ids = {0};
-    run_answer answer = {0};
-    perk_status status;
-    int code = PERK_EXIT_FAILURE;
-    if (run->tokens) {
-        status = perk_cli_ids_parse(&ids, run->tokens, &err);
-    } else if (run->chat) {
-        perk_chat_message messages[2] = {{"system", run->system}, {"user", run->prompt}};
-        status = encode_chat(engine, messages + !run->system, 1 + (run->system != NULL), &ids, &err);
-    } else {
-        status = encode(engine, run->prompt, 1, &ids, &err);
-    }
-    if (!status) status = generate(engine, run, ids.items, ids.count, &answer, &err);
-    if (status) {
-        if (answer.stream && answer.text.size) putchar('\n');
-        perk_cli_fail(&err);
-    } else {
-        code = print_answer(engine, run, &answer);
-    }
-    answer_free(&answer);
+    json_t *answer = NULL;
+    perk_status status = read_prompt(engine, run, &ids, &err);
+    if (!status)
+        status =
+            run->engine.json ? run_to_json(engine, run, &ids, &answer, &err) : run_to_text(engine, run, &ids, &err);
     perk_cli_ids_free(&ids);
-    return code;
+    if (status) return perk_cli_fail(&err);
+    return !run->engine.json || perk_cli_print_json(answer) ? PERK_EXIT_OK : PERK_EXIT_FAILURE;
 }
 
 /* ---- a chat, turn by turn ---- */

@@ -1,7 +1,7 @@
 /* A CUDA driver for tests, on host memory: exactly the calls of src/driver.h, one context. Launches compute nothing,
  * unless the programs were compiled to be emulated (tests/emulator/). It fails where it is told to, counts what is
  * alive, and notes calls that a real driver would not have forgiven. A test sets PERK_LIBCUDA to the library and
- * reaches its state through fake_cuda_open. */
+ * reaches its state through open_fake.h. */
 #ifndef PERK_TESTS_FAKE_CUDA_H
 #define PERK_TESTS_FAKE_CUDA_H
 

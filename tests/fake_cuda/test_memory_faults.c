@@ -6,7 +6,7 @@
  * The linker leads perk's own calls of the malloc family here (--wrap). Those of the libraries below perk are told
  * apart by where they come from, and fail in sweeps of their own (not under the sanitizers, whose malloc it is then).
  */
-#include "fake_cuda.h"
+#include "open_fake.h"
 #include "perk/service.h"
 #include "perk/test.h"
 #include "src/base.h"
@@ -14,7 +14,6 @@
 
 #include "src/cli/cli.h"
 
-#include <dlfcn.h>
 #include <link.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -156,7 +155,8 @@ static perk_status generate(perk_engine *engine) {
 }
 
 static perk_status generate_from_text(perk_engine *engine) {
-    const perk_sampling greedy = {.max_tokens = ANSWER, .ignore_eos = 1};
+    static const char *const stops[] = {"not in there"};
+    const perk_sampling greedy = {.max_tokens = ANSWER, .ignore_eos = 1, .stop_strings = stops, .stop_string_count = 1};
     token_list list = {.count = 0};
     if (!perk_engine_tokenizer(engine)) return PERK_OK;
     return perk_engine_generate_text(engine, "Once upon", &greedy, take_token, &list, NULL, &err);
@@ -558,17 +558,6 @@ static void sweep_commands(void) {
 
 /* ---- the program ---- */
 
-static void open_fake(void) {
-    fake_cuda *(*state)(void);
-    void *library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
-    CHECK(library, "%s", dlerror());
-    *(void **)&state = dlsym(library, "fake_cuda_state");
-    CHECK(state);
-    fake = state();
-    setenv("PERK_LIBCUDA", FAKE_CUDA, 1);
-    setenv("PERK_LIBNVRTC", FAKE_CUDA, 1);
-}
-
 static void sweep_libraries(void) {
     choose(TINY, PERK_BACKEND_GPU, false);
     sweep_library("libpcre2-8", "tokenizer", use_tokenizer, true);
@@ -582,7 +571,7 @@ static void sweep_libraries(void) {
 int main(int argc, char **argv) {
     if (argc > 1) only = argv[1];
     make_scratch();
-    open_fake();
+    fake = open_fake().driver;
     sweep("tokenizer", use_tokenizer);
     sweep("tokenizer with byte fallback", use_sentencepiece);
     sweep("chats", use_chat);

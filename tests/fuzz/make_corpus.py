@@ -239,7 +239,8 @@ def request_seeds():
     seed("requests", "ids", b'\3[1,2,400]\n{"ids":[3]}\n')
     seed("requests", "plain_ids", b"\4" + b"1 2, 3\n4")
     prompts = [{"tokens": [1, 2, 3], "max_tokens": 4, "id": 1}, {"messages": chat, "top_k": 5},
-               {"prompt": "a", "temperature": 0.7, "top_p": 0.9, "min_p": 0.1, "seed": 4, "ignore_eos": True},
+               {"prompt": "a", "temperature": 0.7, "top_p": 0.9, "min_p": 0.1, "seed": 4, "ignore_eos": True,
+                "stop": ["ab", "\n"]},
                {"tokens": [7, 7], "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": -0.5,
                 "logit_bias": {"3": 5, "127": -100}, "stop_tokens": [9, 10], "logprobs": True, "top_logprobs": 2}]
     seed("requests", "prompts", b"\x80" + b"\n".join(compact(line) for line in prompts))
