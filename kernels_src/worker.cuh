@@ -298,9 +298,10 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk, ui
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
-    // Where all lanes copy, share what they know of experts, or vote on the end of a launch of many steps, one that
+    // Where all lanes copy, share what they know of tiles, or vote on the end of a launch of many steps, one that
     // decides otherwise would leave the others waiting for it.
-    if (PERK_PORTABLE || program::has_experts || program::many_steps) is_behind = __any_sync(0xffffffffu, is_behind);
+    if (PERK_PORTABLE || PERK_WIDE || program::has_experts || program::many_steps)
+        is_behind = __any_sync(0xffffffffu, is_behind);
     if (!is_behind) wait_full<true>(w, chunk - in_flight);
 }
 

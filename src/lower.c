@@ -345,12 +345,21 @@ void perk_lower_end(perk_lowering *l) {
     if (stage->stream.tensor >= 0) l->rotation = (l->rotation + stage->unit_count) % l->plan->device.worker_count;
 }
 
-void perk_lower_runs(perk_lowering *l, int units, perk_lower_run add, void *user) {
+/* Task i is that of worker `start` + i * `step`. */
+static void deal_runs(perk_lowering *l, int units, perk_lower_run add, void *user, int start, int step) {
     int workers = l->plan->device.worker_count, tasks = PERK_MIN(units, workers);
     for (int i = 0; i < tasks && l->error.status == PERK_OK; i++) {
         int first = (int)((int64_t)units * i / tasks), end = (int)((int64_t)units * (i + 1) / tasks);
-        add(l, user, (l->rotation + workers - 1 - i) % workers, first, end - first);
+        add(l, user, (start + workers + i * step) % workers, first, end - first);
     }
+}
+
+void perk_lower_runs(perk_lowering *l, int units, perk_lower_run add, void *user) {
+    deal_runs(l, units, add, user, l->rotation - 1, -1);
+}
+
+void perk_lower_late_runs(perk_lowering *l, int units, perk_lower_run add, void *user) {
+    deal_runs(l, units, add, user, l->rotation, 1);
 }
 
 /* Column groups of 8 elements, dealt in runs: from operand 0 to operand 1. */
@@ -519,7 +528,8 @@ static int reduction_bytes_of(const perk_lowering *l, const perk_op *op) {
     return op->type == &perk_op_moe_linear ? perk_moe_linear_bytes(l, op) : 0;
 }
 
-static perk_status plan_shared_memory(perk_lowering *l) {
+/* False when the ring would be too short. */
+static bool divide_shared_memory(perk_lowering *l) {
     perk_plan *plan = l->plan;
     int reduction = PERK_MAX(256, batched_reduction_bytes(plan));
     for (int i = 0; i < l->graph->op_count; i++)
@@ -549,12 +559,20 @@ static perk_status plan_shared_memory(perk_lowering *l) {
     plan->reduction_bytes = reduction;
     plan->ring_slots = PERK_MIN(RING_SLOTS_MAX, (room - plan->staging_bytes) / SLOT_BYTES);
     plan->shared_bytes = plan->ring_slots * SLOT_BYTES + plan->staging_bytes + fixed;
-    if (plan->ring_slots < RING_SLOTS_MIN)
-        return perk_fail(&l->error, PERK_UNSUPPORTED,
-                         "%s: %d bytes of shared memory a block are too few for a step of %d tokens; lower "
-                         "max_num_batched_tokens",
-                         plan->device.arch, plan->device.shared_memory, plan->config.max_num_batched_tokens);
-    return PERK_OK;
+    return plan->ring_slots >= RING_SLOTS_MIN;
+}
+
+static perk_status plan_shared_memory(perk_lowering *l) {
+    perk_plan *plan = l->plan;
+    if (divide_shared_memory(l)) return PERK_OK;
+    if (perk_plan_is_batched(plan)) { /* linears as for fewer tokens need less */
+        plan->wide_tokens = plan->input_slots = 0;
+        if (divide_shared_memory(l)) return PERK_OK;
+    }
+    return perk_fail(&l->error, PERK_UNSUPPORTED,
+                     "%s: %d bytes of shared memory a block are too few for a step of %d tokens; lower "
+                     "max_num_batched_tokens",
+                     plan->device.arch, plan->device.shared_memory, plan->config.max_num_batched_tokens);
 }
 
 /* ---- waits ---- */
@@ -835,6 +853,30 @@ static void place_gains(perk_lowering *l) {
             perk_lower_tensor(l, l->graph->ops[i]->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
 }
 
+static void lower_by(perk_lowering *l, const perk_op *op,
+                     perk_status (*lower)(perk_lowering *, const perk_op *, perk_error *)) {
+    perk_error failure = {0};
+    if (l->error.status != PERK_OK) return;
+    if (lower(l, op, &failure) != PERK_OK && l->error.status == PERK_OK) l->error = failure;
+}
+
+/* Ops in their order. What nobody in the step waits for comes after the stages of the next op that has any: workers do
+ * it while they would wait for that op's end. */
+static perk_status lower_ops(perk_lowering *l) {
+    const perk_op *late = NULL;
+    for (int i = 0; i < l->graph->op_count; i++) {
+        const perk_op *op = l->graph->ops[i];
+        int before = l->plan->stage_count;
+        lower_by(l, op, op->type->lower);
+        bool is_next = late && (l->plan->stage_count > before || op->type->lower_later);
+        if (is_next) lower_by(l, late, late->type->lower_later);
+        if (is_next) late = NULL;
+        if (op->type->lower_later) late = op;
+    }
+    if (late) lower_by(l, late, late->type->lower_later);
+    return l->error.status;
+}
+
 static perk_status lower_graph(perk_lowering *l) {
     perk_plan *plan = l->plan;
     ancestry a = {0};
@@ -843,12 +885,7 @@ static perk_status lower_graph(perk_lowering *l) {
     if (plan_attention(l) != PERK_OK || plan_shared_memory(l) != PERK_OK) return l->error.status;
     choose_folds(l);
     place_gains(l);
-    for (int i = 0; i < l->graph->op_count && l->error.status == PERK_OK; i++) {
-        perk_error failure = {0};
-        perk_status status = l->graph->ops[i]->type->lower(l, l->graph->ops[i], &failure);
-        if (status != PERK_OK && l->error.status == PERK_OK) l->error = failure;
-    }
-    if (l->error.status != PERK_OK) return l->error.status;
+    if (lower_ops(l) != PERK_OK) return l->error.status;
     a.words = (plan->stage_count + 63) / 64;
     a.bits = perk_calloc((size_t)a.words * (size_t)plan->stage_count, sizeof *a.bits);
     if (!a.bits) return perk_fail_memory(&l->error, "the plan");

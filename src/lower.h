@@ -97,6 +97,8 @@ void perk_lower_end(perk_lowering *lowering);
  * Workers that get the fewest tiles of the next stage come first: few units run beside that stage, not ahead of it. */
 typedef void (*perk_lower_run)(perk_lowering *lowering, void *user, int worker, int first, int count);
 void perk_lower_runs(perk_lowering *lowering, int units, perk_lower_run add, void *user);
+/* The same for a stage that is lowered later: workers that got the fewest tiles of the stage before come first. */
+void perk_lower_late_runs(perk_lowering *lowering, int units, perk_lower_run add, void *user);
 
 /* Such an `add`, of a stage (`user`) that copies columns from operand 0 to operand 1: units are groups of 8. */
 void perk_lower_copy(perk_lowering *lowering, void *stage, int worker, int first, int count);

@@ -61,4 +61,4 @@ static perk_status argmax_lower(perk_lowering *l, const perk_op *op, perk_error 
     return l->error.status;
 }
 
-const perk_op_type perk_op_argmax = {"argmax", argmax_reference, argmax_lower};
+const perk_op_type perk_op_argmax = {"argmax", argmax_reference, argmax_lower, NULL};

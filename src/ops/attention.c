@@ -248,11 +248,26 @@ static int lower_rope(perk_lowering *l, const perk_op *op) {
     return index;
 }
 
-static int lower_named(perk_lowering *l, const perk_op *op, const char *suffix, perk_space space, int rows, int cols,
-                       perk_dtype dtype) {
+/* The layer's cache; made on first use. */
+static int lower_kv(perk_lowering *l, const perk_op *op) {
     char name[128];
-    snprintf(name, sizeof name, "%.80s%s", op->output->name, suffix);
-    return perk_lower_scratch(l, name, space, rows, cols, dtype);
+    snprintf(name, sizeof name, "%.80s.kv", op->output->name);
+    for (int i = 0; i < l->plan->tensor_count; i++)
+        if (!strcmp(l->plan->tensors[i].name, name)) return i;
+    return perk_lower_scratch(l, name, PERK_SPACE_KV, l->plan->config.max_num_batched_tokens,
+                              op->attention.num_kv_heads, PERK_BF16);
+}
+
+static attention_lowering begin_attention(perk_lowering *l, const perk_op *op) {
+    const perk_plan *plan = l->plan;
+    int tokens = plan->config.max_num_batched_tokens;
+    attention_lowering a = {.p = &op->attention, .parts = plan->attention_parts};
+    a.slices = PERK_MIN(tokens, PERK_MAX(1, plan->device.worker_count / a.p->num_heads));
+    a.append_slices = PERK_MIN(tokens, a.parts);
+    a.qkv = perk_lower_tensor(l, op->inputs[PERK_IN_X], PERK_LAYOUT_ROWS);
+    a.kv = lower_kv(l, op);
+    a.rope = lower_rope(l, op);
+    return a;
 }
 
 /* The partial results are one scratch for all layers: a layer's are merged before the next layer's are made. */
@@ -412,7 +427,7 @@ static void lower_append(perk_lowering *l, const perk_op *op, attention_lowering
     a->stage->work = PERK_WORK_APPEND;
     a->stage->operands[0] = a->qkv;
     set_turn_operands(l, a, NULL);
-    perk_lower_runs(l, a->p->num_kv_heads * a->append_slices, add_append, a);
+    perk_lower_late_runs(l, a->p->num_kv_heads * a->append_slices, add_append, a);
     perk_lower_end(l);
 }
 
@@ -421,21 +436,20 @@ int perk_attention_reduction_bytes(const perk_op *op) {
 }
 
 static perk_status attention_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
-    const perk_plan *plan = l->plan;
-    int tokens = plan->config.max_num_batched_tokens;
-    attention_lowering a = {.p = &op->attention, .parts = plan->attention_parts};
-    a.slices = PERK_MIN(tokens, PERK_MAX(1, plan->device.worker_count / a.p->num_heads));
-    a.append_slices = PERK_MIN(tokens, a.parts);
+    attention_lowering a = begin_attention(l, op);
     (void)err;
-    a.qkv = perk_lower_tensor(l, op->inputs[PERK_IN_X], PERK_LAYOUT_ROWS);
     a.partials = lower_partials(l, &a);
-    a.kv = lower_named(l, op, ".kv", PERK_SPACE_KV, tokens, a.p->num_kv_heads, PERK_BF16);
     a.out = perk_lower_output(l, op->output);
-    a.rope = lower_rope(l, op);
     if (l->error.status == PERK_OK) lower_partial(l, op, &a);
     if (l->error.status == PERK_OK) lower_merge(l, op, &a);
+    return l->error.status;
+}
+
+static perk_status attention_lower_later(perk_lowering *l, const perk_op *op, perk_error *err) {
+    attention_lowering a = begin_attention(l, op);
+    (void)err;
     if (l->error.status == PERK_OK) lower_append(l, op, &a);
     return l->error.status;
 }
 
-const perk_op_type perk_op_attention = {"attention", attention_reference, attention_lower};
+const perk_op_type perk_op_attention = {"attention", attention_reference, attention_lower, attention_lower_later};

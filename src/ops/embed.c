@@ -36,4 +36,4 @@ static perk_status embed_lower(perk_lowering *l, const perk_op *op, perk_error *
     return perk_lower_gather(l, op, "tokens", "batch_token_ids");
 }
 
-const perk_op_type perk_op_embed = {"embed", embed_reference, embed_lower};
+const perk_op_type perk_op_embed = {"embed", embed_reference, embed_lower, NULL};

@@ -90,4 +90,4 @@ static perk_status gate_mul_lower(perk_lowering *l, const perk_op *op, perk_erro
     return l->error.status;
 }
 
-const perk_op_type perk_op_gate_mul = {"gate_mul", gate_mul_reference, gate_mul_lower};
+const perk_op_type perk_op_gate_mul = {"gate_mul", gate_mul_reference, gate_mul_lower, NULL};

@@ -320,4 +320,4 @@ static perk_status linear_lower(perk_lowering *l, const perk_op *op, perk_error 
     return l->error.status;
 }
 
-const perk_op_type perk_op_linear = {"linear", linear_reference, linear_lower};
+const perk_op_type perk_op_linear = {"linear", linear_reference, linear_lower, NULL};

@@ -252,4 +252,4 @@ static perk_status moe_linear_lower(perk_lowering *l, const perk_op *op, perk_er
     return l->error.status;
 }
 
-const perk_op_type perk_op_moe_linear = {"moe_linear", moe_linear_reference, moe_linear_lower};
+const perk_op_type perk_op_moe_linear = {"moe_linear", moe_linear_reference, moe_linear_lower, NULL};

@@ -109,4 +109,4 @@ static perk_status moe_route_lower(perk_lowering *l, const perk_op *op, perk_err
     return l->error.status;
 }
 
-const perk_op_type perk_op_moe_route = {"moe_route", moe_route_reference, moe_route_lower};
+const perk_op_type perk_op_moe_route = {"moe_route", moe_route_reference, moe_route_lower, NULL};

@@ -76,4 +76,4 @@ static perk_status moe_sum_lower(perk_lowering *l, const perk_op *op, perk_error
     return l->error.status;
 }
 
-const perk_op_type perk_op_moe_sum = {"moe_sum", moe_sum_reference, moe_sum_lower};
+const perk_op_type perk_op_moe_sum = {"moe_sum", moe_sum_reference, moe_sum_lower, NULL};

@@ -16,6 +16,8 @@ struct perk_op_type {
     perk_status (*reference)(struct perk_reference *reference, const perk_op *op, perk_error *err);
     /* Adds the op's stages to the plan (src/lower.h). */
     perk_status (*lower)(struct perk_lowering *lowering, const perk_op *op, perk_error *err);
+    /* The same of stages that nothing else in the step waits for: they follow those of the next op. NULL: none. */
+    perk_status (*lower_later)(struct perk_lowering *lowering, const perk_op *op, perk_error *err);
 };
 
 #define PERK_OP(name) extern const perk_op_type perk_op_##name;

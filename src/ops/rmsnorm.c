@@ -69,4 +69,4 @@ static perk_status rmsnorm_lower(perk_lowering *l, const perk_op *op, perk_error
     return l->error.status;
 }
 
-const perk_op_type perk_op_rmsnorm = {"rmsnorm", rmsnorm_reference, rmsnorm_lower};
+const perk_op_type perk_op_rmsnorm = {"rmsnorm", rmsnorm_reference, rmsnorm_lower, NULL};

@@ -35,4 +35,4 @@ static perk_status select_rows_lower(perk_lowering *l, const perk_op *op, perk_e
     return perk_lower_gather(l, op, "logits", "batch_logit_rows");
 }
 
-const perk_op_type perk_op_select_rows = {"select_rows", select_rows_reference, select_rows_lower};
+const perk_op_type perk_op_select_rows = {"select_rows", select_rows_reference, select_rows_lower, NULL};
