@@ -860,18 +860,22 @@ static void lower_by(perk_lowering *l, const perk_op *op,
     if (lower(l, op, &failure) != PERK_OK && l->error.status == PERK_OK) l->error = failure;
 }
 
-/* Ops in their order. What nobody in the step waits for comes after the stages of the next op that has any: workers do
- * it while they would wait for that op's end. */
+/* Ops in their order. What nobody in the step waits for comes ahead of the second linear behind its op: workers do it
+ * while they would wait for the end of the first, or for a norm between the two. */
 static perk_status lower_ops(perk_lowering *l) {
     const perk_op *late = NULL;
+    int linears = 0; /* since then */
     for (int i = 0; i < l->graph->op_count; i++) {
         const perk_op *op = l->graph->ops[i];
-        int before = l->plan->stage_count;
+        linears += is_linear(op);
+        if (late && (linears == 2 || op->type->lower_later)) {
+            lower_by(l, late, late->type->lower_later);
+            late = NULL;
+        }
         lower_by(l, op, op->type->lower);
-        bool is_next = late && (l->plan->stage_count > before || op->type->lower_later);
-        if (is_next) lower_by(l, late, late->type->lower_later);
-        if (is_next) late = NULL;
-        if (op->type->lower_later) late = op;
+        if (!op->type->lower_later) continue;
+        late = op;
+        linears = 0;
     }
     if (late) lower_by(l, late, late->type->lower_later);
     return l->error.status;

@@ -278,6 +278,7 @@ static void scramble(random_graph *g, perk_plan *plan) {
                          &tensor->graph_tensor,
                          &tensor->rope_op,
                          &plan->attention_parts,
+                         &plan->append_slices,
                          &plan->max_attention_items,
                          &plan->max_query_tiles,
                          &plan->tokens_per_query_tile};

@@ -182,9 +182,8 @@ static perk_status attention_reference(perk_reference *reference, const perk_op 
 /* Shape and plan tensors of one attention op, for its three stages. */
 typedef struct attention_lowering {
     const perk_attention_params *p;
-    int parts;         /* workers that share a KV head */
-    int slices;        /* of the step's tokens, in merge */
-    int append_slices; /* of the step's tokens, in append */
+    int parts;  /* workers that share a KV head */
+    int slices; /* of the step's tokens, in merge */
     int qkv, partials, kv, out, rope;
     perk_stage *stage;
 } attention_lowering;
@@ -218,6 +217,9 @@ perk_status perk_attention_plan_shape(perk_lowering *l, const perk_op *op, perk_
         return perk_fail(err, PERK_UNSUPPORTED, "attention %s: all layers must have the same heads", op->output->name);
     int tokens = plan->config.max_num_batched_tokens, per_tile = PERK_QUERY_ROWS / group;
     plan->attention_parts = PERK_MAX(1, plan->device.worker_count / p->num_kv_heads);
+    /* Beside batched linears there are norms for a few workers, which are to have nothing else then. */
+    int appending = perk_plan_is_batched(plan) ? PERK_MAX(1, plan->attention_parts * 3 / 4) : plan->attention_parts;
+    plan->append_slices = PERK_MIN(tokens, appending);
     plan->tokens_per_query_tile = per_tile;
     plan->max_query_tiles = PERK_MIN(tokens, tokens / per_tile + plan->config.max_num_batched_requests);
     if (plan->wide_tokens > 0 && !perk_plan_is_batched(plan) && (p->head_dim == 64 || p->head_dim == 128))
@@ -263,7 +265,6 @@ static attention_lowering begin_attention(perk_lowering *l, const perk_op *op) {
     int tokens = plan->config.max_num_batched_tokens;
     attention_lowering a = {.p = &op->attention, .parts = plan->attention_parts};
     a.slices = PERK_MIN(tokens, PERK_MAX(1, plan->device.worker_count / a.p->num_heads));
-    a.append_slices = PERK_MIN(tokens, a.parts);
     a.qkv = perk_lower_tensor(l, op->inputs[PERK_IN_X], PERK_LAYOUT_ROWS);
     a.kv = lower_kv(l, op);
     a.rope = lower_rope(l, op);
@@ -353,9 +354,9 @@ static void add_append(perk_lowering *l, void *user, int worker, int first, int 
     read_turn_operands(l, a);
     for (int writes = 0; writes < 2; writes++)
         for (int unit = first; unit < first + count; unit++) {
-            int head = unit / a->append_slices;
+            int head = unit / l->plan->append_slices;
             perk_region region = writes ? perk_lower_columns(l, a->kv, head, 1, 1, 1) : key_and_value(l, a, head);
-            set_token_slice(l, &region, unit % a->append_slices, a->append_slices);
+            set_token_slice(l, &region, unit % l->plan->append_slices, l->plan->append_slices);
             if (!is_empty(&region)) (writes ? perk_lower_write : perk_lower_read)(l, region);
         }
 }
@@ -421,13 +422,13 @@ static void lower_merge(perk_lowering *l, const perk_op *op, attention_lowering 
 
 static void lower_append(perk_lowering *l, const perk_op *op, attention_lowering *a) {
     char call[160];
-    snprintf(call, sizeof call, "template append<%d, %s>(worker, task, %.9ef)", a->append_slices,
+    snprintf(call, sizeof call, "template append<%d, %s>(worker, task, %.9ef)", l->plan->append_slices,
              a->p->k_norm ? "true" : "false", (double)a->p->norm_eps);
     if (!begin_stage(l, op, a, ".append", call)) return;
     a->stage->work = PERK_WORK_APPEND;
     a->stage->operands[0] = a->qkv;
     set_turn_operands(l, a, NULL);
-    perk_lower_late_runs(l, a->p->num_kv_heads * a->append_slices, add_append, a);
+    perk_lower_late_runs(l, a->p->num_kv_heads * l->plan->append_slices, add_append, a);
     perk_lower_end(l);
 }
 

@@ -16,7 +16,7 @@ struct perk_op_type {
     perk_status (*reference)(struct perk_reference *reference, const perk_op *op, perk_error *err);
     /* Adds the op's stages to the plan (src/lower.h). */
     perk_status (*lower)(struct perk_lowering *lowering, const perk_op *op, perk_error *err);
-    /* The same of stages that nothing else in the step waits for: they follow those of the next op. NULL: none. */
+    /* The same of stages that nothing else in the step waits for: they come when workers have time. NULL: none. */
     perk_status (*lower_later)(struct perk_lowering *lowering, const perk_op *op, perk_error *err);
 };
 

@@ -328,7 +328,7 @@ static void append_token(perk_sim_task *t, int head, int token) {
 }
 
 void perk_sim_append(perk_sim_task *t) {
-    int slices = PERK_MIN(t->sim->config.max_num_batched_tokens, t->sim->plan->attention_parts);
+    int slices = t->sim->plan->append_slices;
     for (int i = 0; i < t->task->count; i++) {
         int unit = perk_sim_unit(t, i), first, end;
         token_slice(t, unit % slices, slices, &first, &end);

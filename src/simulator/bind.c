@@ -37,7 +37,8 @@ static perk_status check_attention(const perk_simulator *sim, perk_error *err) {
         uint64_t vector = (uint64_t)p->num_kv_heads * (uint64_t)p->head_dim * 2;
         uint64_t layer = (uint64_t)c->max_num_pages * (uint64_t)c->page_size * vector * 2;
         int per_tile = plan->tokens_per_query_tile, tokens = c->max_num_batched_tokens;
-        bool fits = plan->attention_parts >= 1 && per_tile >= 1 && plan->kv_layer_bytes == layer &&
+        bool fits = plan->attention_parts >= 1 && plan->append_slices >= 1 && plan->append_slices <= tokens &&
+                    per_tile >= 1 && plan->kv_layer_bytes == layer &&
                     per_tile <= PERK_QUERY_ROWS / (p->num_heads / p->num_kv_heads) && plan->prompt_slice >= 0 &&
                     plan->max_query_tiles >= PERK_MIN(tokens, tokens / per_tile + c->max_num_batched_requests) &&
                     plan->attention_parts <= plan->device.worker_count &&
