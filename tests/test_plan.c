@@ -127,6 +127,9 @@ static void run_shape(bool compile, const shape *s) {
             check_padding(plan);
             if (plan->wide_tokens > 0) check_same_weights(plan, model->graph);
             if (compile && (!s->hopper_only || !strcmp(archs[a], "sm_90a"))) compile_plan(plan, s->folder);
+            plan->many_steps = true; /* with what happens between steps, tokens that are drawn among it */
+            CHECK_OK(perk_plan_check(plan, &err));
+            if (compile && s->tokens == 1 && !strcmp(archs[a], "sm_90a")) compile_plan(plan, s->folder);
             perk_plan_free(plan);
         }
     perk_model_free(model);
