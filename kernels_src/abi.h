@@ -195,6 +195,8 @@ enum {
     PERK_ROLE_INPUT_FULL = 4, /* counter: the number of the slice among the worker's */
     PERK_ROLE_INPUT_EMPTY = 5,
     PERK_ROLE_STEP_END = 6,
+    PERK_ROLE_DRAW = 7,  /* counter: the row of logits; seen, wanted: arrivals at meetings of those who draw it */
+    PERK_ROLE_DRAWN = 8, /* counter: 0; seen, wanted: rows that others draw */
 };
 
 /* ---- profiling: when a worker reached a task, had what it waited for, and had signalled ---- */
@@ -208,6 +210,8 @@ struct perk_token_record;
 struct perk_draw_bias;
 struct perk_draw_record;
 struct perk_page_hash;
+struct perk_draw_room;
+struct perk_draw_call;
 struct perk_desk;
 
 typedef struct perk_many_args {
@@ -233,9 +237,11 @@ typedef struct perk_many_args {
     struct perk_draw_record *drawn;   /* [2][logit rows] steps take turns */
     float *adjusted;                  /* [logit rows][PERK_ROW_STRIDE(vocabulary)], as the next */
     uint32_t *seen;                   /* zeros between two draws */
-    uint64_t *lists;                  /* [logit rows][PERK_DRAW_LISTED] */
+    struct perk_draw_room *rooms;     /* [logit rows] the same */
+    struct perk_draw_call *calls;     /* [logit rows] what is to be drawn of the step */
     int32_t *batch;                   /* that of the arguments, to write */
     const int32_t *picks;             /* [logit rows], PERK_ROW_STRIDE(1) words apart */
+    const float *logits;              /* [logit rows][PERK_ROW_STRIDE(vocabulary)] that they were picked from */
     uint64_t idle_limit_ns;
     uint32_t mail_mask, record_mask; /* lengths of rings, powers of two, less 1 */
     uint32_t dealt, written;         /* of the post when the launch began */

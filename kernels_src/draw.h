@@ -27,7 +27,7 @@ typedef struct perk_draw_bias {
     float bias;
 } perk_draw_bias;
 
-enum { PERK_DRAW_TOP = 20, PERK_DRAW_LISTED = 2048, PERK_DRAW_BIASES = 4096 }; /* biases: of a request */
+enum { PERK_DRAW_TOP = 20, PERK_DRAW_BIASES = 4096, PERK_DRAW_BINS = 256 }; /* biases: of a request */
 
 /* What log probabilities are made of. */
 typedef struct perk_draw_record {
@@ -40,6 +40,19 @@ typedef struct perk_draw_record {
     } top[PERK_DRAW_TOP];  /* [count] the likeliest, in any order */
     uint64_t reserved_too; /* whole pieces of 16 bytes */
 } perk_draw_record;
+
+/* Where the workers that draw a row's token together meet; two of what is written again before all have read it. */
+typedef struct perk_draw_room {
+    uint32_t arrived;  /* at all meetings */
+    uint32_t listed;   /* in all lists */
+    uint32_t recorded; /* in the record's top */
+    uint32_t token;    /* that was drawn: not zero before */
+    uint32_t reserved[28];
+    uint32_t counts[2][PERK_DRAW_BINS]; /* histograms */
+    uint64_t weights[2][PERK_DRAW_BINS];
+    uint64_t keys[2][PERK_DRAW_BINS];    /* lists */
+    uint64_t numbers[2][PERK_DRAW_BINS]; /* [workers] */
+} perk_draw_room;
 
 /* The weight of the largest logit: so many of the largest vocabulary (2^22) add up without overflow. */
 #define PERK_WEIGHT_ONE_SHIFT 40

@@ -53,10 +53,19 @@ typedef struct perk_post {
 
 /* In device memory; zeros when a launch begins. */
 typedef struct perk_desk {
-    uint32_t gate;         /* step n of the launch: 2 n + 1 the launch ends before it, 2 n + 2 it may begin */
+    uint32_t gate;         /* step n of the launch: 3 n + 1 tokens of the one before are to be drawn, 3 n + 2 the launch
+                              ends before it, 3 n + 3 it may begin */
     uint32_t reserved[31]; /* the gate has a line of its own: all workers poll it */
     uint32_t outbox_count; /* records of the last step in the outbox, */
     uint32_t outbox_step;  /* and that step */
+    uint32_t drawn;        /* rows that others than worker 0 have drawn, of those that it called for */
 } perk_desk;
+
+/* A row whose token is to be drawn. */
+typedef struct perk_draw_call {
+    int32_t row, slot;
+    int32_t best;  /* the argmax of its logits */
+    int32_t count; /* in the first call: of all */
+} perk_draw_call;
 
 #endif

@@ -306,124 +306,205 @@ __device__ __forceinline__ bool prepare_step(const Worker &w, const int32_t *pic
         finish_batch(w, s.batch);
     else
         end_launch(w, s, why, step);
-    store_release_gpu(&w.args.many.desk->gate, 2 * step + (runs ? 2 : 1));
+    store_release_gpu(&w.args.many.desk->gate, 3 * step + (runs ? 3 : 2));
     if (runs) tell_starts(s, running, outbox);
     tell(w, round + 1, dealt, outbox, runs ? 0 : kLast);
     return runs;
 }
 
-// The step is over when its last stages are: all lanes wait, and bring its tokens.
-__device__ __forceinline__ bool take_picks(const Worker &w, int32_t *picks) {
+// ---- tokens that are drawn ----
+// Where argmax has left the bit that says so, the scheduler calls all workers to draw before it takes the tokens in:
+// the gate is at a step of its own. Nobody is at work on the step any more, and nobody begins the next one before all
+// tokens are there, so that logits stay as they are. The workers are dealt to the rows in groups.
+
+// Whether the row's token is drawn, and not just the largest logit's. Known since the step began.
+template <uint32_t kVocabulary>
+__device__ __forceinline__ bool is_to_draw(const Worker &w, uint32_t row) {
+    const perk_many_args &many = w.args.many;
+    if (many.post == nullptr || row >= w.num_logit_rows()) return false;
+    const uint32_t slot = load_coherent4(many.logit_slots + row);
+    return load_coherent4(&many.slots[slot].rule.samples) != 0;
+}
+
+// Of so many rows, how many are drawn at a time, by how many workers each.
+struct Dealt {
+    uint32_t groups, members;
+    __device__ __forceinline__ explicit Dealt(uint32_t rows)
+        : groups(min(rows, gridDim.x)), members(min(gridDim.x / max(groups, 1u), uint32_t(PERK_DRAW_BINS))) {}
+};
+
+// A row of logits, and the request that it is for.
+struct DrawInput {
+    static constexpr uint32_t kStride = PERK_ROW_STRIDE(program::vocab_size);
+    const Worker &w;
+    const perk_draw_call call;
+
+    __device__ __forceinline__ const perk_many_args &many() const { return w.args.many; }
+    __device__ __forceinline__ const perk_slot *request() const { return many().slots + call.slot; }
+    __device__ __forceinline__ uint32_t row() const { return call.row; }
+    __device__ __forceinline__ const float *logits() const { return many().logits + uint64_t(row()) * kStride; }
+    __device__ __forceinline__ const perk_draw_rule *rule() const { return &request()->rule; }
+    __device__ __forceinline__ uint32_t length() const { return load_coherent4(&request()->length); }
+    __device__ __forceinline__ uint32_t prompt_length() const { return load_coherent4(&request()->prompt_length); }
+    __device__ __forceinline__ const int32_t *tokens() const {
+        return many().tokens + uint64_t(call.slot) * program::max_seq_length;
+    }
+    __device__ __forceinline__ const perk_draw_bias *biases() const {
+        return many().biases + uint64_t(call.slot) * PERK_DRAW_BIASES;
+    }
+    __device__ __forceinline__ float *adjusted() const { return many().adjusted + uint64_t(row()) * kStride; }
+    __device__ __forceinline__ uint32_t *seen() const { return many().seen + uint64_t(row()) * kStride; }
+    __device__ __forceinline__ perk_draw_room *room() const { return many().rooms + row(); }
+    __device__ __forceinline__ perk_draw_record *record() const {
+        return many().drawn + w.step() % 2 * program::max_logit_rows + row();
+    }
+};
+
+// By all consumers of a worker that was called: the rows of its group. Every row's first worker keeps the token.
+__device__ __forceinline__ void draw_rows(const Worker &w) {
+    const perk_many_args &many = w.args.many;
+#pragma unroll 1
+    for (uint32_t turn = 0;; turn++) {
+        Vec16 call = load_coherent16(many.calls); // mostly the only one; how many there are, anew: nothing is kept
+        const Dealt dealt(call.w);
+        const uint32_t group = w.index() / dealt.members, i = group + turn * dealt.groups;
+        if (group >= dealt.groups || i >= call.w) return;
+        if (i > 0) call = load_coherent16(many.calls + i);
+        const DrawInput in{w, {int32_t(call.x), int32_t(call.y), int32_t(call.z), 0}};
+        uint32_t token = call.z;
+        Draw<program::vocab_size, DrawInput> draw(w, in, {group * dealt.members, dealt.members});
+        if (!draw.run(token) || w.thread != 0) continue;
+        in.room()->token = token;
+        if (w.index() != 0 && !load_shared4(w.shared + SharedMap::given_up)) add_release_gpu(&many.desk->drawn, 1);
+    }
+}
+
+// Until all are there that were called for.
+__device__ __forceinline__ void await_drawn(const Worker &w) {
+    const perk_many_args &many = w.args.many;
+    const uint32_t rows = load_coherent4(&many.calls->count), groups = Dealt(rows).groups;
+    const uint32_t own = (rows + groups - 1) / groups; // worker 0 has drawn these
+    if (w.lane == 0 && rows > own) await_word(w, &many.desk->drawn, rows - own, PERK_ROLE_DRAWN, 0);
+    __syncwarp();
+}
+
+// ---- between two steps ----
+
+constexpr uint32_t kNoPick = 0xffffffffu;                        // where no logit is a number
+constexpr uint32_t kNextRuns = 0, kNextEnds = 1, kNextDraws = 2; // what is to be done now
+
+// The step is over when its last stages are: all lanes wait.
+__device__ __forceinline__ void await_step_end(const Worker &w) {
     const perk_many_args &many = w.args.many;
     const uint32_t i = w.lane % PERK_RECORD_WAITS, per_step = many.end_per_step[i];
     if (w.lane < PERK_RECORD_WAITS && per_step != 0)
         wait_counter(w, many.end_counter[i], (w.step() + 1) * per_step, PERK_ROLE_STEP_END);
     __syncwarp();
-    bool is_bad = false;
-    for (uint32_t row = w.lane; row < w.num_logit_rows(); row += 32) {
-        const uint32_t pick = load_coherent4(many.picks + row * kPickStride);
+}
+
+// Brings the step's tokens. Those that are still to be drawn are called for instead: then it returns true.
+__device__ __forceinline__ bool take_picks(const Worker &w, int32_t *picks, bool has_drawn, bool &is_bad) {
+    const perk_many_args &many = w.args.many;
+    uint32_t called = 0;
+    for (uint32_t begin = 0; begin < w.num_logit_rows(); begin += 32) {
+        const uint32_t row = min(begin + w.lane, w.num_logit_rows() - 1);
+        uint32_t pick = load_coherent4(many.picks + row * kPickStride);
+        const int32_t slot = load_coherent4(many.logit_slots + row);
+        const uint32_t drawn = has_drawn ? load_coherent4(&many.rooms[row].token) : 0;
+        const bool draws = pick != kNoPick && (pick & kToDraw) != 0 && row == begin + w.lane;
+        const uint32_t calls = __ballot_sync(0xffffffffu, draws && !has_drawn);
+        if (draws && has_drawn) pick = drawn;
+        if (draws && !has_drawn) {
+            const uint32_t place = called + __popc(calls & ((1u << w.lane) - 1));
+            pick &= ~kToDraw;
+            many.calls[place] = {int32_t(row), slot, int32_t(pick), 0};
+        }
+        called += __popc(calls);
+        if (row != begin + w.lane) continue;
         is_bad |= pick >= program::vocab_size;
         picks[row] = int32_t(pick);
     }
     __syncwarp(); // all picks are there
-    return __any_sync(0xffffffffu, is_bad);
+    if (called > 0 && w.lane == 0) {
+        many.calls->count = called;
+        many.desk->drawn = 0;
+    }
+    __syncwarp();
+    is_bad = __any_sync(0xffffffffu, is_bad);
+    return called > 0;
 }
 
-// What opens the gate of step `step` of the launch. Returns false when there is no such step.
-__device__ __forceinline__ bool schedule(const Worker &w, uint32_t step) {
+// What opens the gate of step `step` of the launch; returns what is to be done now. `has_drawn`: it was called before.
+__device__ __forceinline__ uint32_t schedule(const Worker &w, uint32_t step, bool has_drawn) {
     static_assert(program::max_logit_rows * 4 <= program::reduction_bytes, "picks do not fit the scratch");
     int32_t *picks = reinterpret_cast<int32_t *>(shared_pointer(w.reduction()));
-    const bool is_bad = step > 0 && take_picks(w, picks);
-    const bool has_hung = load_shared4(w.shared + SharedMap::given_up) != 0;
-    if (has_hung || w.lane != 0) return !has_hung;
-    if (w.args.many.post != nullptr) return prepare_step(w, picks, is_bad, step);
-    store_release_gpu(&w.args.many.desk->gate, 2 * step + (step == 0 ? 2 : 1));
-    return step == 0;
-}
-
-// ---- tokens that are drawn ----
-
-// The slot whose token comes of this row of logits, if it is not just the largest one. Known since the step began.
-template <uint32_t kVocabulary>
-__device__ __forceinline__ uint32_t slot_to_draw(const Worker &w, uint32_t row) {
-    const perk_many_args &many = w.args.many;
-    if (many.post == nullptr || row >= w.num_logit_rows()) return kNobody;
-    const uint32_t slot = load_coherent4(many.logit_slots + row);
-    return load_coherent4(&many.slots[slot].rule.samples) ? slot : kNobody;
-}
-
-// A row of logits, and the request in `slot` that it is for.
-template <uint32_t kStride>
-struct DrawInput {
-    const Worker &w;
-    const float *row_logits;
-    uint32_t row, slot;
-
-    __device__ __forceinline__ const perk_many_args &many() const { return w.args.many; }
-    __device__ __forceinline__ const perk_slot *request() const { return many().slots + slot; }
-    __device__ __forceinline__ const float *logits() const { return row_logits; }
-    __device__ __forceinline__ const perk_draw_rule *rule() const { return &request()->rule; }
-    __device__ __forceinline__ uint32_t length() const { return load_coherent4(&request()->length); }
-    __device__ __forceinline__ uint32_t prompt_length() const { return load_coherent4(&request()->prompt_length); }
-    __device__ __forceinline__ const int32_t *tokens() const {
-        return many().tokens + uint64_t(slot) * program::max_seq_length;
+    bool is_bad = false, draws = false;
+    if (step > 0) {
+        if (has_drawn)
+            await_drawn(w);
+        else
+            await_step_end(w);
+        draws = take_picks(w, picks, has_drawn, is_bad);
     }
-    __device__ __forceinline__ const perk_draw_bias *biases() const {
-        return many().biases + uint64_t(slot) * PERK_DRAW_BIASES;
+    if (load_shared4(w.shared + SharedMap::given_up) != 0) return kNextEnds;
+    uint32_t *const gate = &w.args.many.desk->gate;
+    if (draws && !is_bad) {
+        if (w.lane == 0) store_release_gpu(gate, 3 * step + 1);
+        return kNextDraws;
     }
-    __device__ __forceinline__ float *adjusted() const { return many().adjusted + uint64_t(row) * kStride; }
-    __device__ __forceinline__ uint32_t *seen() const { return many().seen + uint64_t(row) * kStride; }
-    __device__ __forceinline__ uint2 *list() const {
-        return reinterpret_cast<uint2 *>(many().lists + uint64_t(row) * PERK_DRAW_LISTED);
-    }
-    __device__ __forceinline__ perk_draw_record *record() const {
-        return many().drawn + w.step() % 2 * program::max_logit_rows + row;
-    }
-};
-
-template <uint32_t kVocabulary, uint32_t kStride>
-__device__ __forceinline__ uint32_t draw_token(const Worker &w, uint32_t row, uint32_t slot, const float *logits,
-                                               uint32_t best) {
-    const DrawInput<kStride> in{w, logits, row, slot};
-    return Draw<kVocabulary, DrawInput<kStride>>(w, in).run(best);
+    if (w.lane != 0) return kNextRuns; // lane 0 says whether it does
+    if (w.args.many.post != nullptr) return prepare_step(w, picks, is_bad, step) ? kNextRuns : kNextEnds;
+    store_release_gpu(gate, 3 * step + (step == 0 ? 3 : 2));
+    return step == 0 ? kNextRuns : kNextEnds;
 }
 
 // ---- all workers ----
 
-// Until the step may begin. There is no limit: the scheduler may idle, and what it waits for has limits of its own.
-__device__ __forceinline__ bool pass_gate(const Worker &w, uint32_t step) {
-    const uint32_t end = 2 * step + 1;
+// Until the step may begin, or the worker is called to draw. There is no limit: the scheduler may idle, and what it
+// waits for has limits of its own.
+__device__ __forceinline__ uint32_t pass_gate(const Worker &w, uint32_t step, bool has_drawn) {
+    const uint32_t wanted = 3 * step + (has_drawn ? 2 : 1);
     uint32_t seen, polls = 0;
-    while (static_cast<int32_t>((seen = load_acquire_gpu(&w.args.many.desk->gate)) - end) < 0) {
-        if (++polls % kPollsPerClockRead == 0 && load_coherent4(w.args.hang_claim) != 0) return false;
+    while (static_cast<int32_t>((seen = load_acquire_gpu(&w.args.many.desk->gate)) - wanted) < 0) {
+        if (++polls % kPollsPerClockRead == 0 && load_coherent4(w.args.hang_claim) != 0) return kNextEnds;
         if (polls > kPollsBeforePause) pause(kGatePauseNs);
     }
-    return seen != end;
+    const uint32_t at = seen - 3 * step;
+    return at == 1 ? kNextDraws : at == 2 ? kNextEnds : kNextRuns;
 }
 
-// By all consumers, with the step before behind them: waits until there is a batch, and brings it. False: the launch
-// has ended.
-__device__ __forceinline__ bool begin_step(Worker &w) {
-    w.forget_coordinates();
-    if (w.warp == 0) {
-        const uint32_t number = w.step() + 1, step = number - w.args.step;
-        bool runs = true;
-        if (w.index() == 0)
-            runs = schedule(w, step);
-        else if (w.lane == 0)
-            runs = pass_gate(w, step);
-        __syncwarp();
-        if (w.lane == 0) {
-            fence_block(); // the feeder reads the batch once it sees the step's number
-            if (runs)
-                store_shared4(w.shared + SharedMap::step, number);
-            else
-                store_shared4(w.shared + SharedMap::given_up, kEnded);
-        }
-        __syncwarp();
+// By warp 0: waits for what is to be done now, and tells the others.
+__device__ __forceinline__ void await_next(const Worker &w, bool has_drawn) {
+    const uint32_t number = w.step() + 1, step = number - w.args.step;
+    uint32_t next = kNextRuns;
+    if (w.index() == 0)
+        next = schedule(w, step, has_drawn);
+    else if (w.lane == 0)
+        next = pass_gate(w, step, has_drawn);
+    __syncwarp();
+    if (w.lane == 0) {
+        fence_block(); // the feeder reads the batch once it sees the step's number
+        store_shared4(w.shared + SharedMap::next, next);
+        if (next == kNextRuns) store_shared4(w.shared + SharedMap::step, number);
+        if (next == kNextEnds) store_shared4(w.shared + SharedMap::given_up, kEnded);
     }
-    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-    if (load_shared4(w.shared + SharedMap::given_up) == kEnded) return false;
+    __syncwarp();
+}
+
+// By all consumers, with the step before behind them: draws its tokens if they are to be, waits until there is a batch,
+// and brings it. False: the launch has ended.
+__device__ __forceinline__ bool begin_step(Worker &w) {
+#pragma unroll 1
+    for (bool has_drawn = false;; has_drawn = true) {
+        w.forget_coordinates();
+        if (w.warp == 0) await_next(w, has_drawn);
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+        const uint32_t next = load_shared4(w.shared + SharedMap::next);
+        if (next == kNextEnds) return false;
+        if (next == kNextRuns) break;
+        draw_rows(w);
+        named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // the next word is written after all have read this one
+    }
     fetch_record(w, 0);
     if constexpr (program::batch_shared_bytes > 0) {
         const uint8_t *batch = reinterpret_cast<const uint8_t *>(w.args.batch);

@@ -70,6 +70,13 @@ __device__ __forceinline__ void or_shared4(uint32_t address, uint32_t bits) {
     asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
 }
 
+// Adds, whoever else adds to the same word; returns what was there.
+__device__ __forceinline__ uint32_t add_shared4(uint32_t address, uint32_t amount) {
+    uint32_t v;
+    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(v) : "r"(address), "r"(amount) : "memory");
+    return v;
+}
+
 // Data that another SM wrote in this launch: served by L2, never by a stale line of L1.
 __device__ __forceinline__ Vec16 load_coherent16(const void *pointer) {
     Vec16 v;
@@ -121,6 +128,14 @@ __device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t *pointer) {
 }
 __device__ __forceinline__ void add_release_gpu(uint32_t *pointer, uint32_t amount) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(pointer), "r"(amount) : "memory");
+}
+
+// The same of sums that a counter makes visible.
+__device__ __forceinline__ void add_gpu4(uint32_t *pointer, uint32_t amount) {
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(pointer), "r"(amount) : "memory");
+}
+__device__ __forceinline__ void add_gpu8(uint64_t *pointer, uint64_t amount) {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(pointer), "l"(amount) : "memory");
 }
 
 __device__ __forceinline__ void store_release_gpu(uint32_t *pointer, uint32_t v) {

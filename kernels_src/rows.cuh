@@ -183,14 +183,11 @@ struct Best {
 constexpr float kLowest = -3.402823466e38f;
 
 // out[r] = index of the largest logit, from the candidates that each row tile of the vocabulary projection left.
-// A program of many steps draws a token from the row's logits instead, where the request wants that (many_steps.cuh).
-// A task owns the rows first, first + stride, ... Operands: 0 candidates [rows][tiles], 1 out, 2 logits.
-constexpr uint32_t kNobody = 0xffffffffu;
+// In a program of many steps with a bit beside it, where the request wants a token that is drawn (many_steps.cuh).
+// A task owns the rows first, first + stride, ... Operands: 0 candidates [rows][tiles], 1 out.
+constexpr uint32_t kToDraw = 1u << 31;
 template <uint32_t kVocabulary>
-__device__ __forceinline__ uint32_t slot_to_draw(const Worker &w, uint32_t row);
-template <uint32_t kVocabulary, uint32_t kStride>
-__device__ __forceinline__ uint32_t draw_token(const Worker &w, uint32_t row, uint32_t slot, const float *logits,
-                                               uint32_t best);
+__device__ __forceinline__ bool is_to_draw(const Worker &w, uint32_t row);
 
 template <uint32_t kVocabulary, uint32_t kOutStride>
 __device__ void argmax(Worker &w, const TaskView &task) {
@@ -199,8 +196,8 @@ __device__ void argmax(Worker &w, const TaskView &task) {
                    count = task.count();
     const uint8_t *candidates = w.args.activations + task.operand(0);
     int32_t *out = reinterpret_cast<int32_t *>(w.args.activations + task.operand(1));
-    uint32_t slot = kNobody;
-    if constexpr (program::many_steps) slot = slot_to_draw<kVocabulary>(w, first);
+    bool draws = false;
+    if constexpr (program::many_steps) draws = is_to_draw<kVocabulary>(w, first);
     await_inputs(w, task);
     for (uint32_t i = 0; i < count; i++) {
         const uint32_t row = first + i * stride;
@@ -219,20 +216,12 @@ __device__ void argmax(Worker &w, const TaskView &task) {
         if (w.thread == 0) {
             for (uint32_t warp = 1; warp < PERK_CONSUMER_WARPS; warp++)
                 best.take(shared[warp].value, shared[warp].index);
+            if (draws && best.index < kVocabulary) best.index |= kToDraw;
             out[uint64_t(row) * kOutStride] = static_cast<int32_t>(best.index);
-            if (program::many_steps) shared[0] = best;
         }
+        if constexpr (program::many_steps)
+            if (i + 1 < count) draws = is_to_draw<kVocabulary>(w, row + stride);
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-        if constexpr (program::many_steps) {
-            if (slot != kNobody) {
-                constexpr uint32_t kStride = PERK_ROW_STRIDE(kVocabulary);
-                const float *logits = reinterpret_cast<const float *>(w.args.activations + task.operand(2));
-                const uint32_t token =
-                    draw_token<kVocabulary, kStride>(w, row, slot, logits + uint64_t(row) * kStride, shared[0].index);
-                if (w.thread == 0) out[uint64_t(row) * kOutStride] = static_cast<int32_t>(token);
-            }
-            if (i + 1 < count) slot = slot_to_draw<kVocabulary>(w, row + stride);
-        }
     }
 }
 

@@ -1,158 +1,222 @@
-// Sampling: from a row of logits to a token, as src/sampler.h defines it, by the consumers of one worker. draw.h has
-// the arithmetic; since weights are integers, everything here may add in the order that suits it.
+// Sampling: from a row of logits to a token, as src/sampler.h defines it, by the consumers of a group of workers.
+// draw.h has the arithmetic; since weights are integers, everything here may add in the order that suits it.
 //
-// What a request keeps of the vocabulary is always a beginning of its ranking: all tokens above some rank, and the
-// first few of those that share it. That rank is searched for: passes over all logits count and weigh what lies above
-// four ranks at a time, until little enough is left to be held in registers (mostly after the first), where the search
-// goes on bit by bit. A place in the order of ids is found in the same way. A pass over 152k logits is 608 KB from L2.
+// All workers of the group take the same path over the same numbers; each looks at its own slice of the vocabulary, and
+// what is known of all slices is put together in the row's room, in device memory, at which they meet. A histogram of
+// ranks says where the ranking is cut; the few tokens there are listed, one a thread, and each counts what comes before
+// it. Whatever is left to be done with the list alone is done by the group's first worker; the others leave.
 #pragma once
 
 #include "draw.h"
 
 namespace perk {
 
-__device__ __forceinline__ uint64_t shuffle_xor8(uint64_t value, int offset) {
-    const uint32_t low = __shfl_xor_sync(0xffffffffu, uint32_t(value), offset);
-    const uint32_t high = __shfl_xor_sync(0xffffffffu, uint32_t(value >> 32), offset);
-    return uint64_t(high) << 32 | low;
+__device__ __forceinline__ uint64_t join_words(uint32_t low, uint32_t high) { return uint64_t(high) << 32 | low; }
+__device__ __forceinline__ uint64_t shuffle8(uint64_t value, uint32_t lane) {
+    return join_words(__shfl_sync(0xffffffffu, uint32_t(value), lane),
+                      __shfl_sync(0xffffffffu, uint32_t(value >> 32), lane));
 }
+
+// As wait_counter, for words that are not a plan's.
+__device__ __forceinline__ void await_word(const Worker &w, const uint32_t *word, uint32_t target, uint32_t role,
+                                           uint32_t name) {
+    Patience patience;
+    uint32_t seen;
+    while (static_cast<int32_t>((seen = load_acquire_gpu(word)) - target) < 0)
+        if (patience.is_over(w.args)) {
+            report_hang(w, role, name, seen, target);
+            store_shared4(w.shared + SharedMap::given_up, 1);
+            target = seen;
+        }
+}
+
+// Who draws a row: `count` workers from `first` on.
+struct DrawGroup {
+    uint32_t first, count;
+};
 
 // What a token is drawn from. An `Input` finds all of it anew whenever it is asked, so that no addresses are kept in
 // registers through the passes:
+//   uint32_t row()                    for reports
 //   const float *logits()             [vocabulary] the model's own
 //   const perk_draw_rule *rule()
 //   const int32_t *tokens()           [length()] prompt, of prompt_length(), and answer
 //   const perk_draw_bias *biases()    [rule bias_count]
 //   float *adjusted()                 [vocabulary, and up to 3 more] room for the row
 //   uint32_t *seen()                  [vocabulary] zeros, before and after
-//   uint2 *list()                     [PERK_DRAW_LISTED] room for tokens
+//   perk_draw_room *room()            zeros, before and after
 //   perk_draw_record *record()        filled in where the rule wants log probabilities
 template <uint32_t kVocabulary, class Input>
 struct Draw {
-    static constexpr uint32_t kHeld = 8; // tokens that a thread holds in registers
-    static constexpr uint32_t kListed = kHeld * PERK_CONSUMER_THREADS;
-    static constexpr uint32_t kTries = 4;   // ranks that a pass looks at
-    static constexpr uint32_t kLinear = 8;  // so many passes divide the logits between two ranks, later ones the ranks
-    static constexpr uint32_t kNumbers = 8; // that a block adds up at once, at most
-    static constexpr uint32_t kLoads = 6;   // of 16 bytes in flight for a thread
-    static constexpr uint32_t kLowest = 0x00800000u; // rank of the lowest finite number
+    static constexpr uint32_t kBins = PERK_DRAW_BINS; // of a histogram, and the tokens of a list: one a thread
+    static constexpr uint32_t kLoads = 6;             // of 16 bytes in flight for a thread
+    static constexpr float kOctaves = 48.0f;          // of weight: how far the first histogram reaches
+    static constexpr uint32_t kLowest = 0x00800000u;  // rank of the lowest finite number
     static constexpr uint32_t kHighest = 0xffffffffu;
-    static constexpr uint32_t kMinusInfinity = 0xff800000u, kInfinity = 0x7f800000u;
+    static constexpr uint32_t kMinusInfinity = 0xff800000u;
+    static constexpr uint64_t kAll = uint64_t(1) << 32; // key of the last token that there can be
     static constexpr uint32_t bits_of(uint32_t number) { return number == 0 ? 0 : 1 + bits_of(number / 2); }
-    static constexpr uint32_t kIdBits = bits_of(kVocabulary - 1);
-    static_assert(PERK_DRAW_LISTED == kListed, "the list's length");
+    static constexpr uint32_t kIdBits = bits_of(kVocabulary);
+    static_assert(kBins == PERK_CONSUMER_THREADS, "a bin a thread");
 
-    // What is done to a row, in this order. Each is a pass of one loop, so that the machine code is there once.
-    enum Stage : uint32_t { kLikeliest, kTopK, kTopP, kToken };
+    // What is done to a row, in this order. Each is a turn of one loop, so that the machine code is there once.
+    enum Stage : uint32_t { kLikeliest, kRecord, kTopK, kTopP, kToken };
 
-    // Tokens in registers: all whose rank is from `low` to `high`.
-    struct Held {
-        uint32_t rank[kHeld], id[kHeld];
-        uint32_t low, high;
-        __device__ __forceinline__ bool covers(uint32_t from, uint32_t to) const { return low <= from && high >= to; }
-        // With the tokens themselves, so that they take no registers while others are looked for.
-        __device__ __forceinline__ void forget() {
-            low = kHighest, high = 0;
-#pragma unroll
-            for (uint32_t i = 0; i < kHeld; i++) rank[i] = id[i] = 0;
-        }
+    struct Measure {
+        uint32_t count;
+        uint64_t weight;
+        __device__ __forceinline__ uint64_t of(bool by_weight) const { return by_weight ? weight : count; }
     };
-
-    // The beginning of the ranking that is kept: all above a rank, and of those at it the first `count`, up to the id
-    // `last`. Count 0: nothing was cut off yet.
-    struct Kept {
-        uint32_t rank, last;
-        uint64_t count;
+    // Where something begins that is looked for: a bin, a slice or a token, and what comes before it.
+    struct Found {
+        uint64_t what;
+        Measure before, has;
     };
 
     const Worker &w;
     const Input &in;
+    const DrawGroup group;
     const float *logits; // those of the input, or the adjusted ones
     float largest, scale;
-    uint32_t turn = 0; // of two buffers, so that one barrier a sum is enough
-    Held held;
-    Kept kept;
 
-    __device__ __forceinline__ Draw(const Worker &worker, const Input &input)
-        : w(worker), in(input), logits(input.logits()) {
-        forget();
-    }
-    __device__ __forceinline__ void forget() {
-        held.forget();
-        kept = {kLowest, kHighest, 0};
-    }
+    uint32_t meetings = 0, passes = 0, lists = 0, all_listed = 0;
+    bool is_closed = false;   // by the last meeting
+    Measure newer{}, older{}; // the thread's bin of the room's two histograms, which only ever grow
+    Measure first{};          // the thread's bin of the row's first histogram,
+    bool has_first = false;   // if there was one
+
+    uint64_t kept = kAll; // the key of the last token that is kept: of the ranking, those up to it
+    uint64_t kept_weight = 0;
+    uint32_t kept_count = 0;
+
+    uint64_t key = 0, weight = 0;    // the thread's token of the list
+    uint32_t listed = 0;             // how many tokens that has,
+    uint32_t listed_from = kHighest; // and a rank: all that are there and above are among them
+
+    __device__ __forceinline__ Draw(const Worker &worker, const Input &input, DrawGroup of)
+        : w(worker), in(input), group(of), logits(input.logits()) {}
 
     static __device__ __forceinline__ float load_float(const float *pointer) {
         return __uint_as_float(load_coherent4(pointer));
     }
 
-    // ---- the block together ----
+    // A token's place in the ranking: the larger key comes first.
+    static __device__ __forceinline__ uint64_t key_of(uint32_t rank, uint32_t id) { return join_words(~id, rank); }
+    static __device__ __forceinline__ uint32_t rank_of(uint64_t key) { return uint32_t(key >> 32); }
+    static __device__ __forceinline__ uint32_t id_of(uint64_t key) { return ~uint32_t(key); }
+
+    // Of PERK_RANK_NONE, whose logit is not a number, 0; no branch, so that four are computed side by side.
+    __device__ __forceinline__ uint64_t weight_of(uint32_t rank) const {
+        return perk_weight(perk_rank_logit(rank), largest, scale);
+    }
+
+    // ---- the group ----
+
+    __device__ __forceinline__ bool is_leader() const { return w.index() == group.first; }
+    __device__ __forceinline__ bool has_left() const { return is_closed && !is_leader(); }
+    // What every worker of the group wrote before is there for all of them. From the last meeting on only the leader
+    // looks at anything; the others leave.
+    __device__ __forceinline__ void meet(bool is_last = false) {
+        barrier();
+        meetings++;
+        is_closed = is_last;
+        if (w.thread == 0 && group.count > 1) {
+            add_release_gpu(&in.room()->arrived, 1);
+            if (!has_left()) await_word(w, &in.room()->arrived, meetings * group.count, PERK_ROLE_DRAW, in.row());
+        }
+        barrier();
+    }
+    // A number of every worker, of which thread t gets that of member t.
+    __device__ __forceinline__ uint64_t exchange(uint64_t number, bool is_last) {
+        uint64_t *const numbers = in.room()->numbers[meetings % 2];
+        if (w.thread == 0) numbers[w.index() - group.first] = number;
+        meet(is_last);
+        if (has_left() || w.thread >= group.count) return 0;
+        const uint2 other = load_coherent8(numbers + w.thread);
+        return join_words(other.x, other.y);
+    }
+    // The worker's slice is [slice_begin(), slice_end()).
+    __device__ __forceinline__ uint32_t slice() const {
+        return ((kVocabulary + group.count - 1) / group.count + 127) / 128 * 128;
+    }
+    __device__ __forceinline__ uint32_t slice_begin() const {
+        return min(kVocabulary, (w.index() - group.first) * slice());
+    }
+    __device__ __forceinline__ uint32_t slice_end() const { return min(kVocabulary, slice_begin() + slice()); }
+
+    // ---- the block ----
 
     __device__ __forceinline__ void barrier() const { named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); }
 
-    // The scratch: two buffers of numbers, a counter, the rule.
-    static constexpr uint32_t kCounter = 2 * PERK_CONSUMER_WARPS * kNumbers * 8;
-    static constexpr uint32_t kRule = kCounter + 16;
+    // The scratch: the list, 16 bytes a token, in the place of which bins are filled and tokens collected; what warps
+    // have; what was found; a counter; the rule.
+    static constexpr uint32_t kWarps = kBins * 16, kFound = kWarps + PERK_CONSUMER_WARPS * 16, kCounter = kFound + 32,
+                              kRule = kCounter + 16;
     static_assert(kRule + sizeof(perk_draw_rule) <= program::reduction_bytes, "sampling needs more scratch");
-    __device__ __forceinline__ uint64_t *buffer() {
-        turn ^= 1;
-        return static_cast<uint64_t *>(shared_pointer(w.reduction())) + turn * PERK_CONSUMER_WARPS * kNumbers;
-    }
-    __device__ __forceinline__ uint32_t *counter() const {
-        return static_cast<uint32_t *>(shared_pointer(w.reduction() + kCounter));
-    }
+    __device__ __forceinline__ uint32_t scratch(uint32_t offset) const { return w.reduction() + offset; }
+
     // The rule, in shared memory: by the way of L1 it might be an older one.
     __device__ __forceinline__ void fetch_rule() const {
         const uint32_t offset = w.thread * 4;
         if (offset < sizeof(perk_draw_rule))
-            store_shared4(w.reduction() + kRule + offset,
+            store_shared4(scratch(kRule + offset),
                           load_coherent4(reinterpret_cast<const uint8_t *>(in.rule()) + offset));
+        if (w.thread < 8) store_shared4(scratch(kFound) + w.thread * 4, 0); // no garbage where nothing is found
         barrier();
     }
     __device__ __forceinline__ const perk_draw_rule &rule() const {
-        return *static_cast<const perk_draw_rule *>(shared_pointer(w.reduction() + kRule));
+        return *static_cast<const perk_draw_rule *>(shared_pointer(scratch(kRule)));
     }
 
-    // Every number becomes its sum over all threads.
-    template <uint32_t kCount>
-    __device__ __forceinline__ void add_up(uint64_t (&numbers)[kCount]) {
-        static_assert(kCount <= kNumbers, "too many numbers");
-        uint64_t *shared = buffer();
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) {
-#pragma unroll
-            for (uint32_t i = 0; i < kCount; i++) numbers[i] += shuffle_xor8(numbers[i], offset);
+    // What the threads before this one have; returns what all have. What is found is told before the next one.
+    __device__ __forceinline__ Measure scan(const Measure &mine, Measure &before) const {
+        Measure sum = mine;
+        for (uint32_t offset = 1; offset < 32; offset *= 2) {
+            const uint32_t lane = w.lane - offset, count = __shfl_sync(0xffffffffu, sum.count, lane);
+            const uint64_t weight = shuffle8(sum.weight, lane);
+            if (w.lane >= offset) sum.count += count, sum.weight += weight;
         }
-        if (w.lane == 0) {
-#pragma unroll
-            for (uint32_t i = 0; i < kCount; i++) shared[w.warp * kCount + i] = numbers[i];
-        }
+        if (w.lane == 31)
+            store_shared16(scratch(kWarps) + w.warp * 16,
+                           {sum.count, 0, uint32_t(sum.weight), uint32_t(sum.weight >> 32)});
         barrier();
-#pragma unroll
-        for (uint32_t i = 0; i < kCount; i++) numbers[i] = shared[i];
-        constexpr uint32_t kAtOnce = kCount == 1 ? PERK_CONSUMER_WARPS : 1; // many loads at once take many registers
-#pragma unroll kAtOnce
-        for (uint32_t warp = 1; warp < PERK_CONSUMER_WARPS; warp++) {
-#pragma unroll
-            for (uint32_t i = 0; i < kCount; i++) numbers[i] += shared[warp * kCount + i];
+        before = {sum.count - mine.count, sum.weight - mine.weight};
+        Measure all{};
+        for (uint32_t warp = 0; warp < PERK_CONSUMER_WARPS; warp++) {
+            if (warp == w.warp) before.count += all.count, before.weight += all.weight;
+            const Vec16 other = load_shared16(scratch(kWarps) + warp * 16);
+            all.count += other.x, all.weight += join_words(other.z, other.w);
         }
+        return all;
     }
-    __device__ __forceinline__ uint64_t sum(uint64_t number) {
-        uint64_t numbers[1] = {number};
-        add_up(numbers);
-        return numbers[0];
-    }
-    __device__ __forceinline__ uint64_t most(uint64_t number) {
-        uint64_t *shared = buffer();
-        for (int offset = 16; offset > 0; offset /= 2) {
-            const uint64_t other = shuffle_xor8(number, offset);
+    // The largest number of all threads.
+    __device__ __forceinline__ uint64_t most(uint64_t number) const {
+        for (uint32_t offset = 16; offset > 0; offset /= 2) {
+            const uint64_t other = shuffle8(number, w.lane ^ offset);
             number = other > number ? other : number;
         }
-        if (w.lane == 0) shared[w.warp] = number;
+        if (w.lane == 0)
+            store_shared16(scratch(kWarps) + w.warp * 16, {uint32_t(number), uint32_t(number >> 32), 0, 0});
         barrier();
-        for (uint32_t warp = 0; warp < PERK_CONSUMER_WARPS; warp++)
-            number = shared[warp] > number ? shared[warp] : number;
+        for (uint32_t warp = 0; warp < PERK_CONSUMER_WARPS; warp++) {
+            const Vec16 other = load_shared16(scratch(kWarps) + warp * 16);
+            const uint64_t theirs = join_words(other.x, other.y);
+            number = theirs > number ? theirs : number;
+        }
+        barrier();
         return number;
+    }
+    // One thread at most has what is looked for: `has` of it, behind `before`. All learn of it.
+    __device__ __forceinline__ Found tell(uint64_t wanted, bool by_weight, Measure before, Measure has, uint64_t what) {
+        const uint64_t from = before.of(by_weight);
+        if (from < wanted && wanted - from <= has.of(by_weight)) {
+            store_shared16(scratch(kFound), {uint32_t(what), uint32_t(what >> 32), before.count, has.count});
+            store_shared16(scratch(kFound) + 16, {uint32_t(before.weight), uint32_t(before.weight >> 32),
+                                                  uint32_t(has.weight), uint32_t(has.weight >> 32)});
+        }
+        barrier();
+        const Vec16 a = load_shared16(scratch(kFound)), b = load_shared16(scratch(kFound) + 16);
+        return {join_words(a.x, a.y), {a.z, join_words(b.x, b.y)}, {a.w, join_words(b.z, b.w)}};
     }
 
     // ---- passes ----
@@ -167,7 +231,8 @@ struct Draw {
         for (uint32_t i = 0; i < kLoads; i++)
             values[i] = at + i * 128 < stop ? load_coherent16(logits + at + i * 128) : kNothing;
     }
-    // Visits the logits of the warp's part, and -inf behind its end; `begin` is a multiple of 128.
+    // Visits the logits of the warp's part: the ranks of four at a time, so that they do not wait for each other, of
+    // ids from one on; PERK_RANK_NONE where there are no more. `begin` is a multiple of 128.
     template <class Visit>
     __device__ __forceinline__ void visit(uint32_t begin, uint32_t end, Visit take) const {
         const uint32_t part = part_of(begin, end), stop = min(end, begin + (w.warp + 1) * part);
@@ -179,406 +244,478 @@ struct Draw {
 // As a loop, in which each piece takes the place of the one before: four times the passes' machine code would be in the
 // way of everything else.
 #pragma unroll 1
-            for (uint32_t i = 0; i < kLoads; i++) {
+            for (uint32_t i = 0; i < kLoads && at + i * 128 < stop; i++) {
                 const uint32_t bits[4] = {values[0].x, values[0].y, values[0].z, values[0].w}, id = at + i * 128;
+                uint32_t ranks[4];
 #pragma unroll
                 for (uint32_t j = 0; j < 4; j++) {
                     const bool is_there = kVocabulary % 4 == 0 || id + j < stop;
-                    take(id + j, __uint_as_float(is_there ? bits[j] : kMinusInfinity));
+                    ranks[j] = is_there ? perk_rank(__uint_as_float(bits[j])) : uint32_t(PERK_RANK_NONE);
                 }
+                take(ranks, id);
 #pragma unroll
                 for (uint32_t j = 0; j + 1 < kLoads; j++) values[j] = values[j + 1];
             }
         }
     }
 
-    // The best token: returns its rank, PERK_RANK_NONE where there is none, and of those at it the lowest id.
-    __device__ __forceinline__ uint32_t find_best(uint32_t &id) {
-        uint64_t best = 0;
-        visit(0, kVocabulary, [&](uint32_t at, float logit) {
-            const uint64_t candidate = uint64_t(perk_rank(logit)) << 32 | uint32_t(~at);
-            best = candidate > best ? candidate : best;
-        });
-        best = most(best);
-        id = ~uint32_t(best);
-        return uint32_t(best >> 32);
-    }
-
-    // Some ranks, and how many tokens are there and above, and what these weigh.
-    struct Tries {
-        uint32_t from[kTries], count[kTries], all;
-        uint64_t weight[kTries], all_weight;
+    // How ranks from `low` to `high` go into bins, the highest into the first: by the distance of logits, with all that
+    // is far away in the last bin; or, `shift` of at most 24, by that of ranks.
+    static constexpr uint32_t kByLogit = 32;
+    struct Bins {
+        uint32_t low, high, shift;
+        float top, width; // bins a logit
+        __device__ __forceinline__ uint32_t of(uint32_t rank) const {
+            const float at = perk_product(perk_sum(top, -perk_rank_logit(rank)), width);
+            const uint32_t by_logit = uint32_t(fminf(fmaxf(at, 0.0f), float(kBins - 1)));
+            return shift == kByLogit ? by_logit : (high - rank) >> (shift & 31);
+        }
     };
-    __device__ __forceinline__ void measure(Tries &t, bool weighs) {
-        uint64_t weight[kTries] = {}, all_weight = 0;
-        uint32_t count[kTries] = {}, all = 0;
-        const uint32_t lowest = min(min(t.from[0], t.from[1]), min(t.from[2], t.from[3]));
-        visit(0, kVocabulary, [&](uint32_t, float logit) {
-            const uint32_t rank = perk_rank(logit);
-            const uint64_t mine = weighs ? perk_weight(logit, largest, scale) : 0;
-            all += rank != PERK_RANK_NONE;
-            all_weight += mine;
-            if (rank < lowest) return;
-#pragma unroll
-            for (uint32_t i = 0; i < kTries; i++)
-                if (rank >= t.from[i]) {
-                    count[i]++;
-                    weight[i] += mine;
-                }
-        });
-        uint64_t numbers[kNumbers] = {uint64_t(count[1]) << 32 | count[0],
-                                      uint64_t(count[3]) << 32 | count[2],
-                                      all,
-                                      all_weight,
-                                      weight[0],
-                                      weight[1],
-                                      weight[2],
-                                      weight[3]};
-        static_assert(kTries == 4 && kNumbers == 8, "eight numbers");
-        add_up(numbers);
-#pragma unroll
-        for (uint32_t i = 0; i < kTries; i++) {
-            t.count[i] = uint32_t(numbers[i / 2] >> i % 2 * 32);
-            t.weight[i] = numbers[4 + i];
+    // Colder than temperature 1, tokens that have no weight any more must be told apart, too, for top-k.
+    __device__ __forceinline__ Bins first_bins() const {
+        const float width = fminf(scale, PERK_LOG2_E) * ((kBins - 1) / kOctaves);
+        return {kLowest, perk_rank(largest), kByLogit, largest, width};
+    }
+    // The lowest rank in `bin` or one before it. Where bins are of logits, a lane a guess, by all lanes of a warp.
+    __device__ __forceinline__ uint32_t lowest_of(const Bins &bins, uint32_t bin) const {
+        uint32_t rank = bins.low;
+        const uint64_t reach = (uint64_t(bin + 1) << (bins.shift & 31)) - 1;
+        if (bins.shift != kByLogit) return reach < bins.high - bins.low ? bins.high - uint32_t(reach) : bins.low;
+#pragma unroll 1
+        for (int32_t shift = 27; shift >= 0; shift = shift == 2 ? 0 : shift - 5) {
+            const uint64_t last = rank + (uint64_t(w.lane + 1) << shift) - 1;
+            const bool is_below = last < bins.high && bins.of(uint32_t(last)) > bin;
+            rank += uint32_t(__popc(__ballot_sync(0xffffffffu, is_below))) << shift;
         }
-        t.all = uint32_t(numbers[2]);
-        t.all_weight = numbers[3];
+        return rank;
+    }
+    // The same of what is in a bin.
+    __device__ __forceinline__ Bins bins_in(const Bins &bins, uint32_t lowest, uint32_t bin) const {
+        Bins next = bins;
+        next.low = lowest;
+        if (bin > 0) next.high = lowest_of(bins, bin - 1) - 1;
+        const uint32_t bits = 32 - __clz(next.high - next.low);
+        next.shift = bits > 8 ? bits - 8 : 0;
+        return next;
     }
 
-    // Ranks above `low`, up to `high`, to look at next. Which ones matters for speed only.
-    __device__ __forceinline__ void choose(Tries &t, uint32_t low, uint32_t high, uint32_t pass) const {
-        constexpr float kOctaves[kTries] = {3.0f, 8.0f, 16.0f, 30.0f}; // of weight below the largest
-        const float top = perk_rank_logit(high);
-        const float reach = low == kLowest ? 4.0f * (largest - top) + 1.0f : top - perk_rank_logit(low);
-#pragma unroll
-        for (uint32_t i = 0; i < kTries; i++) {
-            const uint32_t between = low + uint32_t(uint64_t(high - low) * (i + 1) / (kTries + 1));
-            const float logit = pass == 0 ? largest - kOctaves[i] / scale : top - reach * (i + 1) / (kTries + 1);
-            t.from[i] = max(min(pass <= kLinear ? perk_rank(logit) : between, high), low + 1);
-        }
-    }
-
-    // Brings tokens into registers, at most kListed: those whose ranks are from `low` to `high`; at `low` up to id
-    // `last`.
-    __device__ __forceinline__ void hold(uint32_t low, uint32_t high, uint32_t last) {
-        if (w.thread == 0) *counter() = 0;
+    // The histogram, of which a thread gets its bin.
+    __device__ __forceinline__ Measure measure(const Bins &bins, bool weighs) {
+        const uint32_t count_at = scratch(w.thread * 4), low_at = count_at + kBins * 4, high_at = low_at + kBins * 4;
+        store_shared4(count_at, 0);
+        store_shared4(low_at, 0);
+        store_shared4(high_at, 0);
         barrier();
-        visit(0, kVocabulary, [&](uint32_t at, float logit) {
-            const uint32_t rank = perk_rank(logit);
-            if (rank < low || rank > high || (rank == low && at > last)) return;
-            const uint32_t place = atomicAdd(counter(), 1u);
-            if (place < kListed) in.list()[place] = make_uint2(rank, at);
+        visit(slice_begin(), slice_end(), [&](const uint32_t(&ranks)[4], uint32_t) {
+            uint32_t bin[4];
+            uint64_t mine[4];
+#pragma unroll
+            for (uint32_t j = 0; j < 4; j++) {
+                const bool is_in = ranks[j] - bins.low <= bins.high - bins.low;
+                const uint32_t its = bins.of(ranks[j]);
+                const uint64_t weight = weight_of(ranks[j]);
+                bin[j] = is_in ? its : kBins;
+                mine[j] = is_in && weighs ? weight : 0;
+            }
+#pragma unroll
+            for (uint32_t j = 0; j < 4; j++) {
+                const uint32_t at = scratch(bin[j] * 4), low = uint32_t(mine[j]);
+                if (bin[j] < kBins) add_shared4(at, 1);
+                if (mine[j] == 0) continue;
+                const uint32_t carry = add_shared4(at + kBins * 4, low) + low < low;
+                add_shared4(at + kBins * 8, uint32_t(mine[j] >> 32) + carry);
+            }
         });
         barrier();
-        const uint32_t count = *counter();
-#pragma unroll
-        for (uint32_t i = 0; i < kHeld; i++) {
-            const uint32_t place = i * PERK_CONSUMER_THREADS + w.thread;
-            const uint2 token = place < count ? load_coherent8(in.list() + place) : make_uint2(PERK_RANK_NONE, 0);
-            held.rank[i] = token.x;
-            held.id[i] = token.y;
+        perk_draw_room *room = in.room();
+        uint32_t *const counts = &room->counts[passes % 2][w.thread];
+        uint64_t *const weights = &room->weights[passes % 2][w.thread];
+        passes++;
+        const uint32_t mine = load_shared4(count_at);
+        if (mine != 0) {
+            add_gpu4(counts, mine);
+            add_gpu8(weights, join_words(load_shared4(low_at), load_shared4(high_at)));
         }
-        held.low = low;
-        held.high = high;
-        barrier(); // before the list and the counter are used again
+        meet();
+        const uint2 all_weight = load_coherent8(weights);
+        const Measure all{load_coherent4(counts), join_words(all_weight.x, all_weight.y)};
+        const Measure now{all.count - older.count, all.weight - older.weight};
+        older = newer;
+        newer = all;
+        return now;
+    }
+
+    // What is looked for: the token that makes what comes before it, and itself, reach `wanted`; of a token to be
+    // drawn, that is 2^-64 of all there is, and one.
+    struct Search {
+        uint64_t wanted;
+        bool by_weight, by_id, draws;
+        bool is_listed;      // it is among tokens that are listed, or will be: those with keys from `last` to
+        uint64_t last, from; // `from`, `count` of them,
+        uint32_t count;      // 0: they are there already
+        Measure above;       // and behind so much
+        uint32_t tie;        // else it has this rank, as too many others; but where a token is drawn, any
+    };
+
+    // Brings tokens to the threads, at most kBins.
+    __device__ __forceinline__ void list(uint64_t last, uint64_t from, uint32_t count, bool is_last) {
+        if (w.thread == 0) store_shared4(scratch(kCounter), 0);
+        barrier();
+        visit(slice_begin(), slice_end(), [&](const uint32_t(&ranks)[4], uint32_t id) {
+#pragma unroll
+            for (uint32_t j = 0; j < 4; j++) {
+                const uint64_t at = key_of(ranks[j], id + j);
+                if (at < last || at > from) continue;
+                const uint32_t place = add_shared4(scratch(kCounter), 1);
+                if (place >= kBins) continue;
+                store_shared4(scratch(place * 8), uint32_t(at));
+                store_shared4(scratch(place * 8 + 4), ranks[j]);
+            }
+        });
+        barrier();
+        perk_draw_room *room = in.room();
+        uint64_t *const keys = room->keys[lists++ % 2];
+        if (w.thread < load_shared4(scratch(kCounter))) {
+            const uint32_t place = atomicAdd(&room->listed, 1u) - all_listed;
+            if (place < kBins)
+                keys[place] = join_words(load_shared4(scratch(w.thread * 8)), load_shared4(scratch(w.thread * 8 + 4)));
+        }
+        all_listed += count;
+        meet(is_last);
+        if (has_left()) return;
+        listed = min(count, kBins);
+        key = weight = 0;
+        if (w.thread < listed) {
+            const uint2 token = load_coherent8(keys + w.thread);
+            key = join_words(token.x, token.y);
+            weight = weight_of(token.y);
+        }
+        list_weights();
+    }
+    __device__ __forceinline__ void list_weights() const {
+        store_shared16(scratch(w.thread * 16),
+                       {uint32_t(key), uint32_t(key >> 32), uint32_t(weight), uint32_t(weight >> 32)});
+    }
+
+    // Among the listed tokens, by their ids or by the ranking.
+    __device__ __forceinline__ Found find_listed(const Search &s) {
+        const uint64_t mine = s.by_id ? key << 32 : key;
+        Measure before = s.above;
+        uint64_t all = 0;
+        barrier(); // weights are there, and what was found last has been read
+#pragma unroll 4
+        for (uint32_t i = 0; i < listed && w.warp * 32 < listed; i++) {
+            const Vec16 other = load_shared16(scratch(i * 16));
+            const uint64_t theirs = s.by_id ? join_words(0, other.x) : join_words(other.x, other.y);
+            const uint64_t their_weight = join_words(other.z, other.w);
+            all += their_weight;
+            if (theirs <= mine) continue;
+            before.count++;
+            before.weight += their_weight;
+        }
+        const bool is_there = w.thread < listed;
+        const uint64_t wanted = s.draws ? perk_high_product(s.wanted, all) + 1 : s.wanted;
+        return tell(wanted, s.by_weight, before, {is_there, is_there ? weight : 0}, key);
     }
 
     // ---- where the ranking is cut ----
 
-    __device__ __forceinline__ uint64_t weight_of(uint32_t rank) const {
-        return rank == PERK_RANK_NONE ? 0 : perk_weight(perk_rank_logit(rank), largest, scale);
-    }
-
-    // Visits the thread's tokens. A loop that turns them around once, since weights are much machine code.
-    template <class Visit>
-    __device__ __forceinline__ void for_held(Visit take) {
+    // To the first `goal` tokens, or (kTopP) to the first that weigh goal / 2^64 of all that is kept. By histograms,
+    // until all that it can be are few enough to be listed, or share a rank; five of them are enough. kLikeliest fills
+    // in the sum of all weights as well.
+    __device__ __forceinline__ void seek(Search &s, Stage stage, uint64_t goal) {
+        Bins bins = first_bins();
+        const bool weighs = stage == kLikeliest || rule().top_p != 0;
 #pragma unroll 1
-        for (uint32_t i = 0; i < kHeld; i++) {
-            const uint32_t rank = held.rank[0], id = held.id[0];
-            take(rank, id);
-#pragma unroll
-            for (uint32_t j = 0; j + 1 < kHeld; j++) held.rank[j] = held.rank[j + 1], held.id[j] = held.id[j + 1];
-            held.rank[kHeld - 1] = rank;
-            held.id[kHeld - 1] = id;
-        }
-    }
-    // Their measures, by `measure(rank, id)`; returns the sum of this thread's.
-    template <class Measure>
-    __device__ __forceinline__ uint64_t measure_held(uint64_t (&measures)[kHeld], Measure measure) {
-        uint64_t all = 0;
-        for_held([&](uint32_t rank, uint32_t id) {
-            const uint64_t mine = measure(rank, id);
-            all += mine;
-#pragma unroll
-            for (uint32_t j = 0; j + 1 < kHeld; j++) measures[j] = measures[j + 1];
-            measures[kHeld - 1] = mine;
-        });
-        return all;
-    }
-
-    // The highest rank so that what is held from there on measures at least `wanted`; it is from `low` to `high`.
-    __device__ __forceinline__ uint32_t search_rank(const uint64_t (&measures)[kHeld], uint64_t wanted, uint32_t low,
-                                                    uint32_t high) {
-        const uint32_t bits = 32 - __clz(low ^ high);
-        uint32_t rank = bits == 32 ? 0 : low >> bits << bits; // what all have in common
-#pragma unroll 1
-        for (uint32_t bit = bits; bit-- > 0;) {
-            const uint32_t next = rank | 1u << bit;
-            uint64_t mine = 0;
-#pragma unroll
-            for (uint32_t i = 0; i < kHeld; i++) mine += held.rank[i] >= next ? measures[i] : 0;
-            if (sum(mine) >= wanted) rank = next;
-        }
-        return rank;
-    }
-
-    // What is looked for: the rank so that those above it measure less than is wanted, and with those at it enough.
-    struct Search {
-        uint32_t low, high;     // it is one of these
-        uint64_t wanted, above; // what those above `high` measure
-    };
-
-    // By passes, until all that it can be are few enough to be held, which they then are, or until it is known. False:
-    // nothing is wanted.
-    __device__ __forceinline__ bool search_all(Search &s, Stage stage, uint64_t goal, uint64_t at_low) {
-        const bool by_weight = stage == kTopP, was_cut = kept.count != 0;
-        uint32_t count_from_low = kVocabulary, count_above = 0;
-        held.forget();
-#pragma unroll 1
-        for (uint32_t pass = 0;; pass++) {
-            Tries t;
-            choose(t, s.low, s.high, pass);
-            if (was_cut && pass == 0) t.from[0] = s.low + 1;
-            measure(t, by_weight || (stage == kLikeliest && pass == 0));
+        for (uint32_t pass = 0; pass < 8; pass++) {
+            Measure mine = first, before;
+            if (pass > 0 || !has_first) mine = measure(bins, weighs);
+            const Measure all = scan(mine, before);
             if (pass == 0) {
-                s.wanted = by_weight ? perk_nucleus(goal, was_cut ? t.weight[0] + at_low : t.all_weight)
-                                     : min(uint32_t(goal), t.all);
-                if (stage == kLikeliest && w.thread == 0) in.record()->sum = t.all_weight;
-                if (s.wanted == 0) return false;
+                first = mine;
+                has_first = true;
+                if (kept == kAll) kept_weight = all.weight;
+                if (stage == kLikeliest && is_leader() && w.thread == 0) in.record()->sum = all.weight;
+                s.wanted = s.by_weight ? perk_nucleus(goal, kept_weight) : min(uint32_t(goal), all.count);
+                if (goal == 0) return barrier(); // the next scan may be near
             }
-#pragma unroll
-            for (uint32_t i = 0; i < kTries; i++) {
-                const uint64_t measured = by_weight ? t.weight[i] : t.count[i];
-                if (measured >= s.wanted) {
-                    if (t.from[i] > s.low) s.low = t.from[i], count_from_low = t.count[i];
-                } else if (t.from[i] <= s.high) {
-                    s.high = t.from[i] - 1, count_above = t.count[i], s.above = measured;
-                }
+            before.count += s.above.count;
+            before.weight += s.above.weight;
+            const Found bin = tell(s.wanted, s.by_weight, before, mine, w.thread);
+            const bool is_whole = bin.before.count + bin.has.count <= kBins; // those before it are listed, too
+            s.above = bin.before;
+            s.count = bin.has.count;
+            s.is_listed = s.count <= kBins;
+            s.tie = lowest_of(bins, uint32_t(bin.what) % kBins);
+            s.last = key_of(s.tie, kHighest);
+            s.from = ~uint64_t(0);
+            listed_from = is_whole ? s.tie : kHighest;
+            if (is_whole) {
+                s.count += s.above.count;
+                s.above = {};
+                return;
             }
-            if (s.low == s.high || count_from_low - count_above <= kListed) break;
+            bins = bins_in(bins, s.tie, uint32_t(bin.what) % kBins);
+            s.from = key_of(bins.high, 0);
+            if (s.is_listed || bins.low >= bins.high) return;
         }
-        const bool is_whole = count_from_low <= kListed; // then those above are held, too
-        if (is_whole || s.low != s.high) hold(s.low, is_whole ? kHighest : s.high, kHighest);
-        return true;
     }
 
-    // Cuts what is kept down: to the first `goal` tokens, or (kTopP) to the first that weigh goal / 2^64 of all that is
-    // kept. kLikeliest fills in the sum of all weights as well.
-    __device__ __forceinline__ void cut(Stage stage, uint64_t goal) {
-        const bool by_weight = stage == kTopP;
-        Search s{kept.rank, perk_rank(largest), 0, 0};
-        const uint64_t at_low = weight_of(s.low) * kept.count;
-        if (held.covers(s.low, s.high)) { // only top-p finds tokens held
-            const uint32_t first = s.low + (kept.count != 0);
-            uint64_t mine = 0;
-            for_held([&](uint32_t rank, uint32_t) { mine += rank >= first ? weight_of(rank) : 0; });
-            s.wanted = perk_nucleus(goal, sum(mine) + at_low);
-        } else if (!search_all(s, stage, goal, at_low)) {
-            return;
-        }
-        if (held.covers(s.low, s.high)) {
-            if (held.high == kHighest) s.above = 0;
-            uint64_t measures[kHeld] = {}, mine = 0;
-            measure_held(measures, [&](uint32_t rank, uint32_t) {
-                return by_weight ? weight_of(rank) : uint64_t(rank != PERK_RANK_NONE);
-            });
-            s.low = search_rank(measures, s.wanted - s.above, s.low, s.high);
-#pragma unroll
-            for (uint32_t i = 0; i < kHeld; i++) mine += held.rank[i] > s.low ? measures[i] : 0;
-            s.above += sum(mine);
-        }
-        // So many of those at the rank measure enough: a division, of which the machine has none.
-        const uint64_t each = by_weight ? weight_of(s.low) : 1, rest = s.wanted - s.above;
+    // Makes the place among those at the tie: so many of them measure enough. A division, of which the machine has
+    // none.
+    __device__ __forceinline__ void count_ties(Search &s) {
+        const uint64_t each = s.by_weight ? weight_of(s.tie) : 1, rest = s.wanted - s.above.of(s.by_weight);
         uint64_t fewer = 0;
 #pragma unroll 1
         for (uint32_t bit = kIdBits; bit-- > 0;) {
             const uint64_t next = fewer | 1u << bit;
             if (next * each < rest) fewer = next;
         }
-        kept = {s.low, kHighest, fewer + 1};
+        s.wanted = fewer + 1;
     }
 
     // ---- a place in the order of ids ----
 
-    // The measure of a token where one is looked for: of the kept ones, their weight; of those at the cut, 1.
-    __device__ __forceinline__ uint64_t share(Stage stage, uint32_t rank, uint32_t id) const {
-        if (stage != kToken) return rank == kept.rank;
-        if (rank < kept.rank || (rank == kept.rank && id > kept.last)) return 0;
-        const uint64_t weight = weight_of(rank);
-        return weight < rule().min_weight ? 0 : weight;
+    __device__ __forceinline__ uint64_t drawable(uint64_t key, uint64_t weight) const {
+        return key < kept || weight < rule().min_weight ? 0 : weight;
     }
 
-    // When tokens lie side by side in the order of their ids, each as wide as its measure: the one at `place`, or, for
-    // a token to be drawn, at `place` / 2^64 of the width of all. Where they are not held, passes over an eighth of
-    // what the last one has looked at come first, and what was held is lost.
-    __device__ __forceinline__ uint32_t find_id(Stage stage, uint64_t place) {
-        bool is_place = stage != kToken;
-        if (!held.covers(kept.rank, is_place ? kept.rank : perk_rank(largest))) {
-            uint32_t begin = 0, end = kVocabulary;
+    // Tokens lie side by side in the order of their ids, as wide as their weights where one is drawn, else those at the
+    // tie 1: the one with which the width reaches what is wanted. First the slice is found, then a part of it, and then
+    // the token.
+    __device__ __forceinline__ uint32_t find_id(const Search &s) {
+        enum : uint32_t { kSlice, kSlices, kPart, kTokens }; // what is looked at: the worker's own, those of all, ...
+        const auto width = [&](uint32_t rank, uint32_t id) {
+            return s.draws ? drawable(key_of(rank, id), weight_of(rank)) : uint64_t(rank == s.tie);
+        };
+        uint64_t wanted = s.wanted;
+        uint32_t begin = slice_begin(), end = slice_end(), looks = group.count > 1 ? kSlice : kPart;
+        bool is_open = s.draws; // how wide all is
+        Measure mine{}, before;
 #pragma unroll 1
-            for (; end - begin > kListed; is_place = true) narrow(stage, begin, end, is_place, place);
+        for (;;) {
+            uint32_t part = slice(), unit = w.thread;
+            if (looks == kPart && end - begin <= kBins) looks = kTokens;
+            if (looks == kTokens) {
+                const uint32_t id = begin + unit;
+                part = 1;
+                mine.weight = id < end ? width(perk_rank(load_float(logits + id)), id) : 0;
+            } else if (looks != kSlices) {
+                part = part_of(begin, end), unit = w.warp;
+                mine.weight = 0;
+                visit(begin, end, [&](const uint32_t(&ranks)[4], uint32_t id) {
 #pragma unroll
-            for (uint32_t i = 0; i < kHeld; i++) {
-                const uint32_t id = held.id[i] = begin + i * PERK_CONSUMER_THREADS + w.thread;
-                held.rank[i] = id < end ? perk_rank(load_float(logits + id)) : PERK_RANK_NONE;
+                    for (uint32_t j = 0; j < 4; j++) mine.weight += width(ranks[j], id + j);
+                });
+                for (uint32_t offset = 16; offset > 0; offset /= 2)
+                    mine.weight += shuffle8(mine.weight, w.lane ^ offset);
+                if (w.lane != 0) mine.weight = 0; // the warp's is its first lane's
             }
-            held.low = kHighest, held.high = 0; // these are others
+            const Measure all = scan(mine, before);
+            if (looks == kSlice) {
+                mine.weight = exchange(all.weight, s.draws);
+                if (has_left()) return 0;
+                begin = 0, end = kVocabulary, looks = kSlices;
+                continue;
+            }
+            if (is_open) wanted = perk_high_product(wanted, all.weight) + 1;
+            is_open = false;
+            const Found found = tell(wanted, true, before, mine, unit);
+            begin = min(end, begin + uint32_t(found.what) * part);
+            end = min(end, begin + part);
+            wanted -= found.before.weight;
+            if (looks == kTokens) return begin;
+            looks = kPart;
         }
-        uint64_t measures[kHeld] = {};
-        uint64_t mine = measure_held(measures, [&](uint32_t rank, uint32_t id) { return share(stage, rank, id); });
-        const uint64_t all = sum(mine);
-        if (!is_place) place = perk_high_product(place, all);
-        if (stage != kToken && place + 1 == all) return kHighest; // all that are at the cut: none is cut off
-        uint32_t id = 0;
-#pragma unroll 1
-        for (uint32_t bit = kIdBits; bit-- > 0;) {
-            const uint32_t next = id | 1u << bit;
-            mine = 0;
-#pragma unroll
-            for (uint32_t i = 0; i < kHeld; i++) mine += held.id[i] < next ? measures[i] : 0;
-            if (sum(mine) <= place) id = next;
-        }
-        return id;
-    }
-
-    // One such pass: to the part of a warp in which the place lies; it is then a place there.
-    __device__ __forceinline__ void narrow(Stage stage, uint32_t &begin, uint32_t &end, bool is_place,
-                                           uint64_t &place) {
-        uint64_t mine = 0;
-        visit(begin, end, [&](uint32_t at, float logit) { mine += share(stage, perk_rank(logit), at); });
-        for (int offset = 16; offset > 0; offset /= 2) mine += shuffle_xor8(mine, offset);
-        uint64_t *shared = buffer(), all = 0;
-        if (w.lane == 0) shared[w.warp] = mine;
-        barrier();
-        for (uint32_t warp = 0; warp < PERK_CONSUMER_WARPS; warp++) all += shared[warp];
-        if (!is_place) place = perk_high_product(place, all);
-        const uint32_t part = part_of(begin, end);
-        uint32_t warp = 0;
-        for (; warp + 1 < PERK_CONSUMER_WARPS && place >= shared[warp]; warp++) place -= shared[warp];
-        begin += warp * part;
-        end = min(end, begin + part);
     }
 
     // ---- log probabilities: of the model's own logits ----
 
-    // The kept tokens are the likeliest.
-    __device__ __forceinline__ void write_record(uint32_t wanted) {
+    // The kept tokens are the likeliest, and listed.
+    __device__ __forceinline__ void record_likeliest(bool wants) {
+        if (!is_leader()) return;
         perk_draw_record *record = in.record();
-        if (wanted > 0 && !held.covers(kept.rank, kHighest)) hold(kept.rank, kHighest, kept.last);
-        if (w.thread == 0) *counter() = 0;
-        barrier();
-#pragma unroll
-        for (uint32_t i = 0; i < kHeld && wanted > 0; i++) {
-            const uint32_t rank = held.rank[i], id = held.id[i];
-            if (rank == PERK_RANK_NONE || rank < kept.rank || (rank == kept.rank && id > kept.last)) continue;
-            const uint32_t place = atomicAdd(counter(), 1u);
-            if (place >= PERK_DRAW_TOP) continue;
-            record->top[place].token = int32_t(id);
-            record->top[place].logit = perk_rank_logit(rank);
-        }
-        barrier();
         if (w.thread == 0) {
             record->largest = largest;
-            record->count = int32_t(*counter());
+            record->count = wants ? int32_t(kept_count) : 0;
         }
+        if (!wants || w.thread >= listed || key < kept) return;
+        const uint32_t place = atomicAdd(&in.room()->recorded, 1u);
+        if (place >= PERK_DRAW_TOP) return;
+        record->top[place].token = int32_t(id_of(key));
+        record->top[place].logit = perk_rank_logit(rank_of(key));
     }
 
-    // ---- bias and penalties: into a copy of the row ----
+    // ---- bias and penalties: into a copy of the row, every worker in its slice ----
 
-    __device__ __forceinline__ void adjust() {
+    __device__ __forceinline__ void copy_slice() {
         float *adjusted = in.adjusted();
 #pragma unroll 4
-        for (uint32_t at = w.thread * 4; at < kVocabulary; at += PERK_CONSUMER_THREADS * 4)
+        for (uint32_t at = slice_begin() + w.thread * 4; at < slice_end(); at += PERK_CONSUMER_THREADS * 4)
             *reinterpret_cast<Vec16 *>(adjusted + at) = load_coherent16(logits + at);
         logits = adjusted;
         barrier();
+    }
+    __device__ __forceinline__ void add_biases() const {
+        float *adjusted = in.adjusted();
         for (uint32_t i = w.thread; i < uint32_t(rule().bias_count); i += PERK_CONSUMER_THREADS) {
             const uint2 bias = load_coherent8(in.biases() + i);
+            if (bias.x - slice_begin() >= slice_end() - slice_begin()) continue;
             adjusted[bias.x] = perk_sum(load_float(adjusted + bias.x), __uint_as_float(bias.y));
         }
         barrier();
-        if (!rule().has_penalties) return;
-        const uint32_t length = in.length(), prompt_length = in.prompt_length();
-        // How often each token is in the answer, and a bit for those that are in the prompt; then whoever takes the
-        // number away applies it.
+    }
+    // How often each token is in the answer, and a bit for those that are in the prompt; then whoever takes the number
+    // away applies it.
+    __device__ __forceinline__ void penalize() const {
         constexpr uint32_t kInPrompt = 1u << 31;
-        for (uint32_t i = w.thread; i < length; i += PERK_CONSUMER_THREADS) {
-            const uint32_t token = load_coherent4(in.tokens() + i);
-            if (token >= kVocabulary) continue;
-            if (i < prompt_length)
-                atomicOr(in.seen() + token, kInPrompt);
-            else
-                atomicAdd(in.seen() + token, 1u);
+        float *adjusted = in.adjusted();
+        const uint32_t length = in.length(), prompt_length = in.prompt_length(), begin = slice_begin();
+#pragma unroll 1
+        for (uint32_t turn = 0; turn < 2; turn++) {
+#pragma unroll 1
+            for (uint32_t first = w.thread; first < length; first += kLoads * PERK_CONSUMER_THREADS) {
+                uint32_t ids[kLoads];
+#pragma unroll
+                for (uint32_t j = 0; j < kLoads; j++) {
+                    const uint32_t i = first + j * PERK_CONSUMER_THREADS;
+                    ids[j] = i < length ? load_coherent4(in.tokens() + i) : kHighest;
+                }
+#pragma unroll 1
+                for (uint32_t round = 0; round < kLoads; round++) {
+                    const uint32_t i = first + round * PERK_CONSUMER_THREADS, id = ids[0];
+#pragma unroll
+                    for (uint32_t j = 0; j + 1 < kLoads; j++) ids[j] = ids[j + 1];
+                    if (id - begin >= slice_end() - begin) continue;
+                    uint32_t *const seen = in.seen() + id;
+                    if (turn == 0 && i < prompt_length) {
+                        atomicOr(seen, kInPrompt);
+                    } else if (turn == 0) {
+                        atomicAdd(seen, 1u);
+                    } else if (const uint32_t times = atomicExch(seen, 0u)) {
+                        const float logit = load_float(adjusted + id);
+                        adjusted[id] = perk_penalize(logit, &rule(), int32_t(times & ~kInPrompt));
+                    }
+                }
+            }
+            barrier();
         }
-        barrier();
-        for (uint32_t i = w.thread; i < length; i += PERK_CONSUMER_THREADS) {
-            const uint32_t token = load_coherent4(in.tokens() + i);
-            const uint32_t times = token < kVocabulary ? atomicExch(in.seen() + token, 0u) : 0;
-            if (times == 0) continue;
-            adjusted[token] = perk_penalize(load_float(adjusted + token), &rule(), int32_t(times & ~kInPrompt));
-        }
-        barrier();
     }
 
     // From the model's logits to those that are drawn from. False: `token` is not drawn, but the best of them.
     __device__ __forceinline__ bool prepare(uint32_t &token) {
         uint32_t rank = perk_rank(largest);
         if (rule().bias_count || rule().has_penalties) {
-            uint32_t id;
-            adjust();
-            rank = find_best(id);
-            if (rank != PERK_RANK_NONE) token = id;
+            copy_slice();
+            add_biases();
+            if (rule().has_penalties) penalize();
+            uint64_t best = 0;
+            visit(slice_begin(), slice_end(), [&](const uint32_t(&ranks)[4], uint32_t id) {
+#pragma unroll
+                for (uint32_t j = 0; j < 4; j++) {
+                    const uint64_t other = key_of(ranks[j], id + j);
+                    best = other > best ? other : best;
+                }
+            });
+#pragma unroll 1
+            for (uint32_t turn = 0; turn < 2; turn++) {
+                best = most(best);
+                if (turn == 0) best = exchange(best, rule().scale == 0.0f);
+            }
+            rank = rank_of(best);
+            if (rank != PERK_RANK_NONE) token = id_of(best);
             largest = perk_rank_logit(rank);
         }
-        forget();
+        kept = kAll;
+        listed_from = kHighest;
+        has_first = false;
         scale = rule().scale;
         return scale > 0.0f && rank != PERK_RANK_NONE && rank != PERK_RANK_INFINITE;
     }
 
     // ---- all of it ----
 
-    // `token`: argmax of the logits. Returns the token that is drawn, in every thread; an id outside the vocabulary
-    // when the logits are not finite numbers.
-    __device__ __forceinline__ uint32_t run(uint32_t token) {
-        if (token >= kVocabulary) return token;
+    // What a stage looks for, and where.
+    __device__ __forceinline__ Search search(Stage stage, uint64_t goal) {
+        Search s{};
+        s.by_weight = stage == kTopP || stage == kToken;
+        s.by_id = s.draws = stage == kToken;
+        s.is_listed = listed_from <= rank_of(kept);
+        if (stage == kRecord && !s.is_listed) {
+            s.is_listed = goal != 0;
+            s.last = kept, s.from = ~uint64_t(0), s.count = kept_count;
+        } else if (stage == kToken) {
+            s.wanted = perk_random_bits(rule().seed, in.length() - in.prompt_length());
+        } else if (s.is_listed) { // only top-p finds all that is kept listed
+            s.wanted = perk_nucleus(goal, kept_weight);
+        } else if (stage != kRecord) {
+            seek(s, stage, goal);
+        }
+        return s;
+    }
+
+    // A stage, which wants something; for kLikeliest and kRecord goal 0 is the sum of weights alone.
+    __device__ __forceinline__ void take_stage(Stage stage, uint64_t goal, uint32_t &token) {
+        Search s = search(stage, goal);
+        if (stage <= kRecord && goal == 0) {
+            if (stage == kRecord) record_likeliest(false);
+            return;
+        }
+        if (s.is_listed && s.count > 0) list(s.last, s.from, s.count, stage > kRecord && listed_from != kHighest);
+        if (has_left()) return;
+        if (stage == kRecord) return record_likeliest(true);
+        Found found;
+        if (s.is_listed) {
+            if (stage == kToken) weight = drawable(key, weight), list_weights();
+            found = find_listed(s);
+        } else {
+            const uint64_t each = s.draws ? 0 : weight_of(s.tie);
+            if (!s.draws) count_ties(s);
+            const uint32_t id = find_id(s);
+            found = {key_of(s.tie, id), s.above, {uint32_t(s.wanted), s.wanted * each}};
+        }
+        if (stage == kToken) {
+            token = id_of(found.what);
+            return;
+        }
+        kept = found.what;
+        kept_count = found.before.count + found.has.count;
+        kept_weight = found.before.weight + found.has.weight;
+    }
+
+    // The room as it was. False: for the leader to do.
+    __device__ __forceinline__ bool leave() {
+        if (meetings > 0 && !is_closed) meet(true);
+        if (!is_leader()) return false;
+        perk_draw_room *room = in.room();
+        for (uint32_t i = 0; i < 2; i++) room->counts[i][w.thread] = 0, room->weights[i][w.thread] = 0;
+        if (w.thread == 0) room->arrived = room->listed = room->recorded = 0;
+        return true;
+    }
+
+    // `token`: argmax of the logits; in all threads of the leader it becomes the token that is drawn, an id outside the
+    // vocabulary when the logits are not finite numbers. False: of the others.
+    __device__ __forceinline__ bool run(uint32_t &token) {
         largest = load_float(logits + token);
-        if (perk_rank(largest) == PERK_RANK_INFINITE) return kHighest;
         fetch_rule();
         scale = PERK_LOG2_E;
+        if (perk_rank(largest) == PERK_RANK_INFINITE) {
+            token = kHighest;
+            return is_leader();
+        }
 #pragma unroll 1
-        for (uint32_t stage = rule().logprobs ? kLikeliest : kTopK; stage <= kToken; stage++) {
+        for (uint32_t stage = rule().logprobs ? kLikeliest : kTopK; stage <= kToken && !has_left(); stage++) {
             if (stage == kTopK && !prepare(token)) break;
-            uint64_t goal = 0;
-            if (stage == kLikeliest) goal = rule().logprobs - 1;
+            uint64_t goal = stage == kToken;
+            if (stage <= kRecord) goal = rule().logprobs - 1;
             if (stage == kTopK && uint32_t(rule().top_k) < kVocabulary) goal = rule().top_k;
             if (stage == kTopP) goal = rule().top_p;
-            if (stage == kLikeliest || (stage != kToken && goal != 0)) cut(Stage(stage), goal);
-            if (stage != kToken && goal == 0) {
-                if (stage == kLikeliest) write_record(0);
-                continue;
-            }
-            uint64_t place = kept.count - 1;
-            if (stage == kToken) place = perk_random_bits(rule().seed, in.length() - in.prompt_length());
-            const uint32_t id = find_id(Stage(stage), place);
-            if (stage == kToken)
-                token = id;
-            else
-                kept.last = id;
-            if (stage == kLikeliest) write_record(goal);
+            if (goal != 0 || stage <= kRecord) take_stage(Stage(stage), goal, token);
         }
-        if (rule().logprobs && w.thread == 0) in.record()->chosen = load_float(in.logits() + token);
+        if (rule().logprobs && is_leader() && w.thread == 0) in.record()->chosen = load_float(in.logits() + token);
+        const bool stays = leave();
         barrier(); // the scratch is free again
-        return token;
+        return stays;
     }
 };
 

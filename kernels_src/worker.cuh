@@ -27,11 +27,10 @@ struct SharedMap {
     static constexpr uint32_t batch = reduction + program::reduction_bytes;
     static constexpr uint32_t tasks = batch + program::batch_shared_bytes;
     static constexpr uint32_t given_up = tasks + 2 * sizeof(perk_task_record); // a word: a wait exceeded its limit
-    static constexpr uint32_t step = given_up + 4;                             // and three of many_steps.cuh
-    static constexpr uint32_t told = step + 4, served = told + 4;
+    static constexpr uint32_t step = given_up + 4;                             // and four of many_steps.cuh
+    static constexpr uint32_t told = step + 4, served = told + 4, wait_limit = served + 4, next = wait_limit + 8;
     static constexpr uint32_t barriers = tasks + PERK_TASK_SLOTS_BYTES;
 #if PERK_WIDE
-    static constexpr uint32_t wait_limit = served + 4;
     static constexpr uint32_t input_barriers = barriers + 2 * 8 * program::ring_slots;
     static constexpr uint32_t bytes = input_barriers + 2 * 8 * program::input_slots;
 #else

@@ -190,6 +190,12 @@ static int32_t in_step(const perk_plan *plan, int counter, uint32_t step, uint32
 
 /* What the report's wait was for. */
 static void describe_wait(const perk_plan *plan, const perk_hang_report *hang, perk_buffer *text) {
+    if (hang->role == PERK_ROLE_DRAW || hang->role == PERK_ROLE_DRAWN) {
+        perk_buffer_printf(text, "%s: %u of %u were there",
+                           hang->role == PERK_ROLE_DRAW ? "the others that draw it" : "the rows that others draw",
+                           hang->seen, hang->wanted);
+        return;
+    }
     bool is_counter = hang->role == PERK_ROLE_COUNTER || hang->role == PERK_ROLE_STEP_END;
     if (!is_counter || hang->counter >= (uint32_t)plan->counter_count) {
         bool is_input = hang->role == PERK_ROLE_INPUT_FULL || hang->role == PERK_ROLE_INPUT_EMPTY;
@@ -227,8 +233,12 @@ static void describe_origin(const perk_plan *plan, uint32_t step, const uint32_t
 
 /* Who waited; false when the report names nobody. */
 static bool describe_waiter(const perk_plan *plan, const perk_hang_report *hang, perk_buffer *text) {
-    if (hang->role == PERK_ROLE_STEP_END) {
+    if (hang->role == PERK_ROLE_STEP_END || hang->role == PERK_ROLE_DRAWN) {
         perk_buffer_printf(text, "the end of the step");
+        return true;
+    }
+    if (hang->role == PERK_ROLE_DRAW) {
+        perk_buffer_printf(text, "worker %u, drawing the token of row %u,", hang->worker, hang->counter);
         return true;
     }
     if (hang->worker >= (uint32_t)plan->device.worker_count ||

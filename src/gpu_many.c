@@ -109,7 +109,8 @@ static uint64_t place_device(const perk_gpu *gpu, struct perk_gpu_many *many, ui
     args->drawn = take(&at, 2 * rows * sizeof(perk_draw_record));
     args->adjusted = take(&at, row_words * sizeof(float));
     args->seen = take(&at, row_words * sizeof(uint32_t));
-    args->lists = take(&at, rows * PERK_DRAW_LISTED * sizeof(uint64_t));
+    args->rooms = take(&at, rows * sizeof(perk_draw_room));
+    args->calls = take(&at, rows * sizeof(perk_draw_call));
     uint64_t schedule = (uint64_t)(uintptr_t)args->schedule;
     args->slots = (perk_slot *)(uintptr_t)(schedule + many->layout.slots * 8);
     args->tokens = (int32_t *)(uintptr_t)(schedule + many->layout.tokens * 8);
@@ -160,7 +161,9 @@ static void fill_args(const perk_gpu *gpu, struct perk_gpu_many *many) {
     perk_many_args *args = &many->args;
     const perk_plan_tensor *picks = &gpu->largest->plan->tensors[perk_plan_picks(gpu->largest->plan)];
     int counters[PERK_RECORD_WAITS], count = perk_plan_step_end(gpu->largest->plan, counters);
+    const perk_plan_tensor *logits = &gpu->largest->plan->tensors[perk_plan_picked_logits(gpu->largest->plan)];
     args->picks = (const int32_t *)(uintptr_t)perk_gpu_address(gpu, gpu->largest, picks);
+    args->logits = (const float *)(uintptr_t)perk_gpu_address(gpu, gpu->largest, logits);
     for (int i = 0; i < count; i++) {
         args->end_counter[i] = (uint32_t)counters[i];
         args->end_per_step[i] = (uint32_t)gpu->largest->plan->counter_per_step[counters[i]];

@@ -34,12 +34,21 @@ static const perk_op *find_argmax(const perk_plan *plan) {
     return found;
 }
 
-int perk_plan_picks(const perk_plan *plan) {
-    const perk_op *argmax = find_argmax(plan);
-    for (int i = 0; i < plan->tensor_count && argmax; i++)
-        if (plan->tensors[i].graph_tensor == argmax->output->index && plan->tensors[i].space == PERK_SPACE_ACTIVATIONS)
+static int find_activations(const perk_plan *plan, const perk_tensor *tensor) {
+    for (int i = 0; i < plan->tensor_count; i++)
+        if (plan->tensors[i].graph_tensor == tensor->index && plan->tensors[i].space == PERK_SPACE_ACTIVATIONS)
             return i;
     return -1;
+}
+
+int perk_plan_picks(const perk_plan *plan) {
+    const perk_op *argmax = find_argmax(plan);
+    return argmax ? find_activations(plan, argmax->output) : -1;
+}
+
+int perk_plan_picked_logits(const perk_plan *plan) {
+    const perk_op *argmax = find_argmax(plan);
+    return argmax ? find_activations(plan, argmax->inputs[PERK_IN_X]) : -1;
 }
 
 int64_t perk_plan_vocab_size(const perk_plan *plan) {
@@ -73,7 +82,7 @@ uint64_t perk_plan_chunks(const perk_plan *plan) {
 
 perk_status perk_plan_check_many_steps(const perk_plan *plan, perk_error *err) {
     int counters[PERK_RECORD_WAITS];
-    if (perk_plan_picks(plan) < 0 || plan->graph->kv_layer_count == 0)
+    if (perk_plan_picks(plan) < 0 || perk_plan_picked_logits(plan) < 0 || plan->graph->kv_layer_count == 0)
         return perk_fail(err, PERK_UNSUPPORTED,
                          "%s: many steps a launch need a model that picks tokens by one argmax and has a KV cache",
                          plan->graph->name);

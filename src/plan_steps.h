@@ -18,6 +18,7 @@ int32_t perk_plan_outbox_records(const perk_plan *plan);
 
 /* The plan tensor that argmax writes, -1: the graph has none or several; the ids that it can pick. */
 int perk_plan_picks(const perk_plan *plan);
+int perk_plan_picked_logits(const perk_plan *plan); /* the one that it reads */
 int64_t perk_plan_vocab_size(const perk_plan *plan);
 
 /* Chunks of weights, or slices of inputs, that pass through the busiest worker's shared memory in a step. */

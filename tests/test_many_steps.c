@@ -17,10 +17,11 @@
 #include <pthread.h>
 #include <unistd.h>
 
-enum { WORKERS = 2, REQUESTS = 6, POSITIONS = 64, TOP = 3 };
+enum { WORKERS = 2, MANY_WORKERS = 7, REQUESTS = 6, POSITIONS = 64, TOP = 3 };
 
 static perk_error err;
 static perk_model *model;
+static fake_cuda *driver_of_emulator;
 static path_text cache, folder;
 /* Pages for two of the largest requests: three of them run into a shortage. */
 static perk_config config = {.max_num_batched_tokens = 8,
@@ -217,6 +218,15 @@ static void test_drawing(perk_executor *gpu) {
         }
         check_answers(requests, REQUESTS, 1e-5f);
     }
+}
+
+/* The same where rows are shared by workers, and not all workers have one. */
+static void test_drawing_together(void) {
+    driver_of_emulator->device.sm_count = MANY_WORKERS;
+    perk_executor *gpu = open_executor(NULL);
+    test_drawing(gpu);
+    gpu->type->free(gpu);
+    driver_of_emulator->device.sm_count = WORKERS;
 }
 
 /* One launch; then launches of a few steps, where requests that begin alike share pages. */
@@ -426,7 +436,7 @@ int main(int argc, char **argv) {
     }
     static test_request requests[REQUESTS];
     make_scratch();
-    if (!getenv("PERK_TEST_GPU")) open_emulator(WORKERS);
+    if (!getenv("PERK_TEST_GPU")) driver_of_emulator = open_emulator(WORKERS).driver;
     cache = path_in(scratch, "cache");
     folder = make_small_model(argc > 1 ? argv[1] : PERK_SOURCE_DIR);
     CHECK_OK(perk_model_open(&model, folder.text, false, 0, &err));
@@ -436,6 +446,7 @@ int main(int argc, char **argv) {
     perk_executor *gpu = open_executor(NULL);
     run_single_steps(gpu, requests, REQUESTS);
     test_drawing(gpu);
+    if (driver_of_emulator) test_drawing_together();
     test_completion(gpu, requests);
     test_stop(gpu, requests);
     test_online(gpu, requests, 1, 100000);

@@ -128,8 +128,9 @@ static void run_shape(bool compile, const shape *s) {
             check_padding(plan);
             if (plan->wide_tokens > 0) check_same_weights(plan, model->graph);
             if (compile && (!s->hopper_only || !strcmp(archs[a], "sm_90a"))) compile_plan(plan, s->folder);
+            plan->many_steps = true; /* with what happens between steps, tokens that are drawn among it */
+            CHECK_OK(perk_plan_check(plan, &err));
             /* Its clerk has few registers, where warps give theirs away. */
-            plan->many_steps = s->many_steps;
             if (compile && s->many_steps && !portable && !strcmp(archs[a], "sm_90a")) compile_plan(plan, s->folder);
             perk_plan_free(plan);
         }

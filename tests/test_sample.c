@@ -15,7 +15,7 @@
 #include <math.h>
 #include <stddef.h>
 
-enum { SCRATCH_BYTES = 8192, RING_BYTES = 16384, MOST_ROWS = 40, TOKENS = 64, BIASES = 8, BLOCKS = 2 };
+enum { SCRATCH_BYTES = 8192, RING_BYTES = 16384, MOST_ROWS = 40, TOKENS = 64, BIASES = 8 };
 
 /* As in the source below. */
 typedef struct sample_row {
@@ -23,13 +23,13 @@ typedef struct sample_row {
     perk_draw_record record;
     perk_draw_bias bias[BIASES];
     int32_t tokens[TOKENS];
-    int32_t prompt_length, length, best, token;
+    int32_t prompt_length, length, best, token, meetings, reserved;
     uint64_t nanoseconds;
 } sample_row;
 
 typedef struct sample_args {
-    CUdeviceptr rows, logits, adjusted, seen, lists;
-    uint32_t row_count, stride;
+    CUdeviceptr rows, logits, adjusted, seen, rooms, hang_claim, hang;
+    uint32_t row_count, stride, members, lost;
 } sample_args;
 
 static const char SOURCE[] =
@@ -43,36 +43,46 @@ static const char SOURCE[] =
     "#include \"ptx.cuh\"\n#include \"routing.cuh\"\n#include \"worker.cuh\"\n#include \"sample.cuh\"\n"
     "struct Row {\n"
     "    perk_draw_rule rule;\n    perk_draw_record record;\n    perk_draw_bias bias[%d];\n    int32_t tokens[%d];\n"
-    "    int32_t prompt_length, length, best, token;\n    uint64_t nanoseconds;\n};\n"
+    "    int32_t prompt_length, length, best, token, meetings, reserved;\n    uint64_t nanoseconds;\n};\n"
     "struct Args {\n"
-    "    Row *rows;\n    const float *logits;\n    float *adjusted;\n    uint32_t *seen;\n    uint2 *lists;\n"
-    "    uint32_t row_count, stride;\n};\n"
+    "    Row *rows;\n    const float *logits;\n    float *adjusted;\n    uint32_t *seen;\n"
+    "    perk_draw_room *rooms;\n    uint32_t *hang_claim;\n    perk_hang_report *hang;\n"
+    "    uint32_t row_count, stride, members, lost;\n};\n"
     "struct Input {\n"
     "    const Args &args;\n    uint32_t r;\n"
-    "    Row &row() const { return args.rows[r]; }\n"
+    "    uint32_t row() const { return r; }\n"
+    "    Row &data() const { return args.rows[r]; }\n"
     "    const float *logits() const { return args.logits + uint64_t(r) * args.stride; }\n"
-    "    const perk_draw_rule *rule() const { return &row().rule; }\n"
-    "    uint32_t length() const { return row().length; }\n"
-    "    uint32_t prompt_length() const { return row().prompt_length; }\n"
-    "    const int32_t *tokens() const { return row().tokens; }\n"
-    "    const perk_draw_bias *biases() const { return row().bias; }\n"
+    "    const perk_draw_rule *rule() const { return &data().rule; }\n"
+    "    uint32_t length() const { return data().length; }\n"
+    "    uint32_t prompt_length() const { return data().prompt_length; }\n"
+    "    const int32_t *tokens() const { return data().tokens; }\n"
+    "    const perk_draw_bias *biases() const { return data().bias; }\n"
     "    float *adjusted() const { return args.adjusted + uint64_t(r) * args.stride; }\n"
     "    uint32_t *seen() const { return args.seen + uint64_t(r) * args.stride; }\n"
-    "    uint2 *list() const { return args.lists + r * PERK_DRAW_LISTED; }\n"
-    "    perk_draw_record *record() const { return &row().record; }\n"
+    "    perk_draw_room *room() const { return args.rooms + r; }\n"
+    "    perk_draw_record *record() const { return &data().record; }\n"
     "};\n"
     "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
     "(const __grid_constant__ Args args) {\n"
     "    using namespace perk;\n"
     "    perk_kernel_args none{};\n"
+    "    none.wait_limit_ns = args.lost < gridDim.x ? 1000000 : 1000000000;\n"
+    "    none.hang_claim = args.hang_claim;\n"
+    "    none.hang = args.hang;\n"
     "    Worker w{none, threadIdx.x / 32, threadIdx.x %% 32, threadIdx.x, dynamic_shared(), 0};\n"
-    "    if (w.warp >= PERK_CONSUMER_WARPS) return;\n"
-    "    for (uint32_t r = w.index(); r < args.row_count; r += gridDim.x) {\n"
+    "    if (w.warp >= PERK_CONSUMER_WARPS || w.index() == args.lost) return;\n"
+    "    if (w.thread == 0) store_shared4(w.shared + SharedMap::given_up, 0);\n"
+    "    const uint32_t groups = gridDim.x / args.members, own = w.index() / args.members;\n"
+    "    for (uint32_t r = own; own < groups && r < args.row_count; r += groups) {\n"
     "        const uint64_t begin = global_timer();\n"
     "        const Input in{args, r};\n"
-    "        const uint32_t token = Draw<%d, Input>(w, in).run(in.row().best);\n"
-    "        if (w.thread == 0) in.row().token = int32_t(token);\n"
-    "        if (w.thread == 0) in.row().nanoseconds = global_timer() - begin;\n"
+    "        uint32_t token = in.data().best;\n"
+    "        Draw<%d, Input> draw(w, in, {own * args.members, args.members});\n"
+    "        if (!draw.run(token) || w.thread != 0) continue;\n"
+    "        in.data().token = int32_t(token);\n"
+    "        in.data().nanoseconds = global_timer() - begin;\n"
+    "        in.data().meetings = draw.meetings;\n"
     "    }\n"
     "}\n";
 
@@ -83,11 +93,11 @@ static perk_nvrtc *nvrtc;
 /* ---- the kernel ---- */
 
 typedef struct probe {
-    int vocab_size, stride;
+    int vocab_size, stride, blocks;
     CUmodule module;
     CUfunction function;
     CUstream stream;
-    CUdeviceptr rows, logits, adjusted, seen, lists;
+    CUdeviceptr rows, logits, adjusted, seen, rooms, hang_claim, hang;
 } probe;
 
 static void cuda(CUresult result, const char *doing) { CHECK_OK(perk_driver_check(driver, result, &err, "%s", doing)); }
@@ -126,8 +136,8 @@ static void allocate(CUdeviceptr *memory, size_t bytes) {
     cuda(driver->cuMemsetD8(*memory, 0, bytes), "clearing");
 }
 
-static void open_probe(probe *p, int vocab_size, int portable) {
-    *p = (probe){.vocab_size = vocab_size, .stride = PERK_ROW_STRIDE(vocab_size)};
+static void open_probe(probe *p, int vocab_size, int portable, int blocks) {
+    *p = (probe){.vocab_size = vocab_size, .stride = PERK_ROW_STRIDE(vocab_size), .blocks = blocks};
     size_t bytes = (size_t)MOST_ROWS * (size_t)p->stride * 4;
     load(p, portable);
     cuda(driver->cuStreamCreate(&p->stream, CU_STREAM_DEFAULT), "making a stream");
@@ -135,18 +145,23 @@ static void open_probe(probe *p, int vocab_size, int portable) {
     allocate(&p->logits, bytes);
     allocate(&p->adjusted, bytes);
     allocate(&p->seen, bytes);
-    allocate(&p->lists, (size_t)MOST_ROWS * PERK_DRAW_LISTED * 8);
+    allocate(&p->rooms, MOST_ROWS * sizeof(perk_draw_room));
+    allocate(&p->hang_claim, 4);
+    allocate(&p->hang, sizeof(perk_hang_report));
 }
 
 static void close_probe(probe *p) {
-    const CUdeviceptr memory[] = {p->rows, p->logits, p->adjusted, p->seen, p->lists};
+    const CUdeviceptr memory[] = {p->rows, p->logits, p->adjusted, p->seen, p->rooms, p->hang_claim, p->hang};
     for (size_t i = 0; i < PERK_COUNT(memory); i++) driver->cuMemFree(memory[i]);
     driver->cuStreamDestroy(p->stream);
     driver->cuModuleUnload(p->module);
 }
 
-static void launch(probe *p, sample_row *rows, const float *logits, int count) {
-    const sample_args args = {p->rows, p->logits, p->adjusted, p->seen, p->lists, (uint32_t)count, (uint32_t)p->stride};
+/* Every row is drawn by `members` blocks, of which `lost` never comes; -1: all do. */
+static void launch(probe *p, sample_row *rows, const float *logits, int count, int members, int lost) {
+    const sample_args args = {
+        p->rows, p->logits,       p->adjusted,         p->seen,           p->rooms,      p->hang_claim,
+        p->hang, (uint32_t)count, (uint32_t)p->stride, (uint32_t)members, (uint32_t)lost};
     perk_kernel_args room = {0}; /* the fake driver looks whether a kernel of this name is of many steps */
     static_assert(sizeof args <= offsetof(perk_kernel_args, many), "the arguments lie in front of that");
     memcpy(&room, &args, sizeof args);
@@ -156,7 +171,7 @@ static void launch(probe *p, sample_row *rows, const float *logits, int count) {
                                   (size_t)p->vocab_size * 4),
              "copying logits");
     cuda(driver->cuMemcpyHtoD(p->rows, rows, (size_t)count * sizeof *rows), "copying rows");
-    cuda(driver->cuLaunchCooperativeKernel(p->function, BLOCKS, 1, 1, PERK_BLOCK_THREADS, 1, 1,
+    cuda(driver->cuLaunchCooperativeKernel(p->function, (unsigned)p->blocks, 1, 1, PERK_BLOCK_THREADS, 1, 1,
                                            RING_BYTES + SCRATCH_BYTES + 2048, p->stream, params),
          "launching");
     cuda(driver->cuCtxSynchronize(), "sampling");
@@ -251,19 +266,20 @@ static void check_row(perk_sampler *sampler, const perk_sampling *sampling, cons
     if (sampling->logprobs) check_logprobs(row, logprobs, perk_sampling_logprob_count(sampling), what);
 }
 
-/* All settings over all kinds of rows, `rounds` times with other seeds. */
-static void test_settings(int vocab_size, int portable, int rounds) {
+/* All settings over all kinds of rows, `rounds` times with other seeds, by so many blocks together. */
+static void test_settings(int vocab_size, int portable, int rounds, int blocks, int members) {
     enum { COUNT = PERK_COUNT(SETTINGS) };
     static sample_row rows[COUNT];
     probe p;
     perk_sampler *sampler;
+    bool tells = getenv("PERK_TEST_GPU") || getenv("SAMPLE_TELLS");
     float *logits = malloc((size_t)COUNT * (size_t)vocab_size * sizeof *logits);
     CHECK(logits && (int)COUNT <= (int)MOST_ROWS);
     CHECK_OK(perk_sampler_create(&sampler, vocab_size, &err));
-    open_probe(&p, vocab_size, portable);
+    open_probe(&p, vocab_size, portable, blocks);
     for (int round = 0; round < rounds * KINDS; round++) {
         perk_sampling settings[COUNT];
-        double most = 0, times[COUNT];
+        double times[COUNT];
         for (int i = 0; i < COUNT; i++) {
             uint64_t seed = (uint64_t)(round * 100 + i);
             settings[i] = SETTINGS[i];
@@ -271,21 +287,41 @@ static void test_settings(int vocab_size, int portable, int rounds) {
             make_logits(logits + i * vocab_size, vocab_size, round % KINDS, seed);
             make_row(&rows[i], &settings[i], logits + i * vocab_size, vocab_size, seed);
         }
-        launch(&p, rows, logits, COUNT);
+        launch(&p, rows, logits, COUNT, members, -1);
         for (int i = 0; i < COUNT; i++) {
             char what[64];
             snprintf(what, sizeof what, "%d ids, kind %d, setting %d", vocab_size, round % KINDS, i);
             check_row(sampler, &settings[i], logits + i * vocab_size, &rows[i], what);
             times[i] = (double)rows[i].nanoseconds * 1e-3;
-            most = PERK_MAX(most, times[i]);
         }
-        if (!getenv("PERK_TEST_GPU")) continue;
-        fprintf(stderr, "kind %d, us a row:", round % KINDS);
-        for (int i = 0; i < COUNT; i++) fprintf(stderr, " %.0f", times[i]);
+        if (!tells) continue;
+        fprintf(stderr, "%d blocks a row, kind %d, us (meetings) a row:", members, round % KINDS);
+        for (int i = 0; i < COUNT; i++) fprintf(stderr, " %.1f(%d)", times[i], rows[i].meetings);
         fprintf(stderr, "\n");
     }
     close_probe(&p);
     perk_sampler_free(sampler);
+    free(logits);
+}
+
+/* Those who draw a row together do not wait for ever for one who is lost: they say so, and come to an end. */
+static void test_lost(int vocab_size, int blocks) {
+    static sample_row rows[2];
+    perk_sampling sampling[] = {{.temperature = 1, .top_p = 0.9f}, {.temperature = 1, .presence_penalty = 1}};
+    perk_hang_report report;
+    probe p;
+    float *logits = malloc(2 * (size_t)vocab_size * sizeof *logits);
+    CHECK(logits);
+    open_probe(&p, vocab_size, 0, blocks);
+    for (int r = 0; r < 2; r++) {
+        make_logits(logits + r * vocab_size, vocab_size, FLAT, 1);
+        make_row(&rows[r], &sampling[r], logits + r * vocab_size, vocab_size, 1);
+    }
+    launch(&p, rows, logits, 2, blocks, blocks - 1);
+    cuda(driver->cuMemcpyDtoH(&report, p.hang, sizeof report), "copying the report");
+    CHECK(report.complete && report.role == PERK_ROLE_DRAW && report.counter == 0, "%u", report.role);
+    CHECK((int)report.wanted == blocks && report.seen < report.wanted, "%u of %u", report.seen, report.wanted);
+    close_probe(&p);
     free(logits);
 }
 
@@ -321,9 +357,15 @@ int main(void) {
     CHECK_OK(perk_driver_device_info(driver, 0, &info, &err));
     cuda(driver->cuDevicePrimaryCtxRetain(&context, info.device), "opening the device");
     cuda(driver->cuCtxPushCurrent(context), "opening the device");
-    test_settings(29, 0, 1);
-    test_settings(5003, 1, 1);
-    if (on_gpu) test_settings(151936, 0, 5);
+    const char *sms = getenv("FAKE_CUDA_SMS");
+    int blocks = on_gpu ? info.sm_count : sms ? atoi(sms) : 3;
+    test_settings(29, 0, 1, blocks, blocks);
+    test_settings(5003, 1, 1, blocks, blocks);
+    test_settings(5003, 0, 1, blocks, PERK_MAX(1, blocks / 2));
+    if (blocks > 1) test_lost(5003, blocks);
+    if (on_gpu) test_settings(151936, 0, 5, blocks, blocks);
+    if (on_gpu) test_settings(151936, 0, 1, blocks, blocks / 8);
+    if (on_gpu) test_settings(151936, 0, 1, blocks, 1);
     driver->cuCtxPopCurrent(&context);
     driver->cuDevicePrimaryCtxRelease(info.device);
     perk_nvrtc_free(nvrtc);

@@ -33,13 +33,11 @@ static perk_status argmax_reference(perk_reference *reference, const perk_op *op
 
 static void add_rows(perk_lowering *l, void *user, int worker, int first, int count) {
     const perk_stage *stage = user;
-    perk_region candidates = perk_lower_whole(l, stage->operands[0]), out = perk_lower_whole(l, stage->operands[1]),
-                logits = perk_lower_whole(l, stage->operands[2]);
-    candidates.row_begin = out.row_begin = logits.row_begin = first;
-    candidates.row_end = out.row_end = logits.row_end = first + count;
+    perk_region candidates = perk_lower_whole(l, stage->operands[0]), out = perk_lower_whole(l, stage->operands[1]);
+    candidates.row_begin = out.row_begin = first;
+    candidates.row_end = out.row_end = first + count;
     perk_lower_task(l, worker, first, 1, count);
     perk_lower_read(l, candidates);
-    perk_lower_read(l, logits); /* by a program of many steps, for tokens that are drawn */
     perk_lower_write(l, out);
 }
 
@@ -55,7 +53,6 @@ static perk_status argmax_lower(perk_lowering *l, const perk_op *op, perk_error 
     stage->work = PERK_WORK_ARGMAX;
     stage->operands[0] = candidates;
     stage->operands[1] = perk_lower_tensor(l, op->output, PERK_LAYOUT_ROWS);
-    stage->operands[2] = perk_lower_tensor(l, logits, PERK_LAYOUT_ROWS);
     if (l->error.status == PERK_OK) perk_lower_runs(l, perk_lower_rows(l, logits), add_rows, stage);
     perk_lower_end(l);
     return l->error.status;

@@ -252,6 +252,12 @@ static void combine_any(const Words *in, Words *out, uint32_t lanes) {
         if (lanes >> i & 1 && in[i].of[0]) any = 1;
     for (uint32_t i = 0; i < kWarpLanes; i++) out[i].of[0] = any;
 }
+static void combine_ballot(const Words *in, Words *out, uint32_t lanes) {
+    uint32_t ballot = 0;
+    for (uint32_t i = 0; i < kWarpLanes; i++)
+        if (lanes >> i & 1 && in[i].of[0]) ballot |= 1u << i;
+    for (uint32_t i = 0; i < kWarpLanes; i++) out[i].of[0] = ballot;
+}
 // Word 1 says whose value is wanted; that of a lane which is gone is anything.
 static void combine_shuffle(const Words *in, Words *out, uint32_t lanes) {
     for (uint32_t i = 0; i < kWarpLanes; i++) {
@@ -691,6 +697,9 @@ static inline void __syncthreads() { emulator::barrier(0, emulator::launch->dim.
 static inline uint32_t __popc(uint32_t value) { return uint32_t(__builtin_popcount(value)); }
 static inline bool __any_sync(uint32_t, bool value) {
     return emulator::collect(emulator::combine_any, {{value}}).of[0] != 0;
+}
+static inline uint32_t __ballot_sync(uint32_t, bool value) {
+    return emulator::collect(emulator::combine_ballot, {{value}}).of[0];
 }
 static inline uint32_t __shfl_sync(uint32_t mask, uint32_t value, uint32_t source) {
     return emulator::shuffle(mask, value, source);

@@ -38,6 +38,14 @@ static inline void or_shared4(uint32_t address, uint32_t bits) {
     note(address, 4, Access::atomic);
     *reinterpret_cast<uint32_t *>(shared_at(*self->block, address, 4)) |= bits;
 }
+static inline uint32_t add_shared4(uint32_t address, uint32_t amount) {
+    yield_sometimes();
+    note(address, 4, Access::atomic);
+    uint32_t *word = reinterpret_cast<uint32_t *>(shared_at(*self->block, address, 4));
+    const uint32_t before = *word;
+    *word += amount;
+    return before;
+}
 
 static inline Vec16 load_coherent16(const void *pointer) { return load_global<Vec16>(pointer); }
 static inline uint2 load_coherent8(const void *pointer) {
@@ -60,6 +68,11 @@ static inline uint32_t load_acquire_gpu(const uint32_t *pointer) {
     return seen;
 }
 static inline void add_release_gpu(uint32_t *pointer, uint32_t amount) {
+    yield_sometimes();
+    *pointer += amount;
+}
+static inline void add_gpu4(uint32_t *pointer, uint32_t amount) { add_release_gpu(pointer, amount); }
+static inline void add_gpu8(uint64_t *pointer, uint64_t amount) {
     yield_sometimes();
     *pointer += amount;
 }
