@@ -74,11 +74,11 @@ enum { PERK_ROUTING_HITS = 0, PERK_ROUTING_HEADER = 4 };
 
 /* ---- inputs of wide linears ----
  * Programs for more than 8 tokens a step multiply whole slices of 64 columns of their linears' inputs, as wgmma takes
- * them, on GPUs that have it. Such an input lies in memory as it will lie in shared memory, so that one copy brings a
- * slice: slice after slice, in a slice a row of 128 bytes for each of the program's tokens. Columns of a block of 32
- * are dealt as those of the weights are: lane q's j-th pair is the q-th word of the j-th 16 bytes of the block's 64. Of
- * the eight 16 bytes of a row, number i stands at i ^ row % 8: the 128-byte swizzle, which keeps the banks of shared
- * memory apart.
+ * them, on GPUs that have it (those for at most 64 tokens multiply them with mma). Such an input lies in memory as it
+ * will lie in shared memory, so that one copy brings a slice: slice after slice, in a slice a row of 128 bytes for each
+ * of the program's tokens. Columns of a block of 32 are dealt as those of the weights are: lane q's j-th pair is the
+ * q-th word of the j-th 16 bytes of the block's 64. Of the eight 16 bytes of a row, number i stands at i ^ row % 8: the
+ * 128-byte swizzle, which keeps the banks of shared memory apart.
  */
 enum {
     PERK_SLICE_COLS = 64,

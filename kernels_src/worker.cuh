@@ -40,6 +40,8 @@ struct SharedMap {
 #if PERK_WIDE
 constexpr bool kIsBatched = program::wide_tokens <= PERK_BATCHED_TOKENS; // wide linears are those of batched.cuh
 static_assert(!kIsBatched || program::input_slots % PERK_CONSUMER_WARPS == 0, "a slot is always the same warp's");
+#else
+constexpr bool kIsBatched = false;
 #endif
 static_assert(SharedMap::bytes <= program::shared_bytes, "the plan and the kernel disagree about shared memory");
 
@@ -299,7 +301,7 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk, ui
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
     // Where all lanes copy, share what they know of tiles, or vote on the end of a launch of many steps, one that
     // decides otherwise would leave the others waiting for it.
-    if (PERK_PORTABLE || PERK_WIDE || program::has_experts || program::many_steps)
+    if (PERK_PORTABLE || kIsBatched || program::has_experts || program::many_steps)
         is_behind = __any_sync(0xffffffffu, is_behind);
     if (!is_behind) wait_full<true>(w, chunk - in_flight);
 }

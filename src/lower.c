@@ -11,8 +11,8 @@
 /* The ring keeps at least this many slots, if shared memory allows: 8 x 16 KB is about 6 us of stream on an H100. */
 enum { RING_SLOTS_WANTED = 8, RING_SLOTS_MIN = 3, RING_SLOTS_MAX = 12, SLOT_BYTES = PERK_CHUNK_BYTES + 16 };
 enum { MAX_ROWS = 64 };         /* rows of x that one pass over the weights serves with mma */
-enum { MIN_WIDE_TOKENS = 9 };   /* from so many on wgmma is worth it, */
-enum { MAX_WIDE_TOKENS = 256 }; /* and serves so many at once; a step may have */
+enum { MIN_WIDE_TOKENS = 9 };   /* from so many on wide linears are worth it; */
+enum { MAX_WIDE_TOKENS = 256 }; /* wgmma serves so many at once, and a step may have */
 enum { MAX_STEP_TOKENS = 1024 };
 enum { INPUT_BYTES = 96 << 10 }; /* slices of inputs of wide linears: three of 256 tokens, */
 enum { BATCHED_COLUMNS = 16 };   /* and of batched ones, for multiples of so many tokens: what the ring leaves, */
@@ -500,7 +500,7 @@ static bool has_experts(const perk_graph *graph) {
     return false;
 }
 
-/* Many tokens a step: in a pass of wgmma. */
+/* Many tokens a step. Batched linears need no wgmma, but were tuned for GPUs that have it. */
 static void plan_wide(perk_plan *plan) {
     int tokens = plan->config.max_num_batched_tokens;
     if (tokens < MIN_WIDE_TOKENS || !has_wgmma(&plan->device) || has_experts(plan->graph)) return;

@@ -68,7 +68,7 @@ void perk_lower_tiles(perk_lowering *lowering, int tensor, int width, const perk
                       void (*add)(perk_lowering *, perk_region));
 perk_linear_form perk_linear_form_of(const perk_lowering *lowering, const perk_op *op);
 
-/* True when linears of this plan are on wgmma (kernels_src/wide.cuh, batched.cuh) and `linear` is one of them: wide. */
+/* True when this plan has wide linears (kernels_src/wide.cuh, batched.cuh) and `linear` is one of them. */
 bool perk_lower_is_wide(const perk_lowering *lowering, const perk_op *linear);
 /* The input of wide linears that holds this activation; made on first use, by whoever is to write it. -1 on failure. */
 int perk_lower_wide_input(perk_lowering *lowering, const perk_tensor *tensor);
