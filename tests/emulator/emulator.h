@@ -89,6 +89,7 @@ struct Thread {
     std::vector<Product> products;              // those that nobody has waited for, the oldest first
     std::vector<Sums> sums;                     // of these
     uint32_t syncs = 0;                         // of its warp, and barriers, that it has come to
+    std::map<uint32_t, uint32_t> phases;        // parity of the last that it saw of an mbarrier, as a consumer
     const void *polled_pointer = nullptr;       // the last one, and what it found
     uint32_t polled_value = 0;
 };
@@ -386,6 +387,16 @@ static bool mbarrier_has_completed(uint32_t address, uint32_t parity) {
     const bool found = mbarrier_at(*self->block, address)->phase != parity;
     if (found && self->warp) self->warp->clock.join(self->block->clocks[address]);
     return polled(found);
+}
+constexpr uint32_t kConsumerWarps = 8; // of a worker; others know of phases by other ways
+
+// Parity tells a phase from its neighbours alone. So a consumer must see all phases of a barrier that it waits for, or
+// it takes one that is two behind for its own.
+static void see_phase(uint32_t address, uint32_t parity) {
+    if (!self->warp || self->warp->number >= kConsumerWarps) return;
+    const auto [seen, is_new] = self->phases.emplace(address, parity);
+    if (!is_new && seen->second == parity) fail("a wait for a phase of an mbarrier that need not be the next one");
+    seen->second = parity;
 }
 // Before an arrival: whoever waits for it knows what the warp did so far.
 static void tell_clock(uint32_t address) {
