@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include "caller_step.h"
 #include "gpu.h"
 #include "model.h"
 #include "reference.h"
@@ -14,7 +15,8 @@ struct perk_engine {
     perk_tokenizer *tokenizer; /* NULL: the folder has none */
     perk_executor *executor;
     perk_scheduler *scheduler;
-    perk_batch *batch; /* of logits; that of requests is the scheduler's */
+    perk_batch *batch;          /* of logits, or of the caller; that of requests is the scheduler's */
+    perk_caller_pages *callers; /* NULL: pages are the scheduler's */
     perk_config config;
     perk_start_report report;
     perk_mode mode; /* SINGLE where the executor knows no other */
@@ -113,12 +115,14 @@ static void choose_programs(const int32_t wanted[PERK_MAX_PROGRAMS], int32_t mos
     }
 }
 
+static bool launches_many(perk_mode mode) { return mode == PERK_MODE_COMPLETION || mode == PERK_MODE_ONLINE; }
+
 static perk_status open_gpu(perk_engine *engine, const perk_engine_options *options, perk_error *err) {
     perk_gpu_options gpu = {.device = options->device,
                             .portable = options->portable != 0,
                             .unchecked = options->unchecked != 0,
                             .no_cache = options->no_cache != 0,
-                            .many_steps = options->mode != PERK_MODE_SINGLE,
+                            .many_steps = launches_many(options->mode),
                             .cache_folder = options->cache_folder,
                             .threads = options->threads,
                             .log = options->log,
@@ -150,7 +154,7 @@ static perk_status check_options(const perk_engine_options *options, perk_error 
     if (options->precision < 0 || options->precision > 2)
         return perk_fail(err, PERK_INVALID_ARGUMENT, "precision %d: must be 0, 1 (bf16) or 2 (fp32)",
                          options->precision);
-    if (options->mode < PERK_MODE_SINGLE || options->mode > PERK_MODE_ONLINE)
+    if (options->mode < PERK_MODE_SINGLE || options->mode > PERK_MODE_CALLER)
         return perk_fail(err, PERK_INVALID_ARGUMENT, "mode %d: unknown", (int)options->mode);
     if (options->steps_a_launch < 0)
         return perk_fail(err, PERK_INVALID_ARGUMENT, "steps_a_launch %d: must be 0 (no limit) or more",
@@ -219,12 +223,15 @@ static perk_status open_model(perk_engine *engine, const char *path, const perk_
     if ((status = fit_pool(&engine->config, length_was_asked_for, &options->log, err))) return status;
     report_memory(engine, &options->log);
     if ((status = perk_batch_create(&engine->batch, &engine->config, err))) return status;
+    if (options->mode == PERK_MODE_CALLER)
+        status = perk_caller_pages_create(&engine->callers, &engine->config, model->vocab_size, err);
+    if (status) return status;
     return perk_scheduler_create(&engine->scheduler, &engine->config, model->vocab_size, model->eos_ids,
                                  model->eos_count, !options->no_prefix_sharing, err);
 }
 
 static void set_mode(perk_engine *engine, const perk_engine_options *options) {
-    if (options->mode == PERK_MODE_SINGLE) return;
+    if (!launches_many(options->mode)) return;
     if (!engine->executor->type->online) {
         perk_log_write(&options->log, PERK_LOG_INFO, "single steps: the %s executor knows no others",
                        engine->executor->type->name);
@@ -274,6 +281,7 @@ void perk_engine_free(perk_engine *engine) {
     if (!engine) return;
     perk_scheduler_free(engine->scheduler);
     perk_batch_free(engine->batch);
+    perk_caller_pages_free(engine->callers);
     if (engine->executor) engine->executor->type->free(engine->executor);
     perk_tokenizer_free(engine->tokenizer);
     perk_model_free(engine->model);
@@ -293,6 +301,19 @@ int32_t perk_engine_vocab_size(const perk_engine *engine) { return engine->model
 static perk_status check_open(const perk_engine *engine, perk_error *err) {
     if (engine->failure.status && err) *err = engine->failure;
     return engine->failure.status;
+}
+
+perk_status perk_engine_check_mode(const perk_engine *engine, perk_error *err) {
+    if (!engine->callers) return PERK_OK;
+    return perk_fail(err, PERK_INVALID_ARGUMENT,
+                     "the engine was opened with PERK_MODE_CALLER, whose steps perk_step_run makes: for requests and "
+                     "logits open one of another mode");
+}
+
+/* Open, and for requests. */
+static perk_status check_own(const perk_engine *engine, perk_error *err) {
+    perk_status status = check_open(engine, err);
+    return status ? status : perk_engine_check_mode(engine, err);
 }
 
 /* Remembers a failed step: what it left in the caches is unknown, so nothing may follow it. */
@@ -330,7 +351,7 @@ perk_status perk_engine_check(const perk_engine *engine, const int32_t *prompt, 
 perk_status perk_engine_submit(perk_engine *engine, const int32_t *prompt, size_t prompt_length,
                                const perk_sampling *sampling, perk_request **out, perk_error *err) {
     *out = NULL;
-    perk_status status = check_open(engine, err);
+    perk_status status = check_own(engine, err);
     return status ? status : perk_scheduler_submit(engine->scheduler, prompt, prompt_length, sampling, out, err);
 }
 
@@ -417,7 +438,7 @@ static perk_status run_kernel(perk_engine *engine, int32_t *news, perk_error *er
 perk_status perk_engine_poll(perk_engine *engine, bool *news, double *again, perk_error *err) {
     *news = false;
     *again = 0;
-    perk_status status = check_open(engine, err);
+    perk_status status = check_own(engine, err);
     if (status) return status;
     perk_error failure = {0};
     int32_t count = 0;
@@ -456,6 +477,28 @@ bool perk_engine_stays(const perk_engine *engine) { return engine->launched; }
 void perk_engine_statistics(const perk_engine *engine, perk_engine_stats *out) {
     perk_scheduler_statistics(engine->scheduler, out);
     if (engine->report.backend == PERK_BACKEND_GPU) perk_gpu_program_steps(engine->executor, out->program_steps);
+}
+
+/* ---- steps of the caller ---- */
+
+perk_status perk_step_run(perk_engine *engine, const perk_step_request *requests, int32_t request_count,
+                          int32_t fetch_logits, perk_step_output *output, perk_error *err) {
+    *output = (perk_step_output){0};
+    perk_status status = check_open(engine, err);
+    if (status) return status;
+    if (!engine->callers)
+        return perk_fail(err, PERK_INVALID_ARGUMENT,
+                         "the engine fills its steps itself: open one with PERK_MODE_CALLER for steps of yours");
+    status = perk_caller_step_fill(engine->callers, engine->batch, requests, request_count, err);
+    if (status) return status;
+    perk_step_result result;
+    perk_error failure = {0};
+    status = run_batch(engine, engine->batch, fetch_logits != 0, &result, &failure);
+    if (status) return close_after(engine, status, &failure, err);
+    perk_caller_step_commit(engine->callers, engine->batch);
+    *output =
+        (perk_step_output){.rows = engine->batch->num_logit_rows, .argmax = result.argmax, .logits = result.logits};
+    return PERK_OK;
 }
 
 /* ---- generation ---- */
@@ -571,7 +614,7 @@ static perk_status run_chunk(perk_engine *engine, const int32_t *ids, size_t fir
 
 perk_status perk_engine_stream_logits(perk_engine *engine, const int32_t *ids, size_t count, perk_on_logits on_logits,
                                       void *user, perk_error *err) {
-    perk_status status = check_open(engine, err);
+    perk_status status = check_own(engine, err);
     if (!status) status = check_ids(engine, ids, count, err);
     if (status || count == 0) return status;
     perk_error lost = {0};

@@ -10,6 +10,9 @@
 perk_status perk_engine_check(const perk_engine *engine, const int32_t *prompt, size_t prompt_length,
                               const perk_sampling *sampling, perk_error *err);
 
+/* Fails where the engine takes no requests, because its caller fills the steps. */
+perk_status perk_engine_check_mode(const perk_engine *engine, perk_error *err);
+
 /* Gets rows [first, first + count) of the logits, [count][vocab], valid during the call; a failure ends the run. */
 typedef perk_status (*perk_on_logits)(void *user, size_t first, size_t count, const float *logits, perk_error *err);
 

@@ -354,6 +354,11 @@ perk_status perk_service_open(perk_service **out, perk_engine *engine, const per
                               perk_error *err) {
     *out = NULL;
     if (!engine) return perk_fail(err, PERK_INVALID_ARGUMENT, "a service needs an engine");
+    perk_status status = perk_engine_check_mode(engine, err);
+    if (status) {
+        perk_engine_free(engine);
+        return status;
+    }
     perk_service *service = options && options->max_unfinished < 0 ? NULL : perk_calloc(1, sizeof *service);
     if (!service) {
         perk_engine_free(engine);
@@ -365,7 +370,6 @@ perk_status perk_service_open(perk_service **out, perk_engine *engine, const per
     if (options) service->options = *options;
     init_locks(service);
     perk_engine_statistics(engine, &service->stats);
-    perk_status status = PERK_OK;
     service->closed = service->ended = true;
     service->fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (service->fd < 0) status = perk_fail(err, PERK_IO, "no event descriptor can be had: %s", strerror(errno));

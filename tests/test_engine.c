@@ -255,8 +255,8 @@ static void test_opening(void) {
     CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "precision");
     options = (perk_engine_options){.threads = -1};
     CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "threads");
-    options = (perk_engine_options){.mode = (perk_mode)3};
-    CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "mode 3");
+    options = (perk_engine_options){.mode = (perk_mode)4};
+    CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "mode 4");
     options = (perk_engine_options){.steps_a_launch = -1};
     CHECK_FAILS(perk_engine_open(&engine, FOLDER, &options, &err), PERK_INVALID_ARGUMENT, "steps_a_launch -1");
     options = (perk_engine_options){.idle_limit_ms = -1};

@@ -51,6 +51,14 @@ PERK_CACHE_DIR=$work/cache "$work/service" "$model" >"$work/out" 2>"$work/err" &
     [ "$(grep -c 'ended, 40 tokens' "$work/out")" = 4 ] ||
     { echo "failed: service" >&2; cat "$work/out" "$work/err" >&2; exit 1; }
 echo "ok: service"
+# Two requests in one loop of the program's own; the second goes on over the first one's page.
+# shellcheck disable=SC2046
+"$cc" -std=c11 -Wall -Wextra -Werror "$root/examples/step.c" -o "$work/step" $(pkg-config --cflags --libs perk) \
+    "-Wl,-rpath,$prefix/$libdir"
+PERK_CACHE_DIR=$work/cache "$work/step" "$model" >"$work/out" 2>"$work/err" &&
+    [ "$(grep -c 'Once upon a time' "$work/out")" -ge 2 ] && grep -q 'over a shared page' "$work/out" ||
+    { echo "failed: step" >&2; cat "$work/out" "$work/err" >&2; exit 1; }
+echo "ok: step"
 
 # find_package
 build_consumer() {

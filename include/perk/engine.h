@@ -28,14 +28,16 @@ typedef enum perk_backend {
 
 enum { PERK_MAX_PROGRAMS = 8 };
 
-/* How steps follow each other on a GPU; the reference executor knows single ones alone. In the two others the kernel
- * batches, picks (by all that perk_sampling says) and ends by itself, in launches of many steps, all in the program for
- * max_num_batched_tokens. A model for which there is no such kernel is refused. */
+/* Who fills steps, and how they follow each other on a GPU; the reference executor knows single ones alone. In
+ * completion and online the kernel batches, picks (by all that perk_sampling says) and ends by itself, in launches of
+ * many steps, all in the program for max_num_batched_tokens. A model for which there is no such kernel is refused. */
 typedef enum perk_mode {
     PERK_MODE_SINGLE = 0,     /* a launch a step: who calls perk_engine_step owns the loop */
     PERK_MODE_COMPLETION = 1, /* a launch until nothing is unfinished, or of steps_a_launch steps */
     PERK_MODE_ONLINE = 2,     /* the kernel stays: requests go to it, and tokens come from it, while it runs. It ends by
                                  itself when nothing was unfinished for idle_limit_ms; the next request brings it back */
+    PERK_MODE_CALLER = 3,     /* a launch a step, which the caller fills, its pages included: perk_step_run of step.h.
+                                 The engine takes no requests */
 } perk_mode;
 
 typedef struct perk_engine_options {
@@ -58,7 +60,7 @@ typedef struct perk_engine_options {
     int32_t idle_limit_ms;  /* PERK_MODE_ONLINE; 0: 100 */
     /* Programs of the GPU, by the tokens of a step that each is for, in any order; zeros are skipped. Of those that a
      * step fits, the smallest runs it. The program for max_num_batched_tokens is always there; when that is 0, it is
-     * the largest number here. { max_num_batched_tokens } is one program alone. All 0: with PERK_MODE_SINGLE 1 and 8 as
+     * the largest number here. { max_num_batched_tokens } is one program alone. All 0: with single steps 1 and 8 as
      * well, where they are no more than half of max_num_batched_tokens: a step of one request then pays for nothing
      * that others need, and 8 tokens are what one product of the tensor cores takes. Of these defaults, those that
      * cannot be had (no compiler, and not in the cache) are left out. */

@@ -8,6 +8,7 @@
  */
 #include "open_fake.h"
 #include "perk/service.h"
+#include "perk/step.h"
 #include "perk/test.h"
 #include "src/base.h"
 #include "test_cache.h"
@@ -241,6 +242,24 @@ static perk_status use_service(void) {
     CHECK(status || count == 3);
     if (id) CHECK(perk_service_release(service, id, NULL) == PERK_OK);
     perk_service_free(service);
+    return status;
+}
+
+/* Steps that the caller fills. */
+static perk_status use_steps(void) {
+    static const int32_t ids[] = {5, 6, 7}, page = 3;
+    const perk_engine_options options = {
+        .backend = backend, .mode = PERK_MODE_CALLER, .threads = 1, .random_weights = random_weights};
+    perk_engine *engine;
+    perk_status status = perk_engine_open(&engine, folder, &options, &err);
+    CHECK((status == PERK_OK) == (engine != NULL));
+    for (int32_t i = 0; i < 3 && !status; i++) {
+        const perk_step_request request = {&ids[i], 1, i, &page, 1, PERK_LOGITS_LAST};
+        perk_step_output output;
+        status = perk_step_run(engine, &request, 1, 1, &output, &err);
+        CHECK(output.rows == (status == PERK_OK));
+    }
+    perk_engine_free(engine);
     return status;
 }
 
@@ -487,6 +506,7 @@ static void sweep_engines(void) {
     choose(FIXTURES "/single", PERK_BACKEND_REFERENCE, true);
     sweep("random weights", use_engine);
     sweep("service", use_service);
+    sweep("steps of the caller", use_steps);
     choose(EXPERTS, PERK_BACKEND_REFERENCE, false);
     sweep("experts", use_engine);
     choose(EXPERTS, PERK_BACKEND_REFERENCE, true);
