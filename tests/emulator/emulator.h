@@ -89,7 +89,8 @@ struct Thread {
     std::vector<Product> products;              // those that nobody has waited for, the oldest first
     std::vector<Sums> sums;                     // of these
     uint32_t syncs = 0;                         // of its warp, and barriers, that it has come to
-    std::map<uint32_t, uint32_t> phases;        // parity of the last that it saw of an mbarrier, as a consumer
+    std::map<uint32_t, uint32_t> phases;        // parity of the last that it saw of an mbarrier, as a consumer,
+    std::pair<uint32_t, uint32_t> missed;       // and of the one that it just looked for in vain
     const void *polled_pointer = nullptr;       // the last one, and what it found
     uint32_t polled_value = 0;
 };
@@ -136,6 +137,7 @@ struct Launch {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<Flight> flights;
+    bool gave_up = false;          // one of its waits
     std::vector<uint8_t *> stacks; // that are free
     uint8_t *stack_memory = nullptr;
     size_t stack_bytes = 0;
@@ -391,9 +393,13 @@ static bool mbarrier_has_completed(uint32_t address, uint32_t parity) {
 constexpr uint32_t kConsumerWarps = 8; // of a worker; others know of phases by other ways
 
 // Parity tells a phase from its neighbours alone. So a consumer must see all phases of a barrier that it waits for, or
-// it takes one that is two behind for its own.
-static void see_phase(uint32_t address, uint32_t parity) {
+// it takes one that is two behind for its own. (Who gives up looks for the phase before that which it waited for; from
+// then on the launch computes nonsense.)
+static void look_for_phase(uint32_t address, uint32_t parity, bool found) {
     if (!self->warp || self->warp->number >= kConsumerWarps) return;
+    if (self->missed == std::make_pair(address, parity ^ 1)) launch->gave_up = true;
+    self->missed = {found ? 0 : address, parity};
+    if (!found || launch->gave_up) return;
     const auto [seen, is_new] = self->phases.emplace(address, parity);
     if (!is_new && seen->second == parity) fail("a wait for a phase of an mbarrier that need not be the next one");
     seen->second = parity;

@@ -120,7 +120,7 @@ static inline void mbarrier_arrive_after(uint32_t address, uint32_t lane, uint32
 static inline bool mbarrier_peek(uint32_t address, uint32_t parity) { return mbarrier_has_completed(address, parity); }
 static inline bool mbarrier_test(uint32_t address, uint32_t parity) {
     const bool found = mbarrier_has_completed(address, parity);
-    if (found) see_phase(address, parity);
+    look_for_phase(address, parity, found);
     return found;
 }
 static inline bool mbarrier_test_briefly(uint32_t address, uint32_t parity) {
