@@ -18,7 +18,8 @@ struct BatchedLinear {
     using Output = WideOutput<kOut, kEpilogue, kActivation, kHasBias, kOutIsInput>;
     using Finish = typename Output::Finish;
     using Outputs = typename Output::Outputs;
-    static_assert(PERK_CHUNK_BLOCKS == PERK_CONSUMER_WARPS * PERK_SLICE_BLOCKS, "a warp has a slice of every chunk");
+    static_assert(PERK_CHUNK_BLOCKS == PERK_CONSUMER_WARPS * PERK_SLICE_BLOCKS && PERK_SLICE_BLOCKS == 2,
+                  "a warp has a slice of every chunk");
 
     // ---- the products ----
 
@@ -42,7 +43,7 @@ struct BatchedLinear {
                         ? load_matrices(base + (n * 8 + row) * PERK_SLICE_ROW_BYTES + ((s * 4 + w.lane / 8) ^ row) * 16)
                         : Vec16{0, 0, 0, 0};
         __syncwarp();
-        mbarrier_arrive_after(w.input_empty(number), w.lane, operands.x[PERK_SLICE_BLOCKS - 1][kGroups - 1].w);
+        mbarrier_arrive_after(w.input_empty(number), w.lane, word_of(operands.x[0]) | word_of(operands.x[1]));
     }
 
     // Adds the products of a tile's slice, which is in the ring at `place`.
@@ -58,7 +59,7 @@ struct BatchedLinear {
             a[s] = load_shared16(address + s * PERK_WEIGHT_BLOCK_BYTES);
             b[s] = load_shared16(address + s * PERK_WEIGHT_BLOCK_BYTES + 512);
         }
-        place.release(w, b[PERK_SLICE_BLOCKS - 1].w);
+        place.release(w, word_of(a) | word_of(b));
 #pragma unroll
         for (uint32_t s = 0; s < PERK_SLICE_BLOCKS; s++) {
             if (kBlocks % PERK_CHUNK_BLOCKS != 0 && slice * PERK_SLICE_BLOCKS + s >= kBlocks) continue;

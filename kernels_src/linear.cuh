@@ -185,7 +185,7 @@ struct Linear {
             b[s] = load_shared16(address + 512);
         }
         if (in_chunk + kGroupBlocks == kShare) // the products need the slot no more
-            release_chunk(w, chunk, b[kGroupBlocks - 1].w);
+            release_chunk(w, chunk, word_of(a) | word_of(b));
 #pragma unroll
         for (uint32_t s = 0; s < kGroupBlocks; s++) {
             if ((group * kGroupBlocks + s) * PERK_CONSUMER_WARPS + w.warp >= kBlocks) continue;

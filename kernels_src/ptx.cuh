@@ -34,6 +34,14 @@ __device__ __forceinline__ void forget(uint32_t &value) { asm volatile("" : "+r"
 struct alignas(16) Vec16 {
     uint32_t x, y, z, w;
 };
+// A word that is there when all of them are.
+template <uint32_t kCount>
+__device__ __forceinline__ uint32_t word_of(const Vec16 (&values)[kCount]) {
+    uint32_t word = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < kCount; i++) word |= values[i].w;
+    return word;
+}
 
 __device__ __forceinline__ Vec16 load_shared16(uint32_t address) {
     Vec16 v;
@@ -196,9 +204,10 @@ __device__ __forceinline__ void exit_thread() { asm volatile("exit;"); }
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Lane 0 arrives, not before `loaded`, the result of the warp's last load from shared memory, is there. The address
-// depends on it, because the order of instructions is not enough: a load that was only issued can find what the copy
-// engine put there after the arrival (measured: 16 tokens a step of a 14B shape got wrong sums).
+// Lane 0 arrives, not before `loaded` is there: a word made of all that the warp has loaded from what it gives back.
+// The address depends on it, because the order of instructions is not enough: a load that was only issued can find what
+// the copy engine put there after the arrival (measured: 16 tokens a step of a 14B shape got wrong sums). Nor is the
+// last of the loads enough: the compiler changes their order.
 __device__ __forceinline__ void mbarrier_arrive_after(uint32_t barrier, uint32_t lane, uint32_t loaded) {
     asm volatile("{ .reg .pred first; .reg .b32 address; .reg .b64 state; setp.eq.u32 first, %1, 0; "
                  "and.b32 address, %1, %2; add.u32 address, address, %0; " // lane 0: `barrier`

@@ -188,7 +188,7 @@ struct WideLinear {
         if (slice % slot_slices == 0) wait_full(w, chunk);
         load_weights(w, pass, w.ring_slot(chunk), slice, weights);
         if (slice % slot_slices == slot_slices - 1 || slice == kSlices - 1)
-            release_chunk(w, chunk++, weights.of[1].w ^ weights.of[3].w); // the second block need not be there
+            release_chunk(w, chunk++, word_of(weights.of));
         wait_slot<false>(w, w.input_full(number), number / program::input_slots & 1, PERK_ROLE_INPUT_FULL, number);
         const uint64_t x = wgmma_operand(w.input_slot(number) + pass.first_row * PERK_SLICE_ROW_BYTES);
         wgmma_fence();

@@ -219,15 +219,15 @@ struct RingPlace {
     __device__ __forceinline__ void await(const Worker &w, uint32_t chunk) const {
         wait_slot<false>(w, w.slot_full_barrier(slot), parity, PERK_ROLE_RING_FULL, chunk);
     }
-    __device__ __forceinline__ void release(const Worker &w, uint32_t last) const {
+    __device__ __forceinline__ void release(const Worker &w, uint32_t loaded) const {
         __syncwarp();
-        mbarrier_arrive_after(w.slot_empty_barrier(slot), w.lane, last);
+        mbarrier_arrive_after(w.slot_empty_barrier(slot), w.lane, loaded);
     }
 };
-// By every lane of a consumer warp once it has read the chunk; `last` is a word of what it read last.
-__device__ __forceinline__ void release_chunk(const Worker &w, uint32_t chunk, uint32_t last) {
+// By every lane of a consumer warp once it has read the chunk; `loaded` is a word of all that it read.
+__device__ __forceinline__ void release_chunk(const Worker &w, uint32_t chunk, uint32_t loaded) {
     __syncwarp();
-    mbarrier_arrive_after(w.empty_barrier(chunk), w.lane, last);
+    mbarrier_arrive_after(w.empty_barrier(chunk), w.lane, loaded);
 }
 
 #if PERK_WIDE

@@ -20,6 +20,10 @@ static inline void forget(uint32_t &) {}
 struct alignas(16) Vec16 {
     uint32_t x, y, z, w;
 };
+template <uint32_t kCount>
+static inline uint32_t word_of(const Vec16 (&values)[kCount]) {
+    return values[kCount - 1].w;
+}
 
 static inline Vec16 load_shared16(uint32_t address) { return load_shared<Vec16>(address); }
 static inline uint32_t load_shared4(uint32_t address) { return load_shared<uint32_t>(address); }
