@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 
+import arrivals
 import shapes
 import starts
 import trust
@@ -174,7 +175,8 @@ class Check:
 
         return self.side_by_side(
             lambda: self.program("test_gpu_ops", 180), whole_models,
-            lambda: self.script("trust.py", trust.CHECKS, 220, "--part", "checks"), small_shapes)
+            lambda: self.script("trust.py", trust.CHECKS, 220, "--part", "checks"),
+            lambda: self.script("arrivals.py", [arrivals.ROW], 150), small_shapes)
 
     def timed(self):
         """What measures time, or waits for a limit to pass: one after the other, alone."""
