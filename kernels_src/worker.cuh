@@ -295,7 +295,7 @@ __device__ __forceinline__ void await_begin(const Worker &w, uint32_t chunk) {
 // critical path (counters, activations); but more for a worker whose consumers have read nearly all that it has, so
 // that those who are behind get more of the bandwidth, and all reach the end of a stage together. docs/performance.md
 // has the measurements.
-__device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk, uint32_t in_flight) {
+__device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
@@ -303,18 +303,17 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk, ui
     // decides otherwise would leave the others waiting for it.
     if (PERK_PORTABLE || kIsBatched || program::has_experts || program::many_steps)
         is_behind = __any_sync(0xffffffffu, is_behind);
-    if (!is_behind) wait_full<true>(w, chunk - in_flight);
+    if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }
 
 // Until the chunk's slot may be filled.
-__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk,
-                                           uint32_t in_flight = program::chunks_in_flight) {
+__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk) {
     const uint32_t round = chunk / program::ring_slots;
     if (program::many_steps && round > 0)
         await_room_or_end(w, chunk, (round - 1) & 1);
     else if (round > 0)
         wait_slot<true>(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
-    await_flight(w, chunk, in_flight);
+    await_flight(w, chunk);
 }
 
 // Starts the copy of one chunk; kOnce: of what no step reads for certain.

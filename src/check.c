@@ -145,7 +145,7 @@ static perk_status check_stage(const perk_plan *plan, int index, perk_error *err
         return UNSAFE(err, "stage %.*s: counter %d of %d", NAME_LENGTH, stage->name, stage->counter,
                       plan->counter_count);
     if (stage->unit_count < 0) return UNSAFE(err, "stage %.*s: %d units", NAME_LENGTH, stage->name, stage->unit_count);
-    for (int i = 0; i < PERK_STAGE_OPERANDS; i++)
+    for (int i = 0; i < PERK_RECORD_OPERANDS; i++)
         if (stage->operands[i] < -1 || stage->operands[i] >= plan->tensor_count)
             return UNSAFE(err, "stage %.*s: operand %d is tensor %d of %d", NAME_LENGTH, stage->name, i,
                           stage->operands[i], plan->tensor_count);

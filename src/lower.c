@@ -277,7 +277,7 @@ perk_stage *perk_lower_begin(perk_lowering *l, const perk_op *op, const char *su
     if (kind < 0) return NULL;
     perk_stage *stage = &plan->stages[plan->stage_count];
     *stage = (perk_stage){.op = op->index, .kind = kind, .counter = plan->stage_count, .stream = {.tensor = -1}};
-    for (int i = 0; i < PERK_STAGE_OPERANDS; i++) stage->operands[i] = -1;
+    for (int i = 0; i < PERK_RECORD_OPERANDS; i++) stage->operands[i] = -1;
     snprintf(stage->name, sizeof stage->name, "%.78s%s", op->output->name, suffix);
     plan->stage_count++;
     return stage;
@@ -504,7 +504,7 @@ static bool has_experts(const perk_graph *graph) {
 static void plan_wide(perk_plan *plan) {
     int tokens = plan->config.max_num_batched_tokens;
     if (tokens < MIN_WIDE_TOKENS || !has_wgmma(&plan->device) || has_experts(plan->graph)) return;
-    if (tokens <= MAX_ROWS) {
+    if (tokens <= PERK_BATCHED_TOKENS) {
         plan->wide_tokens = (int)perk_round_up((uint64_t)tokens, BATCHED_COLUMNS);
         return; /* input_slots follow when the ring has its own */
     }

@@ -111,8 +111,6 @@ typedef struct perk_stream {
     perk_wait routed; /* what the producer waits for before it reads that */
 } perk_stream;
 
-enum { PERK_STAGE_OPERANDS = PERK_RECORD_OPERANDS };
-
 /* Which function of kernels_src/ a stage's tasks are instances of. The emitter has the statement in `kinds`; the
  * simulator does the same in C. */
 typedef enum perk_stage_work {
@@ -138,9 +136,9 @@ typedef struct perk_stage {
     perk_stage_work work;
     int counter; /* what its tasks signal */
     int task_count, unit_count;
-    int operands[PERK_STAGE_OPERANDS]; /* plan tensors whose addresses the device code gets, by role; -1: none */
-    int scalar;                        /* one number for the device code (the layer in the KV cache) */
-    bool takes_inputs;                 /* its tasks use the slots of wide linears' inputs as they like */
+    int operands[PERK_RECORD_OPERANDS]; /* plan tensors whose addresses the device code gets, by role; -1: none */
+    int scalar;                         /* one number for the device code (the layer in the KV cache) */
+    bool takes_inputs;                  /* its tasks use the slots of wide linears' inputs as they like */
     perk_stream stream;
 } perk_stage;
 

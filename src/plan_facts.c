@@ -105,7 +105,7 @@ int perk_plan_input_bytes(const perk_plan *plan) {
 }
 
 static bool has_operand(const perk_plan *plan, const perk_stage *stage, const perk_tensor *tensor) {
-    for (int i = 0; i < PERK_STAGE_OPERANDS; i++)
+    for (int i = 0; i < PERK_RECORD_OPERANDS; i++)
         if (stage->operands[i] >= 0 && plan->tensors[stage->operands[i]].graph_tensor == tensor->index) return true;
     return false;
 }

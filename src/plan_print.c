@@ -124,7 +124,7 @@ static json_t *stages_json(const perk_plan *plan, const perk_plan_facts *facts) 
     for (int i = 0; i < plan->stage_count; i++) {
         const perk_stage *stage = &plan->stages[i];
         json_t *operands = json_array();
-        for (int j = 0; j < PERK_STAGE_OPERANDS; j++)
+        for (int j = 0; j < PERK_RECORD_OPERANDS; j++)
             append(&operands, stage->operands[j] < 0 ? json_null() : json_integer(stage->operands[j]));
         append(&stages,
                json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:o, s:I, s:i, s:i, s:o, s:i}", "name", stage->name, "op",

@@ -56,7 +56,7 @@ static inline int fixture_stage(plan_fixture *f, const char *name) {
     snprintf(s->name, sizeof s->name, "%s", name);
     s->counter = f->counter_count++;
     s->stream.tensor = -1;
-    for (int i = 0; i < PERK_STAGE_OPERANDS; i++) s->operands[i] = -1;
+    for (int i = 0; i < PERK_RECORD_OPERANDS; i++) s->operands[i] = -1;
     return f->stage_count++;
 }
 

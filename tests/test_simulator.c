@@ -266,7 +266,7 @@ static void scramble(random_graph *g, perk_plan *plan) {
                          &stage->unit_count,
                          &stage->scalar,
                          &stage->op,
-                         &stage->operands[random_graph_below(g, PERK_STAGE_OPERANDS)],
+                         &stage->operands[random_graph_below(g, PERK_RECORD_OPERANDS)],
                          &stage->stream.tensor,
                          (int32_t *)&stage->work,
                          &tensor->rows,

@@ -6,7 +6,6 @@
 A start compiles one or a few programs and waits for them; here all cores are at it. One row for all of them. Exit
 codes: 0 everything compiled, 1 something did not. Needs nothing but Python, and a GPU only to ask what it is.
 """
-import argparse
 import concurrent.futures
 import json
 import os
@@ -15,6 +14,7 @@ import sys
 import tempfile
 import time
 
+import harness
 import shapes
 from harness import ROOT, Failure, Perk, Rows, require
 
@@ -22,13 +22,11 @@ SECONDS = 150  # that one program may take, beside all that else is under way
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--perk", default=str(ROOT / "build" / "bin" / "perk"), help="the perk binary")
+    parser = harness.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=shapes.ALL, choices=list(shapes.SHAPES), metavar="SHAPE")
     parser.add_argument("--label", default="all shapes", help="what the row calls them")
     parser.add_argument("--jobs", type=int, default=max(2, len(os.sched_getaffinity(0)) // 2),
                         help="programs at a time")
-    parser.add_argument("--rows", help="a file that gets a line of JSON for each result")
     return parser.parse_args()
 
 

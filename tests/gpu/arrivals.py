@@ -9,7 +9,6 @@ compiler left it so can be seen in the order of instructions alone: every load b
 be among what the address is made of. One row. Needs no GPU, but nvdisasm, which PyTorch brings along (triton). Exit
 codes: 0 no arrival is early, 1 some are.
 """
-import argparse
 import concurrent.futures
 import importlib.util
 import os
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 
+import harness
 from harness import ROOT, Perk, Rows, Skip, require
 
 ROW = "arrivals wait for loads"
@@ -117,10 +117,7 @@ def check(part, perk):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--perk", default=str(ROOT / "build" / "bin" / "perk"), help="the perk binary")
-    parser.add_argument("--rows", help="a file that gets a line of JSON for each result")
-    args = parser.parse_args()
+    args = harness.parser(__doc__).parse_args()
     rows = Rows(args.rows)
     with rows.part(ROW) as part:
         check(part, Perk(args.perk, "reference"))

@@ -1,4 +1,5 @@
 """What the GPU checks share: rows of results, running perk, and reading what it says."""
+import argparse
 import contextlib
 import json
 import math
@@ -75,6 +76,14 @@ class Rows:
 
     def failed(self):
         return sum(row["status"] == FAILED for row in self.rows)
+
+
+def parser(description):
+    """What all parts take: the perk binary, and where results go."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--perk", default=str(ROOT / "build" / "bin" / "perk"), help="the perk binary")
+    made.add_argument("--rows", help="a file that gets a line of JSON for each result")
+    return made
 
 
 def last_lines(text, count=4):

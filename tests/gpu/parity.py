@@ -17,7 +17,6 @@ is the yardstick, and in bf16, which measures the noise that the number format b
 
 Exit codes: 0 everything passed, 1 something failed. Needs torch, transformers, safetensors and numpy.
 """
-import argparse
 import contextlib
 import gc
 import json
@@ -32,6 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+import harness
 import models
 import shapes
 from harness import ROOT, Failure, Perk, Rows, require
@@ -40,14 +40,12 @@ NOISE_FACTOR, ROW_FACTOR, MAX_TOKENS = 1.2, 2.0, 64
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--perk", default=str(ROOT / "build" / "bin" / "perk"), help="the perk binary")
+    parser = harness.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=shapes.ALL, choices=list(shapes.SHAPES),
                         metavar="SHAPE", help=f"of {', '.join(shapes.SHAPES)}")
     parser.add_argument("--backend", default="gpu", choices=["gpu", "reference"])
     parser.add_argument("--device", default="cuda", help="where transformers runs")
     parser.add_argument("--ahead", metavar="LABEL", help="of what ahead.py compiled: every start must find it")
-    parser.add_argument("--rows", help="a file that gets a line of JSON for each result")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 

@@ -7,12 +7,12 @@ The doctor's verdict; a cold start, then warm ones: in the same folder, without 
 entry was damaged; a cold start without NVRTC; prompts that are too long; more KV pages than the GPU has memory for.
 Each part is a row. Exit codes: 0 everything passed, 1 something failed. Needs nothing but Python.
 """
-import argparse
 import json
 import pathlib
 import sys
 import tempfile
 
+import harness
 from harness import ROOT, Perk, Rows, require
 
 MODEL = ROOT / "examples" / "tiny"
@@ -139,10 +139,7 @@ NAMES = [name for name, _ in PARTS]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--perk", default=str(ROOT / "build" / "bin" / "perk"), help="the perk binary")
-    parser.add_argument("--rows", help="a file that gets a line of JSON for each result")
-    args = parser.parse_args()
+    args = harness.parser(__doc__).parse_args()
     rows = Rows(args.rows)
     with tempfile.TemporaryDirectory(prefix="perk-starts-") as folder:
         starts = Starts(Perk(args.perk, "gpu"), rows, pathlib.Path(folder))

@@ -8,7 +8,6 @@ and synccheck, several side by side. costs: what the waits' limit and the time s
 nothing else may run beside that. Each is a row. A sanitizer's findings are in the row and, whole, in what this prints.
 Exit codes: 0 everything passed, 1 something failed. Needs nothing but Python.
 """
-import argparse
 import concurrent.futures
 import json
 import os
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 
+import harness
 from harness import ROOT, Failure, Perk, Rows, Skip, last_lines, require
 
 TINY = ROOT / "examples" / "tiny"
@@ -216,10 +216,8 @@ def costs(trust, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--perk", default=str(ROOT / "build" / "bin" / "perk"), help="the perk binary")
+    parser = harness.parser(__doc__)
     parser.add_argument("--part", choices=["checks", "costs"], help="one alone; default: both, one after the other")
-    parser.add_argument("--rows", help="a file that gets a line of JSON for each result")
     args = parser.parse_args()
     rows = Rows(args.rows)
     with tempfile.TemporaryDirectory(prefix="perk-trust-") as cache:
