@@ -87,6 +87,9 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
         plan->unlimited_waits ? "false" : "true", has_experts ? "true" : "false", plan->many_steps ? "true" : "false");
     perk_buffer_printf(out, "[[maybe_unused]] constexpr uint32_t own_experts = %d, own_slots = %d;\n", own_experts,
                        own_slots);
+    if (plan->streams_kv)
+        perk_buffer_printf(out, "constexpr uint32_t kv_heads = %d, kv_head_dim = %d, kv_parts = %d;\n", plan->kv_heads,
+                           plan->kv_head_dim, plan->attention_parts);
     if (plan->many_steps) emit_schedule_constants(plan, out);
     perk_buffer_printf(out, "} // namespace program\n\n");
 }
@@ -112,17 +115,17 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
                        plan->device.worker_count, plan->device.portable ? ", portable" : "");
     perk_buffer_printf(source,
                        "#define PERK_PORTABLE %d\n#define PERK_PROFILE %d\n#define PERK_WIDE %d\n"
-                       "#include \"abi.h\"\n\n",
-                       plan->device.portable, plan->profiled, plan->wide_tokens > 0);
+                       "#define PERK_STREAMS_KV %d\n#include \"abi.h\"\n\n",
+                       plan->device.portable, plan->profiled, plan->wide_tokens > 0, plan->streams_kv);
     emit_constants(plan, source);
-    perk_buffer_printf(
-        source,
-        "#include \"ptx.cuh\"\n#include \"routing.cuh\"\n#include \"worker.cuh\"\n#include \"rows.cuh\"\n"
-        "#include \"linear.cuh\"\n%s%s#include \"attention.cuh\"\n%s#include \"moe.cuh\"\n%s\n",
-        plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "",
-        perk_plan_is_batched(plan) ? "#include \"batched.cuh\"\n" : "",
-        plan->prompt_slice > 0 ? "#include \"prompt_attention.cuh\"\n" : "",
-        plan->many_steps ? "#include \"mail.h\"\n#include \"many_steps.cuh\"\n" : "");
+    perk_buffer_printf(source,
+                       "#include \"ptx.cuh\"\n#include \"routing.cuh\"\n#include \"worker.cuh\"\n"
+                       "#include \"kv_stream.cuh\"\n#include \"rows.cuh\"\n"
+                       "#include \"linear.cuh\"\n%s%s#include \"attention.cuh\"\n%s#include \"moe.cuh\"\n%s\n",
+                       plan->wide_tokens > 0 ? "#include \"wide.cuh\"\n" : "",
+                       perk_plan_is_batched(plan) ? "#include \"batched.cuh\"\n" : "",
+                       plan->prompt_slice > 0 ? "#include \"prompt_attention.cuh\"\n" : "",
+                       plan->many_steps ? "#include \"mail.h\"\n#include \"many_steps.cuh\"\n" : "");
     emit_switch(plan, source);
     perk_buffer_printf(source,
                        "extern \"C\" __global__ void __launch_bounds__(PERK_BLOCK_THREADS, 1)\n" PERK_KERNEL_NAME
@@ -189,6 +192,10 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
         record.share_tokens = (uint32_t)stage->stream.share_tokens;
         bool is_of_tokens = plan->graph->ops[stage->op]->output->row_kind == PERK_ROWS_TOKENS;
         record.rows_word = is_of_tokens ? PERK_BATCH_NUM_TOKENS : PERK_BATCH_NUM_LOGIT_ROWS;
+    }
+    if (stage->work == PERK_WORK_PARTIAL && plan->streams_kv) {
+        record.stream_base = (uint32_t)stage->scalar;
+        record.stream_blocks = PERK_STREAM_KV;
     }
     if (stage->stream.tensor >= 0 && stage->stream.deal != PERK_DEAL_NONE) {
         record.routing_experts =

@@ -99,7 +99,8 @@ enum {
 };
 
 /* ---- tasks ---- */
-#define PERK_TASK_END 0xffffffffu /* kind of the record after a worker's last task */
+#define PERK_TASK_END 0xffffffffu  /* kind of the record after a worker's last task */
+#define PERK_STREAM_KV 0xffffffffu /* instead of a number of blocks */
 enum {
     PERK_RECORD_WAITS = 4,
     PERK_RECORD_OPERANDS = 6,
@@ -121,8 +122,9 @@ typedef struct perk_task_record {
     uint32_t operand[PERK_RECORD_OPERANDS]; /* byte offset / 256 in the operand's space */
     uint32_t scalar;
     uint32_t stream_base;   /* packed weights of the stage: byte offset / 1024 */
-    uint32_t stream_tiles;  /* row tiles of the stage; 0: streams nothing */
-    uint32_t stream_blocks; /* blocks a tile */
+    uint32_t stream_tiles;  /* row tiles of the stage; 0: it has no weights */
+    uint32_t stream_blocks; /* blocks a tile; PERK_STREAM_KV: streams what attention reads of the KV cache, of the layer
+                               `stream_base` */
     union {                 /* a program has wide linears or experts, never both */
         struct {
             uint32_t stream_together; /* wide linears: tiles that are streamed side by side, at most; 0: one after the
@@ -154,6 +156,9 @@ typedef struct perk_batch_header {
 
 /* Places of the header's fields, in words. */
 enum { PERK_BATCH_NUM_TOKENS = 0, PERK_BATCH_NUM_LOGIT_ROWS = 2, PERK_BATCH_NUM_ATTENTION_ITEMS = 3 };
+
+/* Place of first_fresh_item in a query tile, in words. */
+enum { PERK_QUERY_TILE_FRESH_ITEM = 7 };
 
 /* A batch of up to this size is copied to shared memory at the start of a launch. */
 #define PERK_BATCH_SHARED_MAX 8192

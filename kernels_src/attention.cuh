@@ -4,9 +4,9 @@
 //   merge    the pieces of every (token, head) put together
 //   append   the step's keys and values go to their pages, for the steps after it: nobody in this step waits for that
 //
-// A KV page of one layer and one KV head holds K as [position][dimension] and V as [block of 16
-// positions][dimension][position]: both are then read as operands of mma straight from memory, and the 16 positions
-// that a warp takes at a time are 4 KB in one piece of either (of 128 dimensions). A query tile is up to 8 rows (token,
+// Keys and values lie in a KV page (kv_stream.cuh) as operands of mma are read, and the 16 positions that a warp takes
+// at a time are 4 KB in one piece of either (of 128 dimensions). They come through the weight ring, except in portable
+// programs and those that have tiles of prompts, which load them by themselves. A query tile is up to 8 rows (token,
 // query head of the group) that share the KV head, so grouped heads share one read of the cache.
 #pragma once
 
@@ -18,7 +18,7 @@ struct Attention {
     static constexpr uint32_t kUnits = kKvHeads * kParts; // unit = head * kParts + part
     static constexpr uint32_t kQkvStride = PERK_ROW_STRIDE((kHeads + 2 * kKvHeads) * kHeadDim);
     static constexpr uint32_t kOutStride = PERK_ROW_STRIDE(kHeads * kHeadDim);
-    static constexpr uint32_t kPageElements = program::page_size * kHeadDim;
+    using Cache = KvCache<kKvHeads, kHeadDim>;
     static constexpr uint32_t kHalf = kHeadDim / 2;
     static constexpr uint32_t kDimBlocks = kHeadDim / 32; // 32 dimensions: what one 16-byte load a lane covers
     static constexpr uint32_t kDimTiles = kHeadDim / 16;  // row tiles of the transposed output
@@ -26,19 +26,6 @@ struct Attention {
     static constexpr uint32_t kPartialFloats = PERK_QUERY_ROWS * (kHeadDim + 2);
     static_assert(kHeadDim % 32 == 0 && kGroup <= PERK_QUERY_ROWS, "the lowering refuses other shapes");
 
-    static __device__ __forceinline__ uint8_t *key_page(const Worker &w, uint32_t layer, uint32_t page, uint32_t head) {
-        const uint64_t index = (uint64_t(layer) * program::max_num_pages + page) * kKvHeads + head;
-        return w.args.kv + index * 2 * kPageElements * 2;
-    }
-    static __device__ __forceinline__ uint32_t page_of(const Worker &w, uint32_t request, uint32_t position) {
-        const uint32_t entry = request * program::pages_per_request + position / program::page_size;
-        return w.batch_word(program::batch_page_table + entry);
-    }
-    // In a page of keys and values, in bytes: the values of the position and the next ones of its block.
-    static __device__ __forceinline__ uint32_t value_offset(uint32_t position, uint32_t dimension) {
-        const uint32_t in_page = position % program::page_size, block = in_page / PERK_KV_UNIT;
-        return (kPageElements + (block * kHeadDim + dimension) * PERK_KV_UNIT + in_page % PERK_KV_UNIT) * 2;
-    }
     static __device__ __forceinline__ float *partial_of(const Worker &w, uint64_t base, uint32_t head, uint32_t item) {
         return reinterpret_cast<float *>(w.args.activations + base) +
                (uint64_t(head) * program::max_attention_items + item) * kPartialFloats;
@@ -219,7 +206,8 @@ struct Attention {
     }
 
     static __device__ __forceinline__ uint32_t first_fresh_item(const Worker &w, uint32_t tile) {
-        return w.batch_word(program::batch_query_tiles + tile * (sizeof(perk_query_tile) / 4) + 7);
+        return w.batch_word(program::batch_query_tiles + tile * (sizeof(perk_query_tile) / 4) +
+                            PERK_QUERY_TILE_FRESH_ITEM);
     }
     static __device__ __forceinline__ bool is_prompt(const Worker &w, uint32_t tile) {
         return first_fresh_item(w, tile) == 0xffffffffu;
@@ -273,7 +261,8 @@ struct Attention {
 
     static __device__ __forceinline__ void load_keys(const Worker &w, const Piece &p, uint32_t begin, Unit &unit) {
         const uint32_t request = p.tile.info.request, group_start = begin + w.lane / 8 * 4;
-        const uint8_t *keys = key_page(w, p.layer, page_of(w, request, min(group_start, p.end - 1)), p.head);
+        const uint8_t *keys =
+            Cache::kv_page(w, p.layer, Cache::page_of(w, request, min(group_start, p.end - 1)), p.head);
 #pragma unroll
         for (uint32_t j = 0; j < 2; j++) {
             const uint32_t position = key_position(w, p, begin, j);
@@ -285,8 +274,8 @@ struct Attention {
     // Values of 4 positions for the dimensions g and g + 8 of every row tile of the output.
     static __device__ __forceinline__ void load_values(const Worker &w, const Piece &p, uint32_t begin, Unit &unit) {
         const uint32_t position = min(begin + w.lane % 4 * 4, p.end - 1) / 4 * 4;
-        const uint32_t page = page_of(w, p.tile.info.request, position);
-        const uint8_t *values = key_page(w, p.layer, page, p.head) + value_offset(position, w.lane / 4);
+        const uint32_t page = Cache::page_of(w, p.tile.info.request, position);
+        const uint8_t *values = Cache::kv_page(w, p.layer, page, p.head) + Cache::value_offset(position, w.lane / 4);
 #pragma unroll
         for (uint32_t d = 0; d < kDimTiles; d++)
 #pragma unroll
@@ -298,6 +287,32 @@ struct Attention {
         load_keys(w, p, begin, unit);
         load_values(w, p, begin, unit);
     }
+
+#if PERK_STREAMS_KV
+    // The same of a unit that lies in shared memory. Returns a word of all of it. What lies there beyond the piece
+    // counts for nothing, whatever it is: scores are masked, and values, too.
+    static __device__ __forceinline__ uint32_t load_unit(const Worker &w, uint32_t from, Unit &unit) {
+        const uint32_t row = w.lane / 8 * 4 + w.lane / 4 % 2; // as key_position
+        uint32_t loaded = 0;
+#pragma unroll
+        for (uint32_t j = 0; j < 2; j++)
+#pragma unroll
+            for (uint32_t d = 0; d < kDimBlocks; d++) {
+                unit.k[j][d] = load_shared16(from + (row + 2 * j) * kHeadDim * 2 + w.lane % 4 * 16 + d * 64);
+                loaded |= unit.k[j][d].w;
+            }
+#pragma unroll
+        for (uint32_t d = 0; d < kDimTiles; d++)
+#pragma unroll
+            for (uint32_t half = 0; half < 2; half++) {
+                const uint32_t dimension = d * 16 + half * 8 + w.lane / 4;
+                unit.v[d][half] =
+                    load_shared8(from + Cache::kUnitBytes + (dimension * PERK_KV_UNIT + w.lane % 4 * 4) * 2);
+                loaded |= unit.v[d][half].y;
+            }
+        return loaded;
+    }
+#endif
 
     // The same of positions that this step adds, from the linear's output; the keys are not turned yet.
     static __device__ __forceinline__ void load_fresh_key(const Worker &w, const Piece &p, const Source &source,
@@ -418,29 +433,40 @@ struct Attention {
                 w.batch_word(words + 2)};
     }
 
-    // Whether a warp has the registers to load early: the first unit of an item that is in the cache before the wait,
-    // since no task of this launch has written it; what is fresh together with the query.
-    static constexpr bool kLoadsAhead =
-        !PERK_PORTABLE && PERK_ARCH < 1200 && program::max_tokens <= (PERK_ARCH == 900 ? 32 : 8);
-
-    static __device__ __forceinline__ void load_ahead(const Worker &w, const TaskView &task, uint32_t head,
-                                                      uint32_t item, Unit &unit) {
-        if constexpr (!kLoadsAhead) return;
-        const Piece p = load_piece(w, task, head, item);
-        if (!p.is_fresh()) load_cached(w, p, p.begin, unit);
-    }
-
     // A query row: its last position, its own, and how its scores are scaled.
     struct Mask {
         uint32_t limit, window;
         float scale;
     };
 
-    // The piece's first unit, turned, is in `unit`; a fresh piece has no more, by the way items are cut. The registers
-    // of keys, and then those of values, are filled anew as soon as they have been multiplied, so that memory always
-    // has something to bring.
-    static __device__ __forceinline__ void attend_units(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
-                                                        const Piece &p, Unit &unit, Mask mask) {
+    static __device__ __forceinline__ void attend_unit(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
+                                                       const Piece &p, const Unit &unit, uint32_t begin, Mask mask) {
+        float scores[2][4] = {};
+        score_tile(q, unit.k[0], scores[0]);
+        score_tile(q, unit.k[1], scores[1]);
+        weigh_unit(w, state, scores, unit.v, begin, p.end, mask.limit, mask.window, mask.scale);
+    }
+
+#if PERK_STREAMS_KV
+    static __device__ __forceinline__ void attend_streamed(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
+                                                           const Piece &p, KvRounds &rounds, Mask mask) {
+#pragma unroll 1
+        for (uint32_t begin = p.begin; begin < p.end; begin += PERK_KV_UNIT) {
+            const uint32_t live = rounds.live();
+            Unit unit;
+            const uint32_t loaded = load_unit(w, rounds.await(w, live), unit);
+            rounds.release(w, live, loaded); // the products need the ring no more
+            attend_unit(w, state, q, p, unit, begin, mask);
+        }
+    }
+#endif
+
+    // What no stream brings: the registers of keys, and then those of values, are filled anew as soon as they have been
+    // multiplied, so that memory always has something to bring.
+    static __device__ __forceinline__ void attend_cached(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
+                                                         const Piece &p, Mask mask) {
+        Unit unit;
+        load_cached(w, p, p.begin, unit);
 #pragma unroll 1
         for (uint32_t begin = p.begin;;) {
             const uint32_t next = begin + PERK_KV_UNIT;
@@ -454,14 +480,7 @@ struct Attention {
             begin = next;
         }
     }
-
-    // The same with few registers, of what is in the cache, and of what is fresh.
-    static __device__ __forceinline__ void attend_cached(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
-                                                         const Piece &p, Mask mask) {
-        Unit unit;
-        load_cached(w, p, p.begin, unit);
-        attend_units(w, state, q, p, unit, mask);
-    }
+    // A fresh piece is one unit. With few registers: the keys of one tile after those of the other.
     static __device__ __forceinline__ void attend_fresh(const Worker &w, State &state, const Vec16 (&q)[kDimBlocks],
                                                         const Piece &p, const Source &source, Mask mask) {
         uint2 v[kDimTiles][2];
@@ -483,79 +502,109 @@ struct Attention {
         weigh_unit(w, state, scores, v, p.begin, p.end, mask.limit, mask.window, mask.scale);
     }
 
+    // The query row that the lane works on, its mask, and where the result goes.
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ Mask load_query(const Worker &w, const TaskView &task, const Piece &p,
+                                                      uint32_t window, float scale, Vec16 (&q)[kDimBlocks]) {
+        const uint32_t row = min(w.lane / 4, p.tile.rows - 1), token = p.tile.token(row);
+        const Mask mask{w.batch_word(program::batch_positions + token), window, scale};
+        load_vector(w, source_of<kQNorm, kKNorm>(w, task, 0.0f), token, p.head * kGroup + row % kGroup, q);
+        return mask;
+    }
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ void turn_query(const Worker &w, const TaskView &task, Mask mask, float eps,
+                                                      Vec16 (&q)[kDimBlocks]) {
+        const Source source = source_of<kQNorm, kKNorm>(w, task, eps);
+        turn_vector(w, q, source.q_norm, source.rope_at(mask.limit), source.eps);
+    }
+
+#if PERK_STREAMS_KV
+    // Fresh keys and values are loaded together with the query.
     template <bool kQNorm, bool kKNorm>
     static __device__ __forceinline__ void attend_item(Worker w, const TaskView &task, uint32_t head, uint32_t item,
-                                                       Unit &unit, float scale, uint32_t window, float eps) {
+                                                       KvRounds &rounds, float scale, uint32_t window, float eps) {
         w.forget_coordinates(); // addresses are made anew: kept over the wait or the loop, they would cost spills
         const Piece p = load_piece(w, task, head, item);
-        const uint32_t tile_row = min(w.lane / 4, p.tile.rows - 1), token = p.tile.token(tile_row);
-        const Mask mask{w.batch_word(program::batch_positions + token), window, scale};
-        const bool loads_fresh = kLoadsAhead && p.is_fresh();
         Vec16 q[kDimBlocks];
-        {
+        State state;
+        const Mask mask = load_query<kQNorm, kKNorm>(w, task, p, window, scale, q);
+        if (p.is_fresh()) {
+            Unit unit;
             const Source source = source_of<kQNorm, kKNorm>(w, task, eps);
-            load_vector(w, source, token, head * kGroup + tile_row % kGroup, q);
-            if (loads_fresh) {
-                load_fresh_key(w, p, source, 0, unit.k[0]);
-                load_fresh_key(w, p, source, 1, unit.k[1]);
-                load_fresh_values(w, p, source, unit.v);
-            }
-            turn_vector(w, q, source.q_norm, source.rope_at(mask.limit), source.eps);
-        }
-        if (loads_fresh) {
-            const Source source = source_of<kQNorm, kKNorm>(w, task, eps);
+            load_fresh_key(w, p, source, 0, unit.k[0]);
+            load_fresh_key(w, p, source, 1, unit.k[1]);
+            load_fresh_values(w, p, source, unit.v);
+            turn_query<kQNorm, kKNorm>(w, task, mask, eps, q);
             turn_key(w, p, source, 0, unit.k[0]);
             turn_key(w, p, source, 1, unit.k[1]);
+            state.clear(); // not before: it takes registers
+            attend_unit(w, state, q, p, unit, p.begin, mask);
+        } else {
+            turn_query<kQNorm, kKNorm>(w, task, mask, eps, q);
+            state.clear();
+            attend_streamed(w, state, q, p, rounds, mask);
         }
+        store_partial(w, state, partial_of(w, task.operand(kPartials), head, item));
+    }
+#else
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ void attend_item(Worker w, const TaskView &task, uint32_t head, uint32_t item,
+                                                       float scale, uint32_t window, float eps) {
+        w.forget_coordinates();
+        const Piece p = load_piece(w, task, head, item);
+        Vec16 q[kDimBlocks];
         State state;
-        state.clear(); // not before: it takes registers
-        if constexpr (kLoadsAhead)
-            attend_units(w, state, q, p, unit, mask);
-        else if (p.is_fresh())
+        const Mask mask = load_query<kQNorm, kKNorm>(w, task, p, window, scale, q);
+        turn_query<kQNorm, kKNorm>(w, task, mask, eps, q);
+        state.clear();
+        if (p.is_fresh())
             attend_fresh(w, state, q, p, source_of<kQNorm, kKNorm>(w, task, eps), mask);
         else
             attend_cached(w, state, q, p, mask);
         store_partial(w, state, partial_of(w, task.operand(kPartials), head, item));
     }
+#endif
 
-    // Unit (head, part) = head * kParts + part: the items part, part + kParts, ..., dealt to the warps. Scalar: the
-    // layer in the KV cache. `scale` is for base 2: scale * log2(e).
-    template <bool kQNorm, bool kKNorm>
-    static __device__ __forceinline__ void partial(Worker &w, const TaskView &task, float scale, uint32_t window,
-                                                   float eps) {
-        uint32_t i = 0, item = task.first() % kParts + kParts * w.warp;
-        Unit unit;
-        if (item < w.num_attention_items()) load_ahead(w, task, task.first() / kParts, item, unit);
-        await_inputs(w, task);
+    // Unit (head, part) = head * kParts + part: the items part, part + kParts, ..., dealt to the warps. `attend` is
+    // given each of them.
+    template <class Attend>
+    static __device__ __forceinline__ void for_items(const Worker &w, const TaskView &task, Attend attend) {
+        const uint32_t items = w.num_attention_items();
 #pragma unroll 1
-        while (i < task.count()) {
-            if (item < w.num_attention_items()) {
-                attend_item<kQNorm, kKNorm>(w, task, (task.first() + i) / kParts, item, unit, scale, window, eps);
-                item += kParts * PERK_CONSUMER_WARPS;
-            }
-            if (item >= w.num_attention_items()) {
-                i++;
-                item = (task.first() + i) % kParts + kParts * w.warp;
-            }
-            if (i < task.count() && item < w.num_attention_items())
-                load_ahead(w, task, (task.first() + i) / kParts, item, unit);
+        for (uint32_t i = 0; i < task.count(); i++) {
+            const uint32_t unit = task.first() + i;
+#pragma unroll 1
+            for (uint32_t item = unit % kParts + kParts * w.warp; item < items; item += kParts * PERK_CONSUMER_WARPS)
+                attend(unit / kParts, item);
         }
     }
 
-#if PERK_WIDE
+    // Scalar: the layer in the KV cache. `scale` is for base 2: scale * log2(e). Returns the next chunk.
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ uint32_t partial(Worker &w, const TaskView &task, uint32_t chunk, float scale,
+                                                       uint32_t window, float eps) {
+#if PERK_STREAMS_KV
+        KvRounds rounds(w, task, chunk);
+        await_inputs(w, task);
+        for_items(w, task, [&](uint32_t head, uint32_t item) {
+            attend_item<kQNorm, kKNorm>(w, task, head, item, rounds, scale, window, eps);
+        });
+        return rounds.finish(w);
+#else
+        await_inputs(w, task);
+        attend_items<kQNorm, kKNorm>(w, task, scale, window, eps);
+        return chunk;
+#endif
+    }
+
+#if !PERK_STREAMS_KV
     // The same without the wait: of programs that have more to do in the stage (prompt_attention.cuh).
     template <bool kQNorm, bool kKNorm>
     static __device__ __forceinline__ void attend_items(Worker &w, const TaskView &task, float scale, uint32_t window,
                                                         float eps) {
-        const uint32_t items = w.num_attention_items();
-        Unit unit;
-#pragma unroll 1
-        for (uint32_t i = 0; i < task.count(); i++) {
-            const uint32_t number = task.first() + i;
-#pragma unroll 1
-            for (uint32_t item = number % kParts + kParts * w.warp; item < items; item += kParts * PERK_CONSUMER_WARPS)
-                attend_item<kQNorm, kKNorm>(w, task, number / kParts, item, unit, scale, window, eps);
-        }
+        for_items(w, task, [&](uint32_t head, uint32_t item) {
+            attend_item<kQNorm, kKNorm>(w, task, head, item, scale, window, eps);
+        });
     }
 #endif
 
@@ -726,7 +775,7 @@ struct Attention {
         Vec16 key[kDimBlocks];
         load_turned(w, source, token, position, kHeads + head, source.k_norm, key);
         if (w.lane / 4 >= count) return;
-        uint8_t *target = key_page(w, layer, page_of(w, request, position), head) +
+        uint8_t *target = Cache::kv_page(w, layer, Cache::page_of(w, request, position), head) +
                           (position % program::page_size * kHeadDim + w.lane % 4 * 8) * 2;
 #pragma unroll
         for (uint32_t d = 0; d < kDimBlocks; d++) *reinterpret_cast<Vec16 *>(target + d * 64) = key[d];
@@ -742,7 +791,8 @@ struct Attention {
         for (uint32_t t = 0; t < kValueTokens; t++) {
             const uint32_t token = first + min(t, count - 1), position = w.batch_word(program::batch_positions + token);
             const uint32_t request = w.batch_word(program::batch_token_request + token);
-            targets[t] = key_page(w, layer, page_of(w, request, position), head) + value_offset(position, w.lane);
+            targets[t] = Cache::kv_page(w, layer, Cache::page_of(w, request, position), head) +
+                         Cache::value_offset(position, w.lane);
 #pragma unroll
             for (uint32_t i = 0; i < kLaneValues; i++)
                 values[t][i] = load_coherent2(source.at(token, kHeads + kKvHeads + head, w.lane + i * 32));

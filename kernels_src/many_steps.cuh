@@ -514,6 +514,10 @@ __device__ __forceinline__ bool begin_step(Worker &w) {
     }
     await_record();
     named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+    if (w.thread == 0) {
+        fence_block(); // the producer reads the batch once it sees the step's number
+        store_shared4(w.shared + SharedMap::begun, w.step());
+    }
     return true;
 }
 
@@ -545,6 +549,7 @@ __device__ __forceinline__ void feed_steps(Worker &w) {
 __device__ __forceinline__ void init_steps(const Worker &w) {
     if (w.thread != 0) return;
     store_shared4(w.shared + SharedMap::step, w.args.step - 1);
+    store_shared4(w.shared + SharedMap::begun, w.args.step - 1);
     store_shared4(w.shared + SharedMap::told, tell_word(1, w.args.many.dealt)); // with an empty outbox
     store_shared4(w.shared + SharedMap::served, serve_word(0, PERK_COMMAND_NONE, w.args.many.dealt));
 }

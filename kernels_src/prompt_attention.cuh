@@ -27,8 +27,6 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
                       kBuffers * kTileBytes <= program::input_slots * SharedMap::slice_bytes,
                   "the lowering refuses other shapes");
 
-    static_assert(!Base::kLoadsAhead, "attend_items has nothing loaded ahead");
-
     // A request's tokens in a slice, and the tiles that they see.
     struct Run {
         uint32_t request, first_token, rows, layer, head;
@@ -89,7 +87,7 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
     }
 
     static __device__ __forceinline__ const uint8_t *page_at(const Worker &w, const Run &run, uint32_t position) {
-        return Base::key_page(w, run.layer, Base::page_of(w, run.request, position), run.head);
+        return Base::Cache::kv_page(w, run.layer, Base::Cache::page_of(w, run.request, position), run.head);
     }
 
     // Starts this thread's copies of a tile that is in the cache. What lies beyond its end is some key, and some
@@ -110,7 +108,7 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
                          keys + (position % program::page_size * kHeadDim + key_piece * 8) * 2);
         }
         const uint32_t position = begin + value_piece * 8, there = kIsInPage ? position : min(position, last / 8 * 8);
-        const uint8_t *values = (kIsInPage ? page : page_at(w, run, there)) + Base::value_offset(there, 0);
+        const uint8_t *values = (kIsInPage ? page : page_at(w, run, there)) + Base::Cache::value_offset(there, 0);
 #pragma unroll
         for (uint32_t i = 0; i < kHeadDim / kValueRows; i++) {
             const uint32_t dimension = i * kValueRows + w.thread / kValuePieces;
@@ -458,8 +456,8 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
 
     // As Attention's, and the prompts of the same units.
     template <bool kQNorm, bool kKNorm>
-    static __device__ __forceinline__ void partial(Worker &w, const TaskView &task, float scale, uint32_t window,
-                                                   float eps) {
+    static __device__ __forceinline__ uint32_t partial(Worker &w, const TaskView &task, uint32_t chunk, float scale,
+                                                       uint32_t window, float eps) {
         const Form form{scale, window, eps};
         Place place{task.first(), 0, 0};
         take_inputs(w);
@@ -476,6 +474,7 @@ struct PromptAttention : Attention<kHeads, kKvHeads, kHeadDim, kParts> {
         w.forget_coordinates();
         give_inputs(w);
         Base::template attend_items<kQNorm, kKNorm>(w, task, scale, window, eps);
+        return chunk;
     }
 };
 

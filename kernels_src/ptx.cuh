@@ -43,6 +43,11 @@ __device__ __forceinline__ uint32_t word_of(const Vec16 (&values)[kCount]) {
     return word;
 }
 
+__device__ __forceinline__ uint2 load_shared8(uint32_t address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
+}
 __device__ __forceinline__ Vec16 load_shared16(uint32_t address) {
     Vec16 v;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -213,6 +218,15 @@ __device__ __forceinline__ void mbarrier_arrive_after(uint32_t barrier, uint32_t
                  "and.b32 address, %1, %2; add.u32 address, address, %0; " // lane 0: `barrier`
                  "@first mbarrier.arrive.shared.b64 state, [address]; }" ::"r"(barrier),
                  "r"(lane), "r"(loaded)
+                 : "memory");
+}
+// The same of lanes 0 ... count - 1 (count <= 8), each at a barrier of its own.
+__device__ __forceinline__ void mbarrier_arrive_lanes_after(uint32_t barrier, uint32_t lane, uint32_t count,
+                                                            uint32_t loaded) {
+    asm volatile("{ .reg .pred arrives; .reg .b32 address; .reg .b64 state; setp.lt.u32 arrives, %1, %2; "
+                 "shr.u32 address, %1, 3; and.b32 address, address, %3; add.u32 address, address, %0; " // `barrier`
+                 "@arrives mbarrier.arrive.shared.b64 state, [address]; }" ::"r"(barrier),
+                 "r"(lane), "r"(count), "r"(loaded)
                  : "memory");
 }
 // True when the phase of that parity has completed.

@@ -99,24 +99,13 @@ PERK_SHARED_CODE int32_t perk_cut_bound(int64_t positions, int64_t items, int32_
     return units < 1 ? 1 : units < high ? (int32_t)units : high;
 }
 
-/* Items of the cache that there may be: one for each warp. Items over what the step adds are short: where they are many
- * (a batch of decoding requests has one each), warps take them beside one of the cache, else some warps have them
- * alone. */
-PERK_SHARED_CODE int64_t perk_cut_most_items(const perk_attention_cut *cut, int64_t fresh) {
-    int64_t most = fresh * 8 <= cut->warps ? cut->warps - fresh : cut->warps;
-    return most > cut->tile_count ? most : cut->tile_count;
-}
-
-/* The shortest pieces of the cache, in KV units, that give no more items than that. The sum of the lengths bounds the
+/* The shortest pieces of the cache, in KV units, that give no more items than one for each warp, or tile. (Items over
+ * what the step adds are short: warps take them beside those.) The sum of the lengths bounds the
  * answer closely from both sides: for a lone request there is nothing left to search. */
 PERK_SHARED_CODE int32_t perk_cut_choose_piece(const perk_attention_cut *cut) {
-    int64_t cached = 0, fresh = 0;
-    for (int32_t i = 0; i < cut->tile_count; i++) {
-        if (cut->tiles[i].first_fresh_item < 0) continue;
-        cached += cut->tiles[i].fresh_position;
-        fresh += perk_query_tile_fresh_items(&cut->tiles[i]);
-    }
-    int64_t most = perk_cut_most_items(cut, fresh);
+    int64_t cached = 0, most = cut->warps > cut->tile_count ? cut->warps : cut->tile_count;
+    for (int32_t i = 0; i < cut->tile_count; i++)
+        if (cut->tiles[i].first_fresh_item >= 0) cached += cut->tiles[i].fresh_position;
     int32_t high = perk_pieces(cut->max_positions, PERK_KV_UNIT);
     int32_t low = perk_cut_bound(cached, most, high);
     if (perk_cut_fits(cut, low, most)) return low;

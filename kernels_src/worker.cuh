@@ -27,8 +27,9 @@ struct SharedMap {
     static constexpr uint32_t batch = reduction + program::reduction_bytes;
     static constexpr uint32_t tasks = batch + program::batch_shared_bytes;
     static constexpr uint32_t given_up = tasks + 2 * sizeof(perk_task_record); // a word: a wait exceeded its limit
-    static constexpr uint32_t step = given_up + 4;                             // and four of many_steps.cuh
-    static constexpr uint32_t told = step + 4, served = told + 4, wait_limit = served + 4, next = wait_limit + 8;
+    static constexpr uint32_t step = given_up + 4;                             // and five of many_steps.cuh
+    static constexpr uint32_t told = step + 4, served = told + 4, wait_limit = served + 4, next = wait_limit + 8,
+                              begun = next + 4;
     static constexpr uint32_t barriers = tasks + PERK_TASK_SLOTS_BYTES;
 #if PERK_WIDE
     static constexpr uint32_t input_barriers = barriers + 2 * 8 * program::ring_slots;
@@ -279,16 +280,20 @@ __device__ __forceinline__ void await_room_or_end(const Worker &w, uint32_t chun
     __syncwarp();
 }
 
-// Until the consumers have begun the step that the producer is at: before, there is nothing of it to read.
+// Until the consumers have begun the step that the producer is at, with its batch in place: before, there is nothing of
+// it to read.
 __device__ __forceinline__ void await_begin(const Worker &w, uint32_t chunk) {
-    if constexpr (program::many_steps)
-        while (__any_sync(0xffffffffu, static_cast<int32_t>(w.step() - (w.args.step + w.laps)) < 0)) {
+    if constexpr (program::many_steps) {
+        const uint32_t wanted = w.args.step + w.laps;
+        while (__any_sync(0xffffffffu, static_cast<int32_t>(load_shared4(w.shared + SharedMap::begun) - wanted) < 0)) {
             if (has_ended(w)) {
                 land_chunks(w, chunk);
                 exit_thread();
             }
             pause(kStepPauseNs);
         }
+        fence_block(); // what the consumers saw when they passed the gate
+    }
 }
 
 // How many copies may be under way: few, since more would only queue up in front of the few loads that are on the
@@ -299,9 +304,9 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
-    // Where all lanes copy, share what they know of tiles, or vote on the end of a launch of many steps, one that
-    // decides otherwise would leave the others waiting for it.
-    if (PERK_PORTABLE || kIsBatched || program::has_experts || program::many_steps)
+    // Where all lanes copy, share what they know of tiles or units, or vote on the end of a launch of many steps, one
+    // that decides otherwise would leave the others waiting for it.
+    if (PERK_PORTABLE || PERK_STREAMS_KV || kIsBatched || program::has_experts || program::many_steps)
         is_behind = __any_sync(0xffffffffu, is_behind);
     if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }
@@ -376,7 +381,7 @@ __device__ __forceinline__ void await_record() { copy_async_wait(); }
 struct StreamTask {
     uint32_t kind;
     uint32_t lane_in_round, workers, rounds;
-    uint32_t base, tiles, blocks; // packed weights of the stage; tiles 0: it streams nothing
+    uint32_t base, tiles, blocks; // packed weights of the stage; tiles 0: it has none
 #if PERK_WIDE
     uint32_t together; // tiles side by side, of a wide linear
     uint32_t share_tokens;
@@ -595,12 +600,22 @@ __device__ __forceinline__ uint32_t stream_batched_task(const Worker &w, const S
 }
 #endif
 
-// Streams the weights of the whole list, from chunk number `chunk` on; returns the next one's.
+#if PERK_STREAMS_KV
+__device__ __forceinline__ uint32_t stream_kv(const Worker &w, const StreamTask &task, uint32_t chunk);
+#endif
+
+// Streams what the whole list reads, from chunk number `chunk` on; returns the next one's.
 #if PERK_WIDE
 __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
     for (w.position = 0;; w.position++) {
         const StreamTask task = load_stream_task(w, w.position); // not ahead: registers are few
         if (task.kind == PERK_TASK_END) break;
+#if PERK_STREAMS_KV
+        if (task.blocks == PERK_STREAM_KV) {
+            chunk = stream_kv(w, task, chunk);
+            continue;
+        }
+#endif
         if (!has_rows(w, record_at(w, w.position), chunk)) continue;
         if (task.together != 0 && kIsBatched)
             chunk = stream_batched_task(w, task, chunk);
@@ -614,10 +629,16 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
 #else
 __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
     OwnExperts own;
-    StreamTask next = load_stream_task(w, 0);
-    for (w.position = 0; next.kind != PERK_TASK_END; w.position++) {
-        const StreamTask task = next;
-        next = load_stream_task(w, w.position + 1);
+    uint32_t kind = __ldg(&record_at(w, 0)->kind);
+    for (w.position = 0; kind != PERK_TASK_END; w.position++) {
+        const StreamTask task = load_stream_task(w, w.position);
+        kind = __ldg(&record_at(w, w.position + 1)->kind); // which brings all of that record near
+#if PERK_STREAMS_KV
+        if (task.blocks == PERK_STREAM_KV) {
+            chunk = stream_kv(w, task, chunk);
+            continue;
+        }
+#endif
         if (task.tiles == 0) continue;
         const uint32_t routing = program::has_experts ? __ldg(&record_at(w, w.position)->routing_experts) : 0;
         if (routing == 0)

@@ -562,6 +562,16 @@ static bool divide_shared_memory(perk_lowering *l) {
     return plan->ring_slots >= RING_SLOTS_MIN;
 }
 
+/* Whether attention's reads of the cache go through the ring (kernels_src/kv_stream.cuh), which needs bulk copies and
+ * room for a unit of every consumer warp. Tiles of prompts read the cache by themselves, and once for many queries. */
+static bool can_stream_kv(const perk_plan *plan) {
+    int unit = 2 * PERK_KV_UNIT * plan->kv_head_dim * 2;
+    if (plan->attention_parts == 0 || plan->device.portable || plan->prompt_slice > 0 || unit > PERK_CHUNK_BYTES)
+        return false;
+    int units = PERK_CHUNK_BYTES / unit; /* of a chunk */
+    return (PERK_CONSUMER_WARPS + units - 1) / units <= plan->ring_slots;
+}
+
 static perk_status plan_shared_memory(perk_lowering *l) {
     perk_plan *plan = l->plan;
     if (divide_shared_memory(l)) return PERK_OK;
@@ -887,6 +897,7 @@ static perk_status lower_graph(perk_lowering *l) {
     if (check_limits(l) != PERK_OK) return l->error.status;
     plan_wide(plan);
     if (plan_attention(l) != PERK_OK || plan_shared_memory(l) != PERK_OK) return l->error.status;
+    l->plan->streams_kv = can_stream_kv(l->plan);
     choose_folds(l);
     place_gains(l);
     if (lower_ops(l) != PERK_OK) return l->error.status;

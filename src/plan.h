@@ -180,8 +180,10 @@ typedef struct perk_plan {
     int wide_tokens, input_slots;
     /* attention; all 0 in a graph without any. The KV tensors of the plan have a row for each token of a step, for the
      * checker: which cells of which page a token takes is data, but no two tokens share one. */
-    int attention_parts; /* workers that share a KV head */
-    int append_slices;   /* of the step's tokens: a task of append takes one of one KV head */
+    int attention_parts;       /* workers that share a KV head */
+    int kv_heads, kv_head_dim; /* of every layer */
+    bool streams_kv;           /* what is read of the KV cache comes through the ring, in the order of the stream */
+    int append_slices;         /* of the step's tokens: a task of append takes one of one KV head */
     int max_attention_items, max_query_tiles, tokens_per_query_tile;
     int prompt_slice;        /* tokens of the step that a worker takes together where they are a prompt's (wide programs
                                 alone; 0: it does not) */

@@ -69,12 +69,23 @@ static uint64_t task_chunks(const perk_plan *plan, const perk_task *task) {
     return chunks;
 }
 
+/* Of a task of attention, at most: a unit of the cache a chunk, if one warp had all that there is of the longest items.
+ */
+static uint64_t kv_chunks(const perk_plan *plan, const perk_task *task) {
+    uint64_t warps = (uint64_t)plan->attention_parts * PERK_CONSUMER_WARPS;
+    uint64_t items = (uint64_t)task->count * perk_ceil_div((uint64_t)plan->max_attention_items, warps);
+    uint64_t units = perk_ceil_div((uint64_t)plan->config.max_seq_length, PERK_KV_UNIT);
+    return PERK_MAX(items * units * PERK_CONSUMER_WARPS, 1);
+}
+
 uint64_t perk_plan_chunks(const perk_plan *plan) {
     uint64_t most = 0;
     for (int w = 0; w < plan->device.worker_count; w++) {
         uint64_t chunks = 0;
         for (int i = plan->worker_begin[w]; i < plan->worker_begin[w + 1]; i++)
-            chunks += task_chunks(plan, &plan->tasks[i]);
+            chunks += plan->streams_kv && plan->stages[plan->tasks[i].stage].work == PERK_WORK_PARTIAL
+                          ? kv_chunks(plan, &plan->tasks[i])
+                          : task_chunks(plan, &plan->tasks[i]);
         most = PERK_MAX(most, chunks);
     }
     return most;

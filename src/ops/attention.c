@@ -217,6 +217,8 @@ perk_status perk_attention_plan_shape(perk_lowering *l, const perk_op *op, perk_
         return perk_fail(err, PERK_UNSUPPORTED, "attention %s: all layers must have the same heads", op->output->name);
     int tokens = plan->config.max_num_batched_tokens, per_tile = PERK_QUERY_ROWS / group;
     plan->attention_parts = PERK_MAX(1, plan->device.worker_count / p->num_kv_heads);
+    plan->kv_heads = p->num_kv_heads;
+    plan->kv_head_dim = p->head_dim;
     /* Beside batched linears there are norms for a few workers, which are to have nothing else then. */
     int appending = perk_plan_is_batched(plan) ? PERK_MAX(1, plan->attention_parts * 3 / 4) : plan->attention_parts;
     plan->append_slices = PERK_MIN(tokens, appending);
@@ -366,10 +368,10 @@ static bool begin_stage(perk_lowering *l, const perk_op *op, attention_lowering 
                         const char *call) {
     const perk_attention_params *p = a->p;
     const char *out_is_input = perk_lower_writes_input(l, op->output) ? ", true" : ", false";
-    bool has_prompts = l->plan->prompt_slice > 0 && !strcmp(suffix, ".partial");
-    a->stage =
-        perk_lower_begin(l, op, suffix, "%sAttention<%d, %d, %d, %d%s>::%s;", has_prompts ? "Prompt" : "", p->num_heads,
-                         p->num_kv_heads, p->head_dim, a->parts, has_prompts ? out_is_input : "", call);
+    bool is_partial = !strcmp(suffix, ".partial"), has_prompts = l->plan->prompt_slice > 0 && is_partial;
+    a->stage = perk_lower_begin(l, op, suffix, "%s%sAttention<%d, %d, %d, %d%s>::%s;", is_partial ? "chunk = " : "",
+                                has_prompts ? "Prompt" : "", p->num_heads, p->num_kv_heads, p->head_dim, a->parts,
+                                has_prompts ? out_is_input : "", call);
     if (a->stage) a->stage->scalar = op->kv_layer;
     return a->stage != NULL;
 }
@@ -386,7 +388,7 @@ static void lower_partial(perk_lowering *l, const perk_op *op, attention_lowerin
     const double log2e = 1.4426950408889634; /* the device code works in base 2 */
     const perk_attention_params *p = a->p;
     char call[192];
-    snprintf(call, sizeof call, "template partial<%s, %s>(worker, task, %.9ef, %uu, %.9ef)",
+    snprintf(call, sizeof call, "template partial<%s, %s>(worker, task, chunk, %.9ef, %uu, %.9ef)",
              p->q_norm ? "true" : "false", p->k_norm ? "true" : "false", (double)p->scale * log2e,
              p->window ? (unsigned)p->window : UINT32_MAX, (double)p->norm_eps);
     if (!begin_stage(l, op, a, ".partial", call)) return;

@@ -89,8 +89,7 @@ struct Thread {
     std::vector<Product> products;              // those that nobody has waited for, the oldest first
     std::vector<Sums> sums;                     // of these
     uint32_t syncs = 0;                         // of its warp, and barriers, that it has come to
-    std::map<uint32_t, uint32_t> phases;        // parity of the last that it saw of an mbarrier, as a consumer,
-    std::pair<uint32_t, uint32_t> missed;       // and of the one that it just looked for in vain
+    std::pair<uint32_t, uint32_t> missed;       // mbarrier and parity of the phase that it just looked for in vain
     const void *polled_pointer = nullptr;       // the last one, and what it found
     uint32_t polled_value = 0;
 };
@@ -105,6 +104,10 @@ struct Warp {
     uint64_t awake = 0;   // from this tick on
     Combine *combine = nullptr;
     Words in[kWarpLanes], out[kWarpLanes];
+    struct Phase {
+        uint32_t parity, lanes; // who has waited for it
+    };
+    std::map<uint32_t, Phase> phases; // the last that it saw of an mbarrier, as a consumer
 };
 
 struct Barrier {
@@ -119,6 +122,7 @@ struct Block {
     uint32_t shared_bytes = 0;
     Word *words = nullptr;            // of it; NULL: nobody looks for races
     std::map<uint32_t, Clock> clocks; // of mbarriers, by address: of all who have arrived
+    Clock fenced;                     // of all who have passed a fence
     Barrier barriers[kBarriers];
 };
 
@@ -320,6 +324,7 @@ static void see(Word::Seen &seen, uint32_t clock) {
     seen.lanes |= 1u << self->lane;
 }
 static void look_for_race(Word &word, Access access) {
+    if (launch->gave_up) return; // from then on the launch computes nonsense
     const uint32_t warp = self->warp->number, clock = self->warp->clock.of[warp];
     const bool stores = access != Access::load, both_atomic = access == Access::atomic && word.is_atomic;
     if (!both_atomic && !comes_after(word.store, word.store_warp))
@@ -392,23 +397,32 @@ static bool mbarrier_has_completed(uint32_t address, uint32_t parity) {
 }
 constexpr uint32_t kConsumerWarps = 8; // of a worker; others know of phases by other ways
 
-// Parity tells a phase from its neighbours alone. So a consumer must see all phases of a barrier that it waits for, or
-// it takes one that is two behind for its own. (Who gives up looks for the phase before that which it waited for; from
-// then on the launch computes nonsense.)
+// Parity tells a phase from its neighbours alone. So a consumer warp must see all phases of a barrier that it waits
+// for, by one lane at least, or it takes one that is two behind for its own. (Who gives up looks for the phase before
+// that which it waited for.)
 static void look_for_phase(uint32_t address, uint32_t parity, bool found) {
     if (!self->warp || self->warp->number >= kConsumerWarps) return;
     if (self->missed == std::make_pair(address, parity ^ 1)) launch->gave_up = true;
     self->missed = {found ? 0 : address, parity};
     if (!found || launch->gave_up) return;
-    const auto [seen, is_new] = self->phases.emplace(address, parity);
-    if (!is_new && seen->second == parity) fail("a wait for a phase of an mbarrier that need not be the next one");
-    seen->second = parity;
+    Warp::Phase &seen = self->warp->phases.emplace(address, Warp::Phase{parity, 0}).first->second;
+    if (seen.parity != parity) seen = {parity, 0};
+    if (seen.lanes >> self->lane & 1) fail("a wait for a phase of an mbarrier that need not be the next one");
+    seen.lanes |= 1u << self->lane;
 }
 // Before an arrival: whoever waits for it knows what the warp did so far.
 static void tell_clock(uint32_t address) {
     if (!self->warp || self->warp->number >= kMaxWarps) return;
     self->warp->clock.of[self->warp->number]++;
     self->block->clocks[address].join(self->warp->clock);
+}
+
+// A fence on either side of a word that one polls and the other stores: who comes later knows what came before.
+static void pass_fence() {
+    if (!self->warp || self->warp->number >= kMaxWarps) return;
+    self->warp->clock.of[self->warp->number]++;
+    self->block->fenced.join(self->warp->clock);
+    self->warp->clock.join(self->block->fenced);
 }
 
 // ---- asynchronous copies ----

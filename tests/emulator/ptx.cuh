@@ -25,6 +25,7 @@ static inline uint32_t word_of(const Vec16 (&values)[kCount]) {
     return values[kCount - 1].w;
 }
 
+static inline uint2 load_shared8(uint32_t address) { return load_shared<uint2>(address); }
 static inline Vec16 load_shared16(uint32_t address) { return load_shared<Vec16>(address); }
 static inline uint32_t load_shared4(uint32_t address) { return load_shared<uint32_t>(address); }
 static inline Vec16 load_matrices(uint32_t address) {
@@ -99,7 +100,7 @@ static inline void store_release_system(uint32_t *pointer, uint32_t v) {
     __atomic_store_n(pointer, v, __ATOMIC_RELEASE);
     yield_sometimes();
 }
-static inline void fence_block() {}
+static inline void fence_block() { emulator::pass_fence(); }
 static inline void fence_system() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
 static inline void pause(uint32_t nanoseconds) { sleep_ticks(nanoseconds / kTickNs); }
 
@@ -120,6 +121,10 @@ static inline void mbarrier_arrive_after(uint32_t address, uint32_t lane, uint32
     tell_clock(address);
     mbarrier_change(*self->block, address, 1, 0, 0);
     yield_sometimes();
+}
+static inline void mbarrier_arrive_lanes_after(uint32_t address, uint32_t lane, uint32_t count, uint32_t loaded) {
+    if (count > 8) fail("at most 8 lanes arrive");
+    mbarrier_arrive_after(address, lane < count ? 0 : 1, loaded);
 }
 static inline bool mbarrier_peek(uint32_t address, uint32_t parity) { return mbarrier_has_completed(address, parity); }
 static inline bool mbarrier_test(uint32_t address, uint32_t parity) {
