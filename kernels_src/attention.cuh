@@ -565,16 +565,17 @@ struct Attention {
     }
 #endif
 
-    // Unit (head, part) = head * kParts + part: the items part, part + kParts, ..., dealt to the warps. `attend` is
-    // given each of them.
+    // Unit (head, part) = head * kParts + part: of the items [begin, end), part, part + kParts, ..., dealt to the warps.
+    // `attend` is given each of them.
     template <class Attend>
-    static __device__ __forceinline__ void for_items(const Worker &w, const TaskView &task, Attend attend) {
-        const uint32_t items = w.num_attention_items();
+    static __device__ __forceinline__ void for_items(const TaskView &task, uint32_t begin, uint32_t end, uint32_t warp,
+                                                     Attend attend) {
 #pragma unroll 1
         for (uint32_t i = 0; i < task.count(); i++) {
             const uint32_t unit = task.first() + i;
+            const uint32_t first = begin + (unit % kParts + kParts - begin % kParts) % kParts;
 #pragma unroll 1
-            for (uint32_t item = unit % kParts + kParts * w.warp; item < items; item += kParts * PERK_CONSUMER_WARPS)
+            for (uint32_t item = first + kParts * warp; item < end; item += kParts * PERK_CONSUMER_WARPS)
                 attend(unit / kParts, item);
         }
     }
@@ -584,12 +585,19 @@ struct Attention {
     static __device__ __forceinline__ uint32_t partial(Worker &w, const TaskView &task, uint32_t chunk, float scale,
                                                        uint32_t window, float eps) {
 #if PERK_STREAMS_KV
+        const uint32_t cached = first_fresh_item(w, 0), items = w.num_attention_items();
         KvRounds rounds(w, task, chunk);
         await_inputs(w, task);
-        for_items(w, task, [&](uint32_t head, uint32_t item) {
+        auto attend = [&](uint32_t head, uint32_t item) {
             attend_item<kQNorm, kKNorm>(w, task, head, item, rounds, scale, window, eps);
-        });
-        return rounds.finish(w);
+        };
+        // What is fresh comes first, while the cache may still be on its way, and to those warps that have less of it.
+#pragma unroll 1
+        for (bool is_fresh = true;; is_fresh = false) {
+            for_items(task, is_fresh ? cached : 0, is_fresh ? items : cached,
+                      is_fresh ? PERK_CONSUMER_WARPS - 1 - w.warp : w.warp, attend);
+            if (!is_fresh) return rounds.finish(w);
+        }
 #else
         await_inputs(w, task);
         attend_items<kQNorm, kKNorm>(w, task, scale, window, eps);
@@ -602,7 +610,7 @@ struct Attention {
     template <bool kQNorm, bool kKNorm>
     static __device__ __forceinline__ void attend_items(Worker &w, const TaskView &task, float scale, uint32_t window,
                                                         float eps) {
-        for_items(w, task, [&](uint32_t head, uint32_t item) {
+        for_items(task, 0, w.num_attention_items(), w.warp, [&](uint32_t head, uint32_t item) {
             attend_item<kQNorm, kKNorm>(w, task, head, item, scale, window, eps);
         });
     }
