@@ -115,8 +115,9 @@ perk_status perk_emit_source(const perk_plan *plan, perk_buffer *source, perk_er
                        plan->device.worker_count, plan->device.portable ? ", portable" : "");
     perk_buffer_printf(source,
                        "#define PERK_PORTABLE %d\n#define PERK_PROFILE %d\n#define PERK_WIDE %d\n"
-                       "#define PERK_STREAMS_KV %d\n#include \"abi.h\"\n\n",
-                       plan->device.portable, plan->profiled, plan->wide_tokens > 0, plan->streams_kv);
+                       "#define PERK_STREAMS_KV %d\n#define PERK_FOR_RACECHECK %d\n#include \"abi.h\"\n\n",
+                       plan->device.portable, plan->profiled, plan->wide_tokens > 0, plan->streams_kv,
+                       plan->for_racecheck);
     emit_constants(plan, source);
     perk_buffer_printf(source,
                        "#include \"ptx.cuh\"\n#include \"routing.cuh\"\n#include \"worker.cuh\"\n"

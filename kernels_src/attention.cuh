@@ -565,8 +565,8 @@ struct Attention {
     }
 #endif
 
-    // Unit (head, part) = head * kParts + part: of the items [begin, end), part, part + kParts, ..., dealt to the warps.
-    // `attend` is given each of them.
+    // Unit (head, part) = head * kParts + part: of the items [begin, end), part, part + kParts, ..., dealt to the
+    // warps. `attend` is given each of them.
     template <class Attend>
     static __device__ __forceinline__ void for_items(const TaskView &task, uint32_t begin, uint32_t end, uint32_t warp,
                                                      Attend attend) {

@@ -209,10 +209,22 @@ __device__ __forceinline__ void exit_thread() { asm volatile("exit;"); }
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Lane 0 arrives, not before `loaded` is there: a word made of all that the warp has loaded from what it gives back.
-// The address depends on it, because the order of instructions is not enough: a load that was only issued can find what
-// the copy engine put there after the arrival (measured: 16 tokens a step of a 14B shape got wrong sums). Nor is the
-// last of the loads enough: the compiler changes their order.
+// A warp arrives, not before `loaded` is there: a word made of all that it has loaded from what it gives back. The
+// address depends on it, because the order of instructions is not enough: a load that was only issued can find what the
+// copy engine put there after the arrival (measured: 16 tokens a step of a 14B shape got wrong sums). Nor is the last
+// of the loads enough: the compiler changes their order. Behind a __syncwarp a lane arrives for all.
+// compute-sanitizer's racecheck takes that for a race of the other lanes (docs/testing.md), so in programs for it each
+// of them arrives.
+#if PERK_FOR_RACECHECK
+constexpr uint32_t kWarpArrivals = 32;
+__device__ __forceinline__ void mbarrier_arrive_after(uint32_t barrier, uint32_t lane, uint32_t loaded) {
+    asm volatile("{ .reg .b32 address; .reg .b64 state; shr.u32 address, %1, 5; and.b32 address, address, %2; "
+                 "add.u32 address, address, %0; mbarrier.arrive.shared.b64 state, [address]; }" ::"r"(barrier),
+                 "r"(lane), "r"(loaded)
+                 : "memory");
+}
+#else
+constexpr uint32_t kWarpArrivals = 1;
 __device__ __forceinline__ void mbarrier_arrive_after(uint32_t barrier, uint32_t lane, uint32_t loaded) {
     asm volatile("{ .reg .pred first; .reg .b32 address; .reg .b64 state; setp.eq.u32 first, %1, 0; "
                  "and.b32 address, %1, %2; add.u32 address, address, %0; " // lane 0: `barrier`
@@ -220,14 +232,19 @@ __device__ __forceinline__ void mbarrier_arrive_after(uint32_t barrier, uint32_t
                  "r"(lane), "r"(loaded)
                  : "memory");
 }
-// The same of lanes 0 ... count - 1 (count <= 8), each at a barrier of its own.
+#endif
+// The same at `count` barriers (at most 8): that of lane i is the i-th.
 __device__ __forceinline__ void mbarrier_arrive_lanes_after(uint32_t barrier, uint32_t lane, uint32_t count,
                                                             uint32_t loaded) {
+#if PERK_FOR_RACECHECK
+    for (uint32_t i = 0; i < count; i++) mbarrier_arrive_after(__shfl_sync(0xffffffffu, barrier, i), lane, loaded);
+#else
     asm volatile("{ .reg .pred arrives; .reg .b32 address; .reg .b64 state; setp.lt.u32 arrives, %1, %2; "
                  "shr.u32 address, %1, 3; and.b32 address, address, %3; add.u32 address, address, %0; " // `barrier`
                  "@arrives mbarrier.arrive.shared.b64 state, [address]; }" ::"r"(barrier),
                  "r"(lane), "r"(count), "r"(loaded)
                  : "memory");
+#endif
 }
 // True when the phase of that parity has completed.
 __device__ __forceinline__ bool mbarrier_peek(uint32_t barrier, uint32_t parity) {

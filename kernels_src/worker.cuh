@@ -240,12 +240,12 @@ __device__ __forceinline__ void init_ring(const Worker &w) {
     if (w.thread == 0) {
         for (uint32_t slot = 0; slot < program::ring_slots; slot++) {
             mbarrier_init(w.full_barrier(slot), PERK_PORTABLE ? 32 : 1);
-            mbarrier_init(w.empty_barrier(slot), PERK_CONSUMER_WARPS);
+            mbarrier_init(w.empty_barrier(slot), PERK_CONSUMER_WARPS * kWarpArrivals);
         }
 #if PERK_WIDE
         for (uint32_t slot = 0; slot < program::input_slots; slot++) {
             mbarrier_init(w.input_full(slot), 1);
-            mbarrier_init(w.input_empty(slot), kInputReaders);
+            mbarrier_init(w.input_empty(slot), kInputReaders * kWarpArrivals);
         }
 #endif
         fence_mbarrier_init();

@@ -18,6 +18,7 @@ typedef struct perk_gpu_options {
     bool profile;              /* the program stamps every task: see perk_gpu_task_times */
     bool many_steps;           /* launches of the largest program may run many of them: src/gpu_many.h */
     bool unlimited_waits;      /* waits in the kernel never give up: to measure what their limit costs */
+    bool for_racecheck;        /* all lanes arrive: compute-sanitizer's racecheck does not see more */
     int32_t wait_limit_ms;     /* of one wait in the kernel; 0: PERK_GPU_WAIT_LIMIT_MS */
     perk_gpu_alter_plan alter; /* for tests: changes the plan behind the checker's back */
     void *alter_user;

@@ -36,6 +36,7 @@ static perk_status make_plan(const program_make *m, perk_error *err) {
     perk_plan *plan = m->program->plan;
     plan->profiled = options->profile;
     plan->unlimited_waits = options->unlimited_waits;
+    plan->for_racecheck = options->for_racecheck;
     plan->many_steps = options->many_steps && m->program == m->gpu->largest;
     if (plan->many_steps && (status = perk_plan_check_many_steps(plan, err))) return status;
     begin = perk_now();

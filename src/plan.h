@@ -171,6 +171,7 @@ typedef struct perk_plan {
     /* set before emission */
     bool profiled;        /* the program stamps its tasks */
     bool unlimited_waits; /* the program's waits never give up: to measure what the limit costs */
+    bool for_racecheck;   /* all lanes of a warp arrive where else one does for them */
     bool many_steps;      /* a launch runs many of them: src/plan_steps.h */
 
     /* shared memory of a block */

@@ -352,6 +352,7 @@ static perk_status open_gpu(perk_test *test, perk_error *err) {
     const perk_gpu_options gpu = {.device = o->device,
                                   .portable = o->portable != 0,
                                   .no_cache = o->no_cache != 0,
+                                  .for_racecheck = o->for_racecheck != 0,
                                   .timing = true,
                                   .cache_folder = o->cache_folder,
                                   .threads = o->threads,

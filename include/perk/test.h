@@ -53,6 +53,7 @@ typedef struct perk_test_options {
     uint64_t seed;         /* of everything that is not set */
     const char *cache_folder;
     int32_t no_cache;
+    int32_t for_racecheck; /* the program is one that compute-sanitizer's racecheck can follow (docs/testing.md) */
     perk_log log;
 } perk_test_options;
 

@@ -82,7 +82,7 @@ void perk_cli_run_op_cases(const perk_op_case *cases, size_t count, const perk_t
 typedef struct test_op_options {
     perk_op_case shape; /* numbers: -1 where the option is absent */
     int bias, residual, norms;
-    int all, backend, portable, no_cache, verbose, json;
+    int all, backend, portable, no_cache, for_racecheck, verbose, json;
     perk_test_options options;
 } test_op_options;
 
@@ -110,6 +110,8 @@ static void add_options(perk_cli_options *options, test_op_options *t) {
         PERK_CLI_OPTION_INT("device", &t->options.device, "N", "which GPU, from 0", 0, 1023),
         PERK_CLI_OPTION_TEXT("arch", &t->options.arch, "ARCH", "to compile for where there is no GPU: sm_90a"),
         PERK_CLI_OPTION_FLAG("portable", &t->portable, "nothing newer than sm_80 instructions"),
+        PERK_CLI_OPTION_FLAG("for-racecheck", &t->for_racecheck,
+                             "a program that compute-sanitizer's racecheck can follow"),
         PERK_CLI_OPTION_INT("threads", &t->options.threads, "N", "CPU threads; 0: all cores", 0, 4096),
         PERK_CLI_OPTION_TEXT("cache-dir", &t->options.cache_folder, "DIR", "of compiled programs"),
         PERK_CLI_OPTION_FLAG("no-cache", &t->no_cache, "compile anew, keep nothing"),
@@ -191,6 +193,7 @@ int perk_cli_test_op(const perk_cli_command *self, int argc, char **argv) {
     t.options.backend = (perk_backend)t.backend;
     t.options.portable = t.portable;
     t.options.no_cache = t.no_cache;
+    t.options.for_racecheck = t.for_racecheck;
     if (t.verbose) t.options.log = perk_cli_log(1);
     size_t count = 1;
     perk_op_case chosen = {0};

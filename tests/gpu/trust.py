@@ -125,7 +125,8 @@ class Trust:
             shape = case["shape"]
             flags = [f"--{flag}" for flag in ("bias", "residual", "norms") if f", {flag}" in shape]
             portable = ["--portable"] if case["portable"] else []
-            yield pool.submit(self.sanitize, tool, "test-op", case["op"], *flags, *portable, "--backend", "gpu",
+            followed = ["--for-racecheck"] if tool == "racecheck" else []
+            yield pool.submit(self.sanitize, tool, "test-op", case["op"], *flags, *portable, *followed, "--backend", "gpu",
                               "--seed", case.get("seed", 1), shows=f"  {shape}\n")
 
     # ---- costs ----
