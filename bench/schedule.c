@@ -50,6 +50,7 @@ static void arrive(schedule_bench *b, int32_t number, int32_t answer) {
     perk_slot *r = &b->s.slots[slot];
     r->prompt_length = PROMPT;
     r->limit = PROMPT + answer;
+    r->shares = 1;
     r->hash_count = PROMPT / PAGE_SIZE;
     r->stop_ids[r->stop_count++] = 1;
     r->stop_ids[r->stop_count++] = 2;

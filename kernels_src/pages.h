@@ -9,12 +9,7 @@
 #ifndef PERK_PAGES_H
 #define PERK_PAGES_H
 
-#include "shared_code.h"
-
-/* Made by the host (src/page_hash.h) so that equal hashes mean equal tokens. */
-typedef struct perk_page_hash {
-    uint64_t low, high;
-} perk_page_hash;
+#include "page_hash.h"
 
 typedef struct perk_page {
     perk_page_hash hash; /* of a listed page */
@@ -68,10 +63,6 @@ PERK_SHARED_CODE void perk_pool_begin(perk_pool *pool) {
 }
 
 /* ---- the table ---- */
-
-PERK_SHARED_CODE int perk_page_hash_equal(perk_page_hash a, perk_page_hash b) {
-    return a.low == b.low && a.high == b.high;
-}
 
 /* Where a page with this hash is looked for first. */
 PERK_SHARED_CODE int32_t perk_pool_home(const perk_pool *pool, perk_page_hash hash) {

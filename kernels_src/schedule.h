@@ -49,6 +49,7 @@ typedef struct perk_slot {
     uint32_t refused_at;           /* the state's `changes` when it was not admitted */
     int32_t found;                 /* positions that were never computed, but found in pages of others */
     int32_t set_backs;
+    int32_t shares; /* its pages, with requests that begin alike: commit hashes them */
     int32_t stop_count;
     int32_t stop_ids[PERK_STOP_IDS];
     perk_draw_rule rule; /* how its tokens are picked, for a kernel that does it by itself */
@@ -71,7 +72,7 @@ typedef struct perk_standing {
 
 /* Places of the arrays in the block, in 64-bit words. */
 typedef struct perk_schedule_layout {
-    uint64_t state, slots, tokens, hashes, order, free_slots, free_rows, pool, pages, table;
+    uint64_t state, slots, secret, tokens, hashes, order, free_slots, free_rows, pool, pages, table;
     uint64_t biases, token_ids, positions, token_request, logit_rows, logit_slots, first_token, token_count, kv_length,
         page_table;
     uint64_t words; /* of the block */
@@ -83,11 +84,12 @@ typedef struct perk_schedule {
     int32_t page_shift;
     perk_schedule_state *state;
     perk_slot *slots;
-    int32_t *tokens;        /* [slots][positions] */
-    perk_page_hash *hashes; /* [slots][pages_per_request] of all tokens up to the end of each full page */
-    perk_draw_bias *biases; /* [slots][PERK_DRAW_BIASES] what the rules ask for */
-    int32_t *order;         /* [slots] the unfinished ones by age; those that run come first */
-    int32_t *free_slots;    /* stacks */
+    perk_page_secret *secret; /* of hashes: whoever owns the block writes it */
+    int32_t *tokens;          /* [slots][positions] */
+    perk_page_hash *hashes;   /* [slots][pages_per_request] of all tokens up to the end of each full page */
+    perk_draw_bias *biases;   /* [slots][PERK_DRAW_BIASES] what the rules ask for */
+    int32_t *order;           /* [slots] the unfinished ones by age; those that run come first */
+    int32_t *free_slots;      /* stacks */
     int32_t *free_rows;
     perk_pool pool;
     perk_batch batch;     /* of the step under way */
@@ -110,6 +112,7 @@ PERK_SHARED_CODE perk_schedule_layout perk_schedule_lay_out(const perk_schedule_
     uint64_t pages_each = (positions + (uint64_t)limits->page_size - 1) / (uint64_t)limits->page_size;
     layout.state = perk_schedule_array(&next, 1, sizeof(perk_schedule_state));
     layout.pool = perk_schedule_array(&next, 1, sizeof(perk_pool_state)); /* next to it: perk_standing */
+    layout.secret = perk_schedule_array(&next, 1, sizeof(perk_page_secret));
     layout.slots = perk_schedule_array(&next, slots, sizeof(perk_slot));
     layout.order = perk_schedule_array(&next, slots, sizeof(int32_t));
     layout.free_slots = perk_schedule_array(&next, slots, sizeof(int32_t));
@@ -151,6 +154,7 @@ PERK_SHARED_CODE void perk_schedule_bind(perk_schedule *s, const perk_schedule_l
     for (s->page_shift = 0; (1 << s->page_shift) < limits->page_size;) s->page_shift++;
     s->state = (perk_schedule_state *)(block + layout.state);
     s->slots = (perk_slot *)(block + layout.slots);
+    s->secret = (perk_page_secret *)(block + layout.secret);
     s->tokens = (int32_t *)(block + layout.tokens);
     s->hashes = (perk_page_hash *)(block + layout.hashes);
     s->biases = (perk_draw_bias *)(block + layout.biases);
@@ -195,7 +199,8 @@ PERK_SHARED_CODE int32_t *perk_slot_pages(const perk_schedule *s, const perk_slo
 }
 
 /* A free slot for a new request, or -1. The caller writes its tokens, prompt_length, limit (above prompt_length, at
- * most the positions), stop ids, rule and biases, and, if it is to share pages, hashes; then it arrives. */
+ * most the positions), stop ids, rule and biases, and, if it is to share pages, `shares` and the hashes of its prompt:
+ * what it is to find must be known before it is computed. Then it arrives. */
 PERK_SHARED_CODE int32_t perk_schedule_open(perk_schedule *s) {
     if (s->state->free_slots == 0) return -1;
     int32_t slot = s->free_slots[--s->state->free_slots];
@@ -205,7 +210,7 @@ PERK_SHARED_CODE int32_t perk_schedule_open(perk_schedule *s) {
     r->prompt_length = r->length = r->limit = 0;
     r->cached = r->page_count = r->hash_count = r->offered = r->scheduled = 0;
     r->row = r->logit_row = -1;
-    r->found = r->set_backs = r->stop_count = r->rule.samples = 0;
+    r->found = r->set_backs = r->shares = r->stop_count = r->rule.samples = 0;
     return slot;
 }
 
@@ -268,9 +273,18 @@ PERK_SHARED_CODE void perk_schedule_share(perk_schedule *s, int32_t slot) {
     }
 }
 
-/* Lets others find the full pages that the request has written. */
+/* The hashes of the request's first `full` pages, if it shares any. */
+PERK_SHARED_CODE void perk_slot_hash(perk_schedule *s, int32_t slot, int32_t full) {
+    perk_slot *r = &s->slots[slot];
+    if (r->shares && r->hash_count < full)
+        r->hash_count = perk_hash_pages(s->secret, perk_slot_tokens(s, slot), s->limits.page_size,
+                                        perk_slot_hashes(s, slot), r->hash_count, full);
+}
+
+/* Lets others find the full pages that the request has written: of its prompt, and of its answer. */
 PERK_SHARED_CODE void perk_schedule_offer(perk_schedule *s, int32_t slot) {
     perk_slot *r = &s->slots[slot];
+    perk_slot_hash(s, slot, r->cached >> s->page_shift);
     int32_t full = perk_lesser(r->hash_count, r->cached >> s->page_shift);
     for (; r->offered < full; r->offered++) {
         perk_page_hash hash = perk_slot_hashes(s, slot)[r->offered];

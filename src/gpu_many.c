@@ -2,7 +2,7 @@
 #include "gpu_many.h"
 
 #include "gpu_state.h"
-#include "page_hash.h"
+#include "page_secret.h"
 #include "plan_steps.h"
 #include "sampler.h"
 #include "scheduler.h"
@@ -151,6 +151,7 @@ static perk_status upload_schedule(perk_gpu *gpu, struct perk_gpu_many *many, pe
     if (!block) return perk_fail_memory(err, "the schedule");
     perk_schedule_bind(&schedule, &many->limits, block);
     perk_schedule_begin(&schedule);
+    *schedule.secret = many->secret;
     perk_status status = perk_gpu_upload(gpu, (CUdeviceptr)(uintptr_t)many->args.schedule, block,
                                          many->layout.words * sizeof *block, "the schedule", err);
     free(block);
@@ -251,6 +252,7 @@ static void write_slot(struct perk_gpu_many *many, int32_t slot, const perk_gpu_
                      .limit = a->limit,
                      .row = -1,
                      .logit_row = -1,
+                     .shares = a->share_prefix,
                      .stop_count = a->stop_count};
     if (a->sampling) {
         r->rule = perk_sampling_rule(a->sampling);

@@ -1,7 +1,6 @@
 /* Many steps a launch, on a GPU executor that was made with `many_steps`: requests go into the mailbox at any time, the
  * kernel admits, batches, picks and ends by itself, tokens come back through a ring (kernels_src/mail.h,
- * many_steps.cuh). Prefixes of prompts are shared; answers are not offered to others, because their hashes are the
- * host's.
+ * many_steps.cuh).
  *
  * Threads: perk_gpu_many_run blocks for the length of a launch, in a thread of its own if the others are to be called
  * meanwhile. All others belong to one thread, and never touch the driver. A program of many steps also runs single
@@ -19,7 +18,7 @@ typedef struct perk_gpu_arrival {
     const int32_t *stop_ids;
     int32_t stop_count;
     const perk_sampling *sampling; /* NULL: greedy. Of it counts how tokens are picked; the end is said above */
-    bool share_prefix;             /* pages of the prompt, with others that begin alike */
+    bool share_prefix;             /* its pages, with others that begin alike */
 } perk_gpu_arrival;
 
 /* Posts a request; all of it is copied. `*slot` names it in the records of its tokens until that of its end. PERK_LIMIT

@@ -1,6 +1,6 @@
 #include "scheduler.h"
 
-#include "page_hash.h"
+#include "page_secret.h"
 #include "sampler.h"
 
 _Static_assert((int)PERK_END_STOP == PERK_FINISH_STOP && (int)PERK_END_LENGTH == PERK_FINISH_LENGTH &&
@@ -18,7 +18,6 @@ struct perk_scheduler {
     int32_t eos_ids[PERK_STOP_IDS];
     int eos_count;
     bool share_prefixes;
-    perk_page_secret secret;
     uint64_t *block; /* the schedule's state */
     perk_schedule schedule;
     perk_sampler *sampler;
@@ -71,7 +70,7 @@ static perk_status create_schedule(perk_scheduler *scheduler, perk_error *err) {
     if (!scheduler->block || !scheduler->placed_in || !scheduler->picks) return perk_fail_memory(err, "the scheduler");
     perk_schedule_bind(&scheduler->schedule, &limits, scheduler->block);
     perk_schedule_begin(&scheduler->schedule);
-    return PERK_OK;
+    return perk_page_secret_draw(scheduler->schedule.secret, err);
 }
 
 perk_status perk_scheduler_create(perk_scheduler **out, const perk_config *config, int32_t vocab_size,
@@ -87,8 +86,7 @@ perk_status perk_scheduler_create(perk_scheduler **out, const perk_config *confi
     scheduler->share_prefixes = share_prefixes;
     scheduler->eos_count = eos_count;
     if (eos_count) memcpy(scheduler->eos_ids, eos_ids, (size_t)eos_count * sizeof *eos_ids);
-    perk_status status = perk_page_secret_draw(&scheduler->secret, err);
-    if (!status) status = create_schedule(scheduler, err);
+    perk_status status = create_schedule(scheduler, err);
     if (!status) status = perk_sampler_create(&scheduler->sampler, vocab_size, err);
     if (status) {
         perk_scheduler_free(scheduler);
@@ -267,16 +265,6 @@ void perk_request_free(perk_request *request) {
 
 /* ---- into the schedule ---- */
 
-/* Hashes of the pages that the request's known tokens fill. */
-static void extend_hashes(perk_scheduler *scheduler, int32_t slot) {
-    perk_slot *r = &scheduler->schedule.slots[slot];
-    int32_t page_size = scheduler->config.page_size;
-    if (scheduler->share_prefixes)
-        r->hash_count =
-            perk_hash_pages(&scheduler->secret, perk_slot_tokens(&scheduler->schedule, slot), page_size,
-                            perk_slot_hashes(&scheduler->schedule, slot), r->hash_count, r->length / page_size);
-}
-
 static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot) {
     perk_slot *r = &scheduler->schedule.slots[slot];
     r->prompt_length = request->prompt_length;
@@ -289,8 +277,8 @@ static void place(perk_scheduler *scheduler, perk_request *request, int32_t slot
     r->rule.bias_count = perk_sampling_slot_biases(&request->sampling, perk_slot_biases(&scheduler->schedule, slot));
     memcpy(perk_slot_tokens(&scheduler->schedule, slot), request->tokens,
            (size_t)request->prompt_length * sizeof *request->tokens);
-    r->length = r->prompt_length;
-    extend_hashes(scheduler, slot);
+    r->shares = scheduler->share_prefixes;
+    perk_slot_hash(&scheduler->schedule, slot, r->prompt_length / scheduler->config.page_size);
     if (scheduler->away)
         scheduler->away->type->online->arrive(scheduler->away, &scheduler->schedule, slot);
     else
@@ -373,7 +361,6 @@ perk_status perk_scheduler_commit(perk_scheduler *scheduler, const perk_step_res
         if (!request) continue;
         perk_status status = append(request, scheduler->picks[row], &stops, err);
         if (status) return status;
-        extend_hashes(scheduler, slot);
         if (schedule->slots[slot].state == PERK_SLOT_FINISHED)
             finish(request, stops ? PERK_FINISH_STOP : (perk_finish)schedule->slots[slot].end, slot);
         else if (stops)
@@ -460,7 +447,6 @@ perk_status perk_scheduler_take_back(perk_scheduler *scheduler, perk_error *err)
         if (schedule->slots[slot].length != request->length)
             return perk_fail(err, PERK_INTERNAL, "a request of %d tokens came back with %d", request->length,
                              schedule->slots[slot].length);
-        extend_hashes(scheduler, slot);
     }
     return PERK_OK;
 }

@@ -61,8 +61,7 @@ perk_schedule_limits perk_scheduler_limits(const perk_config *config);
 
 /* ---- steps without the host (executor->type->online) ----
  * The schedule is with an executor from the first launch until it is taken back. Meanwhile requests can be submitted,
- * cancelled and freed as ever, but no step can be filled and no page borrowed. What requests answer is offered to
- * others only after that. */
+ * cancelled and freed as ever, but no step can be filled and no page borrowed. */
 
 bool perk_scheduler_is_away(const perk_scheduler *scheduler);
 /* Begins a launch; all that is queued goes along, as far as there are slots. */

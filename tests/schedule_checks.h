@@ -49,6 +49,7 @@ static inline void check_running(const perk_schedule *s, const perk_slot *r, int
     CHECK(r->row >= 0 && r->row < s->limits.requests && !rows[r->row]++, "row %d", r->row);
     CHECK(r->page_count * s->limits.page_size >= r->cached && r->cached < r->length);
     CHECK(r->offered <= r->page_count && r->hash_count * s->limits.page_size <= r->length);
+    CHECK(!r->shares || r->hash_count >= r->cached >> s->page_shift);
     for (int32_t i = 0; i < r->page_count; i++) {
         int32_t page = perk_slot_pages(s, r)[i];
         CHECK(page >= 0 && page < s->limits.page_count);

@@ -46,7 +46,7 @@ static perk_executor *open_executor(perk_gpu_alter_plan alter) {
 typedef struct test_request {
     int32_t prompt[POSITIONS], prompt_length, limit;
     int32_t wanted[POSITIONS], wanted_count;
-    int32_t got[POSITIONS], got_count, end, slot;
+    int32_t got[POSITIONS], got_count, end, slot, found, set_backs;
     bool cancelled;
     perk_sampling sampling;
     perk_logprob wanted_logprobs[POSITIONS][1 + TOP], got_logprobs[POSITIONS][1 + TOP];
@@ -149,6 +149,8 @@ static int read_tokens(perk_executor *gpu, test_request *requests, int count) {
             if (records[i].token >= 0) requests[r].got[requests[r].got_count++] = records[i].token;
             CHECK(requests[r].got_count <= POSITIONS);
             requests[r].end = records[i].end;
+            requests[r].found = records[i].found;
+            requests[r].set_backs = records[i].set_backs;
             ended += records[i].end != PERK_END_NONE;
         }
     return ended;
@@ -256,8 +258,8 @@ static void test_completion(perk_executor *gpu, test_request *requests) {
 typedef struct launcher {
     perk_executor *gpu;
     uint32_t idle_limit_ms;
-    int launches, idle_ends;
-    bool stop; /* atomic */
+    int launches, idle_ends; /* launches: that have ended, atomic as the next */
+    bool stop;
     pthread_t thread;
 } launcher;
 
@@ -267,11 +269,21 @@ static void *launch_again(void *argument) {
     do {
         bool last = __atomic_load_n(&l->stop, __ATOMIC_ACQUIRE);
         result = run(l->gpu, 0, l->idle_limit_ms);
-        l->launches++;
+        __atomic_add_fetch(&l->launches, 1, __ATOMIC_RELEASE);
         l->idle_ends += result.end == PERK_LAUNCH_IDLE;
         if (last && result.unfinished == 0 && result.undealt == 0) break;
     } while (result.end == PERK_LAUNCH_IDLE || result.end == PERK_LAUNCH_STOPPED);
     return NULL;
+}
+
+static void launch(launcher *l) { CHECK(pthread_create(&l->thread, NULL, launch_again, l) == 0); }
+
+/* When nothing is unfinished. */
+static void end_launches(launcher *l) {
+    __atomic_store_n(&l->stop, true, __ATOMIC_RELEASE);
+    perk_gpu_many_command(l->gpu, PERK_COMMAND_DRAIN);
+    pthread_join(l->thread, NULL);
+    perk_gpu_many_command(l->gpu, PERK_COMMAND_NONE);
 }
 
 /* Requests come while the launch runs, in any slot that is free, and some are taken back. */
@@ -280,7 +292,7 @@ static void test_online(perk_executor *gpu, test_request *requests, uint64_t see
     uint64_t place = 0;
     int submitted = 0, ended = 0;
     for (int i = 0; i < REQUESTS; i++) requests[i].slot = -1, requests[i].end = 0;
-    CHECK(pthread_create(&l.thread, NULL, launch_again, &l) == 0);
+    launch(&l);
     while (ended < REQUESTS) {
         if (submitted < REQUESTS && submit(gpu, &requests[submitted], seed % 2) == PERK_OK) submitted++;
         ended += read_tokens(gpu, requests, submitted);
@@ -291,15 +303,65 @@ static void test_online(perk_executor *gpu, test_request *requests, uint64_t see
             }
         usleep((useconds_t)draw(seed, &place, 0, 30000));
     }
-    __atomic_store_n(&l.stop, true, __ATOMIC_RELEASE);
-    perk_gpu_many_command(gpu, PERK_COMMAND_DRAIN);
-    pthread_join(l.thread, NULL);
-    perk_gpu_many_command(gpu, PERK_COMMAND_NONE);
+    end_launches(&l);
     CHECK(read_tokens(gpu, requests, REQUESTS) == 0);
     check_answers(requests, REQUESTS, 0.05f);
     check_pages(gpu);
     fprintf(stderr, "online, seed %llu: %d launches, %d ended idle\n", (unsigned long long)seed, l.launches,
             l.idle_ends);
+}
+
+/* Its prompt is one page and most of another. */
+static void long_request(test_request *r, int32_t limit, uint64_t seed) {
+    uint64_t place = 0;
+    *r = (test_request){.prompt_length = 30, .limit = limit};
+    for (int t = 0; t < r->prompt_length; t++) r->prompt[t] = draw(seed, &place, 0, model->vocab_size - 1);
+}
+
+/* What is asked next begins with what was asked before and its answer, and finds the full pages of both while the
+ * launch goes on. */
+static void test_conversation(perk_executor *gpu) {
+    static test_request turns[2];
+    long_request(&turns[0], 35, 3);
+    run_single_steps(gpu, turns, 1);
+    turns[1] = (test_request){.prompt_length = 37, .limit = 39};
+    memcpy(turns[1].prompt, turns[0].prompt, 30 * sizeof(int32_t));
+    memcpy(turns[1].prompt + 30, turns[0].wanted, 5 * sizeof(int32_t));
+    run_single_steps(gpu, turns + 1, 1);
+    for (int share = 1; share >= 0; share--) {
+        launcher l = {.gpu = gpu, .idle_limit_ms = 100000};
+        launch(&l);
+        for (int i = share ? 0 : 1; i < 2; i++) {
+            CHECK_OK(submit(gpu, &turns[i], share));
+            while (read_tokens(gpu, &turns[i], 1) == 0) usleep(1000);
+            CHECK(turns[i].found == (share && i ? 2 * config.page_size : 0), "turn %d found %d", i, turns[i].found);
+        }
+        CHECK(__atomic_load_n(&l.launches, __ATOMIC_ACQUIRE) == 0);
+        end_launches(&l);
+        check_answers(turns, 2, 0.05f);
+    }
+}
+
+/* Two that have room while they are short: the newer one is set back, and finds what it had answered. */
+static void test_set_back(perk_executor *gpu) {
+    static test_request two[2];
+    for (int i = 0; i < 2; i++) long_request(&two[i], 51, (uint64_t)i);
+    run_single_steps(gpu, two, 2);
+    for (int i = 0; i < 2; i++) CHECK_OK(submit(gpu, &two[i], true));
+    run(gpu, 0, 0);
+    CHECK(read_tokens(gpu, two, 2) == 2);
+    check_answers(two, 2, 0.05f);
+    CHECK(two[0].set_backs == 0 && two[1].set_backs == 1 && two[1].found == 2 * config.page_size,
+          "set back %d times, and found %d", two[1].set_backs, two[1].found);
+    check_pages(gpu);
+}
+
+/* By an executor of its own: single steps write to pages that others would find. */
+static void test_answers(void) {
+    perk_executor *gpu = open_executor(NULL);
+    test_set_back(gpu);
+    test_conversation(gpu);
+    gpu->type->free(gpu);
 }
 
 /* A launch that is stopped goes on later as if nothing had been; submitting too much is refused. */
@@ -447,6 +509,7 @@ int main(int argc, char **argv) {
     run_single_steps(gpu, requests, REQUESTS);
     test_drawing(gpu);
     if (driver_of_emulator) test_drawing_together();
+    test_answers();
     test_completion(gpu, requests);
     test_stop(gpu, requests);
     test_online(gpu, requests, 1, 100000);

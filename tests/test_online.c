@@ -41,21 +41,16 @@ static void link_tokenizer(const char *root) {
     free(target);
 }
 
-static perk_engine *open_sized(int32_t tokens, perk_mode mode, int32_t idle_limit_ms) {
+static perk_engine *open_with(perk_engine_options options) {
     perk_engine *engine;
-    perk_config config = CONFIG;
-    config.max_num_batched_tokens = tokens;
-    const perk_engine_options options = {.backend = PERK_BACKEND_GPU,
-                                         .config = config,
-                                         .cache_folder = cache.text,
-                                         .mode = mode,
-                                         .idle_limit_ms = idle_limit_ms};
+    options.backend = PERK_BACKEND_GPU;
+    options.cache_folder = cache.text;
     CHECK_OK(perk_engine_open(&engine, folder.text, &options, &err));
     return engine;
 }
 
 static perk_engine *open_engine(perk_mode mode, int32_t idle_limit_ms) {
-    return open_sized(CONFIG.max_num_batched_tokens, mode, idle_limit_ms);
+    return open_with((perk_engine_options){.config = CONFIG, .mode = mode, .idle_limit_ms = idle_limit_ms});
 }
 
 /* Half of the prompts begin alike. The last kind samples, though hardly. */
@@ -311,6 +306,45 @@ static void test_engine(void) {
     perk_engine_free(engine);
 }
 
+/* Answers `prompt`, to which the answer is appended; returns how many positions were found in pages of others. */
+static int32_t answer(perk_engine *engine, int32_t *prompt, size_t *length, int32_t max_tokens) {
+    const perk_sampling sampling = {.max_tokens = max_tokens, .ignore_eos = 1};
+    perk_request *request;
+    perk_request_stats stats;
+    int32_t running = 1;
+    size_t count;
+    CHECK_OK(perk_engine_submit(engine, prompt, *length, &sampling, &request, &err));
+    while (running) CHECK_OK(perk_engine_step(engine, &running, &err));
+    const int32_t *tokens = perk_request_tokens(request, &count);
+    CHECK(count == (size_t)max_tokens);
+    memcpy(prompt + *length, tokens, count * sizeof *tokens);
+    *length += count;
+    perk_request_statistics(request, &stats);
+    return stats.found_tokens;
+}
+
+/* The second question of a conversation, which begins with the first one and its answer, finds the full pages of both
+ * in every mode; nothing where nothing is shared. */
+static void test_conversation(void) {
+    static const perk_mode modes[] = {PERK_MODE_SINGLE, PERK_MODE_SINGLE, PERK_MODE_COMPLETION, PERK_MODE_ONLINE,
+                                      PERK_MODE_ONLINE};
+    int32_t wanted[POSITIONS];
+    for (int i = 0; i < (int)PERK_COUNT(modes); i++) {
+        bool alone = i == 0 || i == 4;
+        perk_engine *engine = open_with((perk_engine_options){
+            .config = CONFIG, .mode = modes[i], .idle_limit_ms = 60000, .no_prefix_sharing = alone});
+        int32_t text[POSITIONS] = {5, 9, 200, 4};
+        size_t length = 30; /* of one page and most of another */
+        CHECK(answer(engine, text, &length, 5) == 0);
+        text[length++] = 7;
+        int32_t found = answer(engine, text, &length, 3);
+        CHECK(found == (alone ? 0 : 2 * CONFIG.page_size), "mode %d: found %d", (int)modes[i], found);
+        if (i == 0) memcpy(wanted, text, sizeof wanted);
+        CHECK(memcmp(wanted, text, sizeof wanted) == 0, "mode %d: other tokens", (int)modes[i]);
+        perk_engine_free(engine);
+    }
+}
+
 /* A stop string, which the host finds while the kernel goes on: the same tokens as by single steps, and every page
  * comes back. */
 static void test_stop_string(void) {
@@ -347,7 +381,9 @@ static void test_stop_string(void) {
 
 /* A program for more than 64 tokens has a third role beside consumers and producer; it goes from step to step, too. */
 static void test_wide(void) {
-    perk_engine *engine = open_sized(72, PERK_MODE_COMPLETION, 0);
+    perk_engine_options options = {.config = CONFIG, .mode = PERK_MODE_COMPLETION};
+    options.config.max_num_batched_tokens = 72;
+    perk_engine *engine = open_with(options);
     perk_request *requests[4];
     int32_t running;
     for (int k = 0; k < 4; k++)
@@ -374,6 +410,7 @@ int main(int argc, char **argv) {
     link_tokenizer(argc > 1 ? argv[1] : PERK_SOURCE_DIR);
     make_kinds();
     test_engine();
+    test_conversation();
     test_stop_string();
     test_wide();
     test_arrivals(1, 0, KINDS - 1);

@@ -22,7 +22,7 @@ typedef struct fake_model {
     uint64_t *block;
     uint64_t *cells; /* [pages][page_size] */
     int32_t *picks;
-    perk_page_hash halves; /* what is left of both halves of hashes, as a mask */
+    perk_page_hash halves; /* what is left of both halves of hashes, as a mask; not all: the test makes them */
     uint64_t computed;     /* tokens */
 } fake_model;
 
@@ -35,7 +35,10 @@ static void fake_open(fake_model *fake, const perk_schedule_limits *limits) {
     CHECK(fake->block && fake->cells && fake->picks);
     perk_schedule_bind(&fake->s, limits, fake->block);
     perk_schedule_begin(&fake->s);
+    *fake->s.secret = (perk_page_secret){{(uint64_t)limits->positions, 5}};
 }
+
+static bool is_weak(const fake_model *fake) { return (fake->halves.low & fake->halves.high) != UINT64_MAX; }
 
 static void fake_close(fake_model *fake) {
     free(fake->block);
@@ -116,8 +119,9 @@ static void step(fake_model *fake) {
 
 typedef struct test_job {
     int32_t prompt[MAX_POSITIONS], answer[MAX_POSITIONS]; /* answer: what it gets alone */
-    int32_t prompt_length, answer_length, limit, stop, hash_limit;
+    int32_t prompt_length, answer_length, limit, stop;
     int32_t slot, end;
+    bool is_alone, is_late; /* it shares no pages; nobody hashes its prompt when it arrives */
     bool cancelled, done;
 } test_job;
 
@@ -136,17 +140,29 @@ static void expect_answer(test_job *job) {
     }
 }
 
-/* What whoever hashes knows by now; late at times. */
-static void extend_hashes(fake_model *fake, const test_job *job) {
+/* Hashes that the schedule does not make by itself: of all tokens that are known by now. */
+static void extend_weak_hashes(fake_model *fake, const test_job *job) {
     perk_slot *r = &fake->s.slots[job->slot];
     perk_page_hash *hashes = perk_slot_hashes(&fake->s, job->slot);
-    int32_t size = fake->s.limits.page_size, most = r->length / size;
-    for (; r->hash_count < (most < job->hash_limit ? most : job->hash_limit); r->hash_count++) {
+    int32_t size = fake->s.limits.page_size;
+    if (!is_weak(fake) || job->is_alone) return;
+    for (; r->hash_count < r->length / size; r->hash_count++) {
         uint64_t hash = r->hash_count ? hashes[r->hash_count - 1].low | hashes[r->hash_count - 1].high : 77;
         for (int32_t i = 0; i < size; i++)
             hash = extend(hash, perk_slot_tokens(&fake->s, job->slot)[r->hash_count * size + i]);
         hashes[r->hash_count] = (perk_page_hash){hash & fake->halves.low, hash & fake->halves.high};
     }
+}
+
+/* Every page that the request has written was hashed, and as one hashes it alone. */
+static void check_hashes(const fake_model *fake, const test_job *job) {
+    const perk_slot *r = &fake->s.slots[job->slot];
+    perk_page_hash hashes[MAX_POSITIONS];
+    int32_t size = fake->s.limits.page_size;
+    if (is_weak(fake)) return;
+    CHECK(job->is_alone ? r->hash_count == 0 : job->cancelled || r->hash_count >= (r->length - 1) / size);
+    perk_hash_pages(fake->s.secret, perk_slot_tokens(&fake->s, job->slot), size, hashes, 0, r->hash_count);
+    CHECK(memcmp(hashes, perk_slot_hashes(&fake->s, job->slot), (size_t)r->hash_count * sizeof *hashes) == 0);
 }
 
 static bool arrive(fake_model *fake, test_job *job) {
@@ -158,8 +174,10 @@ static bool arrive(fake_model *fake, test_job *job) {
     if (job->stop >= 0) r->stop_ids[r->stop_count++] = VOCAB + 1;
     if (job->stop >= 0) r->stop_ids[r->stop_count++] = job->stop;
     memcpy(perk_slot_tokens(&fake->s, job->slot), job->prompt, (size_t)job->prompt_length * sizeof(int32_t));
+    r->shares = !is_weak(fake) && !job->is_alone;
+    if (!job->is_late) perk_slot_hash(&fake->s, job->slot, job->prompt_length / fake->s.limits.page_size);
     perk_schedule_arrive(&fake->s, job->slot);
-    extend_hashes(fake, job);
+    extend_weak_hashes(fake, job);
     return true;
 }
 
@@ -167,7 +185,8 @@ static bool arrive(fake_model *fake, test_job *job) {
 static void make_job(test_job *job, const test_job *others, int count, int32_t positions, random_draws *dice) {
     const test_job *like = count && roll(dice, 0, 1) ? &others[roll(dice, 0, count - 1)] : NULL;
     int32_t most = positions - 1 < 90 ? positions - 1 : 90;
-    *job = (test_job){.slot = -1, .stop = roll(dice, 0, 2) ? -1 : roll(dice, 0, VOCAB - 1), .hash_limit = 1 << 30};
+    *job = (test_job){
+        .slot = -1, .stop = roll(dice, 0, 2) ? -1 : roll(dice, 0, VOCAB - 1), .is_late = roll(dice, 0, 9) == 0};
     job->prompt_length = roll(dice, 1, most);
     for (int32_t i = 0; i < job->prompt_length; i++) job->prompt[i] = roll(dice, 0, VOCAB - 1);
     if (like) {
@@ -189,6 +208,7 @@ static void finish_job(fake_model *fake, test_job *job) {
           r->end);
     CHECK(job->cancelled ? count <= job->answer_length : count == job->answer_length, "%d tokens", count);
     CHECK(memcmp(answer, job->answer, (size_t)count * sizeof *answer) == 0, "a wrong token");
+    check_hashes(fake, job);
     perk_schedule_close(&fake->s, job->slot);
     job->done = true;
 }
@@ -231,15 +251,15 @@ static void run_random(uint64_t seed, test_totals *totals) {
     perk_schedule_limits limits = random_limits(&dice);
     fake_model fake;
     fake_open(&fake, &limits);
-    if (seed % 4 == 1) fake.halves.low = 3; /* many texts share one half of their hashes, and it must not be enough */
-    if (seed % 4 == 2) fake.halves.high = 0;
+    if (seed % 8 == 1) fake.halves.low = 3; /* many texts share one half of their hashes, and it must not be enough */
+    if (seed % 8 == 2) fake.halves.high = 0;
     static test_job jobs[JOBS];
     int arrived = 0, done = 0, made = 0, haste = roll(&dice, 0, 4);
     for (int steps = 0; done < JOBS; steps++) {
         CHECK(steps < 100000, "no end");
         while (arrived < JOBS && roll(&dice, 0, haste) == 0) {
             if (made == arrived) make_job(&jobs[made], jobs, made, limits.positions, &dice), made++;
-            if (seed % 8 == 0) jobs[arrived].hash_limit = 0;
+            jobs[arrived].is_alone = seed % 16 == 0;
             if (!arrive(&fake, &jobs[arrived])) break;
             arrived++;
         }
@@ -251,7 +271,7 @@ static void run_random(uint64_t seed, test_totals *totals) {
         check_schedule(&fake.s, 0);
         for (int i = 0; i < arrived; i++) {
             if (jobs[i].done) continue;
-            if (roll(&dice, 0, 9)) extend_hashes(&fake, &jobs[i]);
+            if (roll(&dice, 0, 9)) extend_weak_hashes(&fake, &jobs[i]); /* late at times */
             if (fake.s.slots[jobs[i].slot].state == PERK_SLOT_FINISHED) {
                 finish_job(&fake, &jobs[i]);
                 totals->cancelled += jobs[i].cancelled;
@@ -289,7 +309,7 @@ static const perk_schedule_limits SMALL = {
 
 /* A prompt of 0, 1, 2, ... that answers `answer` tokens. */
 static test_job counting_job(int32_t prompt, int32_t answer) {
-    test_job job = {.prompt_length = prompt, .limit = prompt + answer, .stop = -1, .hash_limit = 1 << 30};
+    test_job job = {.prompt_length = prompt, .limit = prompt + answer, .stop = -1};
     for (int32_t i = 0; i < prompt; i++) job.prompt[i] = i % VOCAB;
     expect_answer(&job);
     return job;
@@ -301,7 +321,7 @@ static uint64_t run_job(fake_model *fake, test_job *job) {
     CHECK(arrive(fake, job));
     while (fake->s.state->unfinished) {
         step(fake);
-        extend_hashes(fake, job);
+        extend_weak_hashes(fake, job);
     }
     finish_job(fake, job);
     return fake->computed - before;
@@ -321,7 +341,7 @@ static void test_sharing(void) {
     CHECK(run_job(&fake, &off) == 24 + 3);
     CHECK(fake.s.state->found_tokens == 24 + 32 + 8);
     /* The answer is shared as well: a conversation goes on where it was. */
-    test_job talk = counting_job(30, 20), next = {.stop = -1, .hash_limit = 1 << 30};
+    test_job talk = counting_job(30, 20), next = {.stop = -1};
     run_job(&fake, &talk);
     memcpy(next.prompt, talk.prompt, 30 * sizeof(int32_t));
     memcpy(next.prompt + 30, talk.answer, 20 * sizeof(int32_t));
@@ -389,19 +409,16 @@ static void test_eviction(void) {
 /* Two that fit together only while they are short: the newer one is set back, and finds its pages again. */
 static void test_set_back(void) {
     perk_schedule_limits limits = SMALL;
-    limits.page_count = 8;
+    limits.page_count = 11;
     fake_model fake;
     fake_open(&fake, &limits);
     test_job older = counting_job(20, 40), newer = counting_job(20, 30);
     for (int i = 0; i < 20; i++) newer.prompt[i] = 30;
     expect_answer(&newer);
     CHECK(arrive(&fake, &older) && arrive(&fake, &newer));
-    while (fake.s.state->unfinished) {
-        step(&fake);
-        extend_hashes(&fake, &older);
-        extend_hashes(&fake, &newer);
-    }
+    while (fake.s.state->unfinished) step(&fake);
     CHECK(fake.s.state->set_backs > 0 && fake.s.slots[older.slot].set_backs == 0);
+    CHECK(fake.s.slots[newer.slot].found > 16, "of its answer, it found nothing");
     finish_job(&fake, &older);
     finish_job(&fake, &newer);
     fake_close(&fake);
@@ -590,7 +607,8 @@ static const char DEVICE_SOURCE[] =
     "}\n";
 
 static void test_nvrtc(void) {
-    static const char *const names[] = {"abi.h", "shared_code.h", "draw.h", "pages.h", "step.h", "schedule.h"};
+    static const char *const names[] = {"abi.h",   "shared_code.h", "draw.h",    "page_hash.h",
+                                        "pages.h", "step.h",        "schedule.h"};
     perk_compile_header headers[PERK_COUNT(names)];
     perk_nvrtc *nvrtc;
     if (perk_nvrtc_open(&nvrtc, NULL, &err) != PERK_OK) {

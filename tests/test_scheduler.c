@@ -1,6 +1,6 @@
 /* The scheduler over a fake model whose next token is a hash of everything that its KV pages hold: a page that is lost,
  * shared or stale, a token in the wrong place, or a chunk out of order changes the answer. */
-#include "page_hash.h"
+#include "page_secret.h"
 #include "sampler.h"
 #include "schedule_checks.h"
 #include "scheduler.h"
@@ -302,7 +302,7 @@ static void test_hashes(void) {
     CHECK(perk_hash_pages(&secret, tokens, 4, hashes, 0, 4) == 4 &&
           perk_hash_pages(&secret, tokens, 4, more, 0, 1) == 1);
     CHECK(perk_hash_pages(&secret, tokens, 4, more, 1, 4) == 4 && memcmp(hashes, more, sizeof hashes) == 0);
-    CHECK(perk_page_hash_equal(hashes[0], perk_hash_page(&secret, tokens, 4, PERK_NO_PAGE_HASH)));
+    CHECK(perk_page_hash_equal(hashes[0], perk_hash_page(&secret, tokens, 4, (perk_page_hash){0, 0})));
     CHECK(perk_page_hash_equal(hashes[3], perk_hash_page(&secret, tokens + 12, 4, hashes[2])));
     CHECK(!perk_page_hash_equal(hashes[3], perk_hash_page(&secret, tokens + 12, 4, hashes[1])));
     perk_page_secret drawn[2];
