@@ -181,6 +181,15 @@ __device__ __forceinline__ void wait_counter(const Worker &w, uint32_t counter, 
         }
 }
 
+// Lets racecheck see that all lanes know what each of them has waited for (ptx.cuh, mbarrier_arrive_after).
+__device__ __forceinline__ void see_slots(uint32_t barrier, uint32_t parity, bool is_over) {
+    for (uint32_t lane = 0; lane < 32; lane++) {
+        const uint32_t its_barrier = __shfl_sync(0xffffffffu, barrier, lane),
+                       its_parity = __shfl_sync(0xffffffffu, parity, lane);
+        if (!__shfl_sync(0xffffffffu, is_over, lane)) mbarrier_test(its_barrier, its_parity);
+    }
+}
+
 // A whole warp waits for the barrier of a slot, each lane for its own; `is_over`: not this one.
 template <bool kEndsLate> // or takes the slot as it is
 __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uint32_t parity, uint32_t role,
@@ -194,6 +203,7 @@ __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uin
             parity ^= 1; // of the phase before, which has completed
         }
     __syncwarp(); // what follows works with all lanes
+    if (PERK_FOR_RACECHECK) see_slots(barrier, parity, is_over);
 }
 
 // ---- the weight ring ----
@@ -306,7 +316,8 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
     // Where all lanes copy, share what they know of tiles or units, or vote on the end of a launch of many steps, one
     // that decides otherwise would leave the others waiting for it.
-    if (PERK_PORTABLE || PERK_STREAMS_KV || kIsBatched || program::has_experts || program::many_steps)
+    if (PERK_PORTABLE || PERK_STREAMS_KV || PERK_FOR_RACECHECK || kIsBatched || program::has_experts ||
+        program::many_steps)
         is_behind = __any_sync(0xffffffffu, is_behind);
     if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }

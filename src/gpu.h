@@ -56,6 +56,8 @@ const perk_plan *perk_gpu_plan(const perk_executor *executor);
 perk_status perk_gpu_step_ms(perk_executor *executor, double *milliseconds, perk_error *err);
 /* Packed weights that the last step read: of experts, those that were hit. */
 perk_status perk_gpu_streamed_bytes(perk_executor *executor, uint64_t *bytes, perk_error *err);
+/* Copies what `count` KV pages from `from` on hold, of all layers and heads, to the pages from `to` on. */
+perk_status perk_gpu_copy_pages(perk_executor *executor, int32_t from, int32_t to, int32_t count, perk_error *err);
 /* The read bandwidth of this device, in bytes a second: all SMs read the packed weights once, through the copy engine
  * where there is one, and do nothing with them. Median of `runs`. */
 perk_status perk_gpu_read_ceiling(perk_executor *executor, int runs, double *bytes_per_second, perk_error *err);

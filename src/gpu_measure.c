@@ -318,6 +318,23 @@ perk_status perk_gpu_bus_speed(perk_executor *executor, double *bytes_per_second
 
 /* ---- a profiled program's stamps ---- */
 
+perk_status perk_gpu_copy_pages(perk_executor *executor, int32_t from, int32_t to, int32_t count, perk_error *err) {
+    perk_gpu *gpu = (perk_gpu *)executor;
+    const perk_plan *plan = gpu->largest->plan;
+    uint64_t page_bytes = plan->kv_layer_bytes / (uint64_t)plan->config.max_num_pages;
+    perk_status status = perk_gpu_enter(gpu, err);
+    if (status != PERK_OK) return status;
+    for (int layer = 0; layer < plan->graph->kv_layer_count && status == PERK_OK; layer++) {
+        CUdeviceptr base = gpu->spaces[PERK_SPACE_KV].address + plan->kv_layer_bytes * (uint64_t)layer;
+        CUresult result =
+            gpu->driver->cuMemcpyDtoD(base + page_bytes * (uint64_t)to, base + page_bytes * (uint64_t)from,
+                                      page_bytes * (uint64_t)count);
+        status = perk_driver_check(gpu->driver, result, err, "copying KV pages");
+    }
+    perk_gpu_leave(gpu);
+    return status;
+}
+
 perk_status perk_gpu_task_times(perk_executor *executor, perk_task_time *times, perk_error *err) {
     perk_gpu *gpu = gpu_of(executor);
     const perk_plan *plan = gpu->largest->plan;

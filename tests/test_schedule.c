@@ -502,19 +502,13 @@ static void test_pool(void) {
 /* ---- the cut of attention ---- */
 
 /* As simple as can be: lengthen the pieces until there are few enough. */
-static int32_t expected_piece(const perk_batch *batch, const perk_attention_cut *cut) {
-    int64_t fresh = 0;
-    for (int32_t i = 0; i < cut->tile_count; i++)
-        if (cut->tiles[i].first_fresh_item >= 0)
-            fresh +=
-                perk_pieces(perk_query_tile_length(batch, &cut->tiles[i]) - cut->tiles[i].fresh_position, PERK_KV_UNIT);
-    int64_t most = fresh * 8 <= cut->warps ? cut->warps - fresh : cut->warps;
+static int32_t expected_piece(const perk_attention_cut *cut) {
     for (int32_t units = 1;; units++) {
         int64_t items = 0;
         for (int32_t i = 0; i < cut->tile_count; i++)
             if (cut->tiles[i].first_fresh_item >= 0)
                 items += perk_pieces(cut->tiles[i].fresh_position, units * PERK_KV_UNIT);
-        if (items <= most || items <= cut->tile_count || units * PERK_KV_UNIT >= cut->max_positions)
+        if (items <= cut->warps || items <= cut->tile_count || units * PERK_KV_UNIT >= cut->max_positions)
             return units * PERK_KV_UNIT;
     }
 }
@@ -554,7 +548,7 @@ static void test_attention(void) {
                                   .token_query_tile = tile_of};
         perk_cut_attention(&batch, &cut);
         CHECK(cut.item_count <= cut.max_items, "%d items", cut.item_count);
-        int32_t piece = expected_piece(&batch, &cut), item = 0, fresh_item = 0;
+        int32_t piece = expected_piece(&cut), item = 0, fresh_item = 0;
         for (int32_t i = 0; i < cut.tile_count; i++) fresh_item += tiles[i].item_count;
         for (int32_t i = 0; i < cut.tile_count; i++) {
             const perk_query_tile *tile = &tiles[i];

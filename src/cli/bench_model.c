@@ -1,6 +1,6 @@
 #include "bench_model.h"
 
-enum { WARM_UP = 8, MAX_ROWS = 65536 };
+enum { WARM_UP = 8, MAX_ROWS = 65536, EXACT_CONTEXT = 1024 };
 
 void perk_bench_add_model_options(perk_cli_options *list, perk_bench_options *o) {
     const perk_cli_option items[] = {
@@ -127,15 +127,27 @@ perk_status perk_bench_step_context(perk_bench *b, int32_t request, int32_t posi
     return status == PERK_OK ? b->gpu->type->step(b->gpu, b->batch, false, &result, err) : status;
 }
 
+/* The pages of a request from the given one on: copies of those before it. */
+static perk_status repeat_pages(perk_bench *b, int32_t request, int32_t written, perk_error *err) {
+    int32_t each = b->batch->pages_per_request, first = request * each;
+    perk_status status = PERK_OK;
+    for (int32_t page = written; page < each && status == PERK_OK; page += written)
+        status = perk_gpu_copy_pages(b->gpu, first, first + page, PERK_MIN(written, each - page), err);
+    return status;
+}
+
 perk_status perk_bench_prefill(perk_bench *b, perk_error *err) {
-    for (int32_t request = 0; request < b->options->batch; request++)
-        for (int32_t position = 0; position < b->options->context;) {
-            int32_t count = PERK_MIN(b->config.max_num_batched_tokens, b->options->context - position);
-            perk_status status = perk_bench_step_context(b, request, position, count, 0, err);
-            if (status != PERK_OK) return status;
-            position += count;
+    int32_t page_size = b->config.page_size, written = (EXACT_CONTEXT + page_size - 1) / page_size;
+    int32_t context = PERK_MIN(b->options->context, written * page_size);
+    perk_status status = PERK_OK;
+    for (int32_t request = 0; request < b->options->batch && status == PERK_OK; request++) {
+        for (int32_t position = 0, count; position < context && status == PERK_OK; position += count) {
+            count = PERK_MIN(b->config.max_num_batched_tokens, context - position);
+            status = perk_bench_step_context(b, request, position, count, 0, err);
         }
-    return PERK_OK;
+        if (status == PERK_OK && context < b->options->context) status = repeat_pages(b, request, written, err);
+    }
+    return status;
 }
 
 perk_status perk_bench_prompt_step(perk_bench *b, int32_t count, perk_error *err) {
