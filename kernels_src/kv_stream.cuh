@@ -107,15 +107,17 @@ struct KvSource {
     }
 };
 
-// A round: unit i goes to place i % kChunkUnits of chunk i / kChunkUnits. `mine` is that of this lane, if there are so
-// many.
+// A round, with as many copies under way as there may be: few others are on their way while attention reads the cache,
+// and a round is read when all of it is there. Unit i goes to place i % kChunkUnits of chunk i / kChunkUnits. `mine` is
+// that of this lane, if there are so many.
 __device__ __forceinline__ uint32_t push_round(const Worker &w, uint32_t units, uint32_t mine, const uint8_t *page,
                                                uint32_t position, uint32_t chunk) {
     const uint32_t end = chunk + round_chunks(units);
 #pragma unroll 1
     for (; chunk != end; chunk++, units -= min(units, StreamedKv::kChunkUnits), mine -= StreamedKv::kChunkUnits) {
         const uint32_t here = min(units, StreamedKv::kChunkUnits), full = w.full_barrier(chunk);
-        await_room(w, chunk);
+        await_slot(w, chunk);
+        if (chunk >= program::chunks_in_flight_behind) wait_full<true>(w, chunk - program::chunks_in_flight_behind);
         if (w.lane == 0) mbarrier_arrive_expect(full, here * 2 * StreamedKv::kUnitBytes);
         __syncwarp();
         if (mine < here) {

@@ -41,7 +41,7 @@ PERK_SHARED_CODE void perk_batch_put(perk_batch *batch, int32_t request, const i
 
 typedef struct perk_attention_cut {
     int32_t tokens_per_tile, max_items, max_positions; /* of the program */
-    int32_t warps;                                     /* the same: that share a KV head, an item each at a time */
+    int32_t pieces;                                    /* the same: into how many the cache is cut for a KV head */
     int32_t prompt_slice;   /* the same: a prompt's tiles lie in so many of the step's tokens each; 0: no such tiles */
     perk_query_tile *tiles; /* filled, and the two below */
     perk_attention_item *items; /* [max_items] */
@@ -99,11 +99,11 @@ PERK_SHARED_CODE int32_t perk_cut_bound(int64_t positions, int64_t items, int32_
     return units < 1 ? 1 : units < high ? (int32_t)units : high;
 }
 
-/* The shortest pieces of the cache, in KV units, that give no more items than one for each warp, or tile. (Items over
- * what the step adds are short: warps take them beside those.) The sum of the lengths bounds the
- * answer closely from both sides: for a lone request there is nothing left to search. */
+/* The shortest pieces of the cache, in KV units, that give no more items than there are to be, or one for each tile.
+ * The sum of the lengths bounds the answer closely from both sides: for a lone request there is nothing left to search.
+ */
 PERK_SHARED_CODE int32_t perk_cut_choose_piece(const perk_attention_cut *cut) {
-    int64_t cached = 0, most = cut->warps > cut->tile_count ? cut->warps : cut->tile_count;
+    int64_t cached = 0, most = cut->pieces > cut->tile_count ? cut->pieces : cut->tile_count;
     for (int32_t i = 0; i < cut->tile_count; i++)
         if (cut->tiles[i].first_fresh_item >= 0) cached += cut->tiles[i].fresh_position;
     int32_t high = perk_pieces(cut->max_positions, PERK_KV_UNIT);

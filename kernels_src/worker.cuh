@@ -183,10 +183,12 @@ __device__ __forceinline__ void wait_counter(const Worker &w, uint32_t counter, 
 
 // Lets racecheck see that all lanes know what each of them has waited for (ptx.cuh, mbarrier_arrive_after).
 __device__ __forceinline__ void see_slots(uint32_t barrier, uint32_t parity, bool is_over) {
+    const uint32_t awaited = __ballot_sync(0xffffffffu, !is_over);
     for (uint32_t lane = 0; lane < 32; lane++) {
         const uint32_t its_barrier = __shfl_sync(0xffffffffu, barrier, lane),
                        its_parity = __shfl_sync(0xffffffffu, parity, lane);
-        if (!__shfl_sync(0xffffffffu, is_over, lane)) mbarrier_test(its_barrier, its_parity);
+        if (awaited >> lane & 1)
+            while (!mbarrier_test(its_barrier, its_parity)) continue; // at once: the phase has completed
     }
 }
 
@@ -322,13 +324,17 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }
 
-// Until the chunk's slot may be filled.
-__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk) {
+// Until the chunk's slot is free.
+__device__ __forceinline__ void await_slot(const Worker &w, uint32_t chunk) {
     const uint32_t round = chunk / program::ring_slots;
     if (program::many_steps && round > 0)
         await_room_or_end(w, chunk, (round - 1) & 1);
     else if (round > 0)
         wait_slot<true>(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
+}
+// And may be filled.
+__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk) {
+    await_slot(w, chunk);
     await_flight(w, chunk);
 }
 

@@ -326,9 +326,8 @@ perk_status perk_gpu_copy_pages(perk_executor *executor, int32_t from, int32_t t
     if (status != PERK_OK) return status;
     for (int layer = 0; layer < plan->graph->kv_layer_count && status == PERK_OK; layer++) {
         CUdeviceptr base = gpu->spaces[PERK_SPACE_KV].address + plan->kv_layer_bytes * (uint64_t)layer;
-        CUresult result =
-            gpu->driver->cuMemcpyDtoD(base + page_bytes * (uint64_t)to, base + page_bytes * (uint64_t)from,
-                                      page_bytes * (uint64_t)count);
+        CUresult result = gpu->driver->cuMemcpyDtoD(base + page_bytes * (uint64_t)to,
+                                                    base + page_bytes * (uint64_t)from, page_bytes * (uint64_t)count);
         status = perk_driver_check(gpu->driver, result, err, "copying KV pages");
     }
     perk_gpu_leave(gpu);

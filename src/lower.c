@@ -564,12 +564,23 @@ static bool divide_shared_memory(perk_lowering *l) {
 
 /* Whether attention's reads of the cache go through the ring (kernels_src/kv_stream.cuh), which needs bulk copies and
  * room for a unit of every consumer warp. Tiles of prompts read the cache by themselves, and once for many queries. */
+static int kv_unit_bytes(const perk_plan *plan) { return 2 * PERK_KV_UNIT * plan->kv_head_dim * 2; }
+
 static bool can_stream_kv(const perk_plan *plan) {
-    int unit = 2 * PERK_KV_UNIT * plan->kv_head_dim * 2;
+    int unit = kv_unit_bytes(plan);
     if (plan->attention_parts == 0 || plan->device.portable || plan->prompt_slice > 0 || unit > PERK_CHUNK_BYTES)
         return false;
     int units = PERK_CHUNK_BYTES / unit; /* of a chunk */
     return (PERK_CONSUMER_WARPS + units - 1) / units <= plan->ring_slots;
+}
+
+/* Pieces have a cost when they are put together, and warps wait for each other in every round: so, where the cache
+ * comes through the ring, no more warps get one than keep up with the stream, with two chunks a round. */
+static void plan_kv_stream(perk_plan *plan) {
+    int warps = PERK_CONSUMER_WARPS;
+    plan->streams_kv = can_stream_kv(plan);
+    if (plan->streams_kv) warps = PERK_MIN(warps, 2 * PERK_CHUNK_BYTES / kv_unit_bytes(plan));
+    plan->attention_pieces = plan->attention_parts * warps;
 }
 
 static perk_status plan_shared_memory(perk_lowering *l) {
@@ -897,7 +908,7 @@ static perk_status lower_graph(perk_lowering *l) {
     if (check_limits(l) != PERK_OK) return l->error.status;
     plan_wide(plan);
     if (plan_attention(l) != PERK_OK || plan_shared_memory(l) != PERK_OK) return l->error.status;
-    l->plan->streams_kv = can_stream_kv(l->plan);
+    plan_kv_stream(l->plan);
     choose_folds(l);
     place_gains(l);
     if (lower_ops(l) != PERK_OK) return l->error.status;

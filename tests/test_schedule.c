@@ -508,7 +508,7 @@ static int32_t expected_piece(const perk_attention_cut *cut) {
         for (int32_t i = 0; i < cut->tile_count; i++)
             if (cut->tiles[i].first_fresh_item >= 0)
                 items += perk_pieces(cut->tiles[i].fresh_position, units * PERK_KV_UNIT);
-        if (items <= cut->warps || items <= cut->tile_count || units * PERK_KV_UNIT >= cut->max_positions)
+        if (items <= cut->pieces || items <= cut->tile_count || units * PERK_KV_UNIT >= cut->max_positions)
             return units * PERK_KV_UNIT;
     }
 }
@@ -541,7 +541,7 @@ static void test_attention(void) {
         perk_attention_cut cut = {.tokens_per_tile = roll(&dice, 1, 8),
                                   .max_positions = POSITIONS,
                                   .prompt_slice = run % 2 ? SLICE : 0,
-                                  .warps = roll(&dice, 1, 200),
+                                  .pieces = roll(&dice, 1, 200),
                                   .max_items = ITEMS,
                                   .tiles = tiles,
                                   .items = items,
