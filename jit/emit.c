@@ -30,6 +30,7 @@ static void emit_schedule_constants(const perk_plan *plan, perk_buffer *out) {
         {"max_logit_rows", limits.logit_rows},
         {"max_seq_length", limits.positions},
         {"tokens_per_query_tile", plan->tokens_per_query_tile},
+        {"attention_warps", plan->attention_parts * PERK_CONSUMER_WARPS},
         {"attention_pieces", plan->attention_pieces},
         {"vocab_size", perk_plan_vocab_size(plan)},
     };

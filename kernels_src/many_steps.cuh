@@ -172,6 +172,7 @@ __device__ __forceinline__ void finish_batch(const Worker &w, const perk_batch &
         cut.prompt_slice = program::prompt_tokens;
 #endif
         cut.max_items = program::max_attention_items;
+        cut.warps = program::attention_warps;
         cut.pieces = program::attention_pieces;
         cut.max_positions = program::max_seq_length;
         cut.tiles = reinterpret_cast<perk_query_tile *>(words + program::batch_query_tiles);

@@ -41,7 +41,7 @@ PERK_SHARED_CODE void perk_batch_put(perk_batch *batch, int32_t request, const i
 
 typedef struct perk_attention_cut {
     int32_t tokens_per_tile, max_items, max_positions; /* of the program */
-    int32_t pieces;                                    /* the same: into how many the cache is cut for a KV head */
+    int32_t warps, pieces;  /* the same: that share a KV head; long pieces into which the cache is cut for them */
     int32_t prompt_slice;   /* the same: a prompt's tiles lie in so many of the step's tokens each; 0: no such tiles */
     perk_query_tile *tiles; /* filled, and the two below */
     perk_attention_item *items; /* [max_items] */
@@ -99,13 +99,18 @@ PERK_SHARED_CODE int32_t perk_cut_bound(int64_t positions, int64_t items, int32_
     return units < 1 ? 1 : units < high ? (int32_t)units : high;
 }
 
+/* Pieces that would be no longer than so many units are cut for all warps, whatever it costs to put them together. */
+enum { PERK_CUT_SHORT_UNITS = 4 };
+
 /* The shortest pieces of the cache, in KV units, that give no more items than there are to be, or one for each tile.
  * The sum of the lengths bounds the answer closely from both sides: for a lone request there is nothing left to search.
  */
 PERK_SHARED_CODE int32_t perk_cut_choose_piece(const perk_attention_cut *cut) {
-    int64_t cached = 0, most = cut->pieces > cut->tile_count ? cut->pieces : cut->tile_count;
+    int64_t cached = 0, most;
     for (int32_t i = 0; i < cut->tile_count; i++)
         if (cut->tiles[i].first_fresh_item >= 0) cached += cut->tiles[i].fresh_position;
+    most = cached <= cut->pieces * (PERK_CUT_SHORT_UNITS * (int64_t)PERK_KV_UNIT) ? cut->warps : cut->pieces;
+    if (most < cut->tile_count) most = cut->tile_count;
     int32_t high = perk_pieces(cut->max_positions, PERK_KV_UNIT);
     int32_t low = perk_cut_bound(cached, most, high);
     if (perk_cut_fits(cut, low, most)) return low;

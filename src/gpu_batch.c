@@ -7,6 +7,7 @@ static void write_attention(const perk_plan *plan, const perk_batch_layout *layo
     perk_attention_cut cut = {.tokens_per_tile = plan->tokens_per_query_tile,
                               .prompt_slice = plan->prompt_slice,
                               .max_items = plan->max_attention_items,
+                              .warps = plan->attention_parts * PERK_CONSUMER_WARPS,
                               .pieces = plan->attention_pieces,
                               .max_positions = plan->config.max_seq_length,
                               .tiles = (perk_query_tile *)(words + layout->query_tiles),

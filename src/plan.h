@@ -182,7 +182,7 @@ typedef struct perk_plan {
     /* attention; all 0 in a graph without any. The KV tensors of the plan have a row for each token of a step, for the
      * checker: which cells of which page a token takes is data, but no two tokens share one. */
     int attention_parts;       /* workers that share a KV head */
-    int attention_pieces;      /* of the cache, for a KV head: one for each of their warps that is to have one */
+    int attention_pieces;      /* long ones of the cache, for a KV head: not every warp of theirs has one */
     int kv_heads, kv_head_dim; /* of every layer */
     bool streams_kv;           /* what is read of the KV cache comes through the ring, in the order of the stream */
     int append_slices;         /* of the step's tokens: a task of append takes one of one KV head */

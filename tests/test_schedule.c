@@ -503,12 +503,16 @@ static void test_pool(void) {
 
 /* As simple as can be: lengthen the pieces until there are few enough. */
 static int32_t expected_piece(const perk_attention_cut *cut) {
+    int64_t cached = 0;
+    for (int32_t i = 0; i < cut->tile_count; i++)
+        if (cut->tiles[i].first_fresh_item >= 0) cached += cut->tiles[i].fresh_position;
+    int64_t most = cached > 4 * PERK_KV_UNIT * cut->pieces ? cut->pieces : cut->warps;
     for (int32_t units = 1;; units++) {
         int64_t items = 0;
         for (int32_t i = 0; i < cut->tile_count; i++)
             if (cut->tiles[i].first_fresh_item >= 0)
                 items += perk_pieces(cut->tiles[i].fresh_position, units * PERK_KV_UNIT);
-        if (items <= cut->pieces || items <= cut->tile_count || units * PERK_KV_UNIT >= cut->max_positions)
+        if (items <= most || items <= cut->tile_count || units * PERK_KV_UNIT >= cut->max_positions)
             return units * PERK_KV_UNIT;
     }
 }
@@ -541,7 +545,8 @@ static void test_attention(void) {
         perk_attention_cut cut = {.tokens_per_tile = roll(&dice, 1, 8),
                                   .max_positions = POSITIONS,
                                   .prompt_slice = run % 2 ? SLICE : 0,
-                                  .pieces = roll(&dice, 1, 200),
+                                  .warps = roll(&dice, 50, 200),
+                                  .pieces = roll(&dice, 1, 50),
                                   .max_items = ITEMS,
                                   .tiles = tiles,
                                   .items = items,
