@@ -61,15 +61,21 @@ class Instruction:
         return re.match(r"LDSM?\b", self.name) and self.writes
 
     @property
+    def is_jump(self):
+        """What stands behind it is reached from elsewhere alone."""
+        return self.is_certain and re.match(r"(BRA|EXIT|RET|JMP)$", self.name)
+
+    @property
     def is_wait(self):
         return self.name.startswith("SYNCS.PHASECHK")
 
 
 def early_loads(before, address):
-    """Of the instructions before an arrival at `address`, back to the last wait: all loads, and those not waited for."""
+    """Of the instructions before an arrival at `address`, back to the last wait or jump: loads, and those not waited
+    for."""
     needed, loads, early = set(address), 0, []
     for instruction in reversed(before):
-        if instruction.is_wait:
+        if instruction.is_wait or instruction.is_jump:
             break
         if instruction.is_load:
             loads += 1
