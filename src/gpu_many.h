@@ -48,8 +48,6 @@ perk_status perk_gpu_many_run(perk_executor *executor, const perk_launch_options
 /* The executor's `online`: the schedule is the caller's, and goes to the device and back. Its limits are those of
  * perk_plan_schedule_limits. An executor is used so, or through what stands above, not both. */
 extern const perk_online_type perk_gpu_online;
-/* Steps of the launch under way that are done; 0 between launches. */
-uint32_t perk_gpu_many_steps(const perk_executor *executor);
 
 /* For tests, between launches: the kernel's state of requests and pages, copied into `block` (the words of
  * perk_schedule_lay_out over perk_plan_schedule_limits). */
