@@ -270,19 +270,20 @@ __device__ __forceinline__ uint32_t judge(const Worker &w, const perk_schedule &
 
 // The next step, and why the launch ends where it is not for this program.
 __device__ __forceinline__ uint32_t fill_step(const Worker &w, perk_schedule &s) {
-    perk_step_size wanted;
     perk_schedule_fill(&s);
     if (s.batch.num_tokens == 0) return PERK_LAUNCH_STUCK;
-    const int32_t size =
-        perk_schedule_judge_size(&s, w.args.many.smaller_tokens, &w.args.many.desk->spare, &wanted);
-    if (size == PERK_SIZE_FITS) return PERK_LAUNCH_RUNS;
-    perk_schedule_drop(&s);
-    w.args.many.post->wanted = wanted;
-    return size == PERK_SIZE_LARGER ? PERK_LAUNCH_LARGER : PERK_LAUNCH_SMALLER;
+    const int32_t size = perk_schedule_judge_size(&s, w.args.many.smaller_tokens, &w.args.many.desk->spare);
+    return size == PERK_SIZE_FITS     ? PERK_LAUNCH_RUNS
+           : size == PERK_SIZE_LARGER ? PERK_LAUNCH_LARGER
+                                      : PERK_LAUNCH_SMALLER;
 }
 
-__device__ __forceinline__ void end_launch(const Worker &w, const perk_schedule &s, uint32_t why, uint32_t step) {
+__device__ __forceinline__ void end_launch(const Worker &w, perk_schedule &s, uint32_t why, uint32_t step) {
     perk_post *post = w.args.many.post;
+    if (why == PERK_LAUNCH_LARGER || why == PERK_LAUNCH_SMALLER) {
+        perk_schedule_drop(&s);
+        post->wanted = why == PERK_LAUNCH_LARGER ? perk_schedule_demand(&s) : w.args.many.desk->spare.most;
+    }
     post->steps = step;
     post->unfinished = s.state->unfinished;
     post->end = why;

@@ -83,7 +83,7 @@ typedef struct perk_schedule_layout {
     uint64_t state, slots, secret, tokens, hashes, order, free_slots, free_rows, pool, pages, table;
     uint64_t biases, first_token, token_count, kv_length, page_table;
     uint64_t token_ids, positions, token_request, logit_rows, logit_slots; /* of the step */
-    uint64_t words; /* of the block */
+    uint64_t words;                                                        /* of the block */
 } perk_schedule_layout;
 
 /* A pointer into the block for each array; for one thread. */
@@ -374,6 +374,10 @@ PERK_SHARED_CODE int32_t perk_schedule_choose(perk_schedule *s, int32_t place, i
     return perk_schedule_reserve(s, place, count);
 }
 
+PERK_SHARED_CODE int perk_schedule_is_full(const perk_schedule *s) {
+    return s->batch.num_tokens == s->limits.tokens || s->batch.num_logit_rows == s->limits.logit_rows;
+}
+
 /* Fills the batch with the next step; it stays empty only when nothing is unfinished. Where larger steps are run
  * elsewhere, it finds out whether one of them would have more. */
 PERK_SHARED_CODE void perk_schedule_fill(perk_schedule *s) {
@@ -381,21 +385,20 @@ PERK_SHARED_CODE void perk_schedule_fill(perk_schedule *s) {
     for (int32_t place = 0; place < s->state->running; place++) batch->token_count[s->slots[s->order[place]].row] = 0;
     batch->num_tokens = batch->num_requests = batch->num_logit_rows = 0;
     s->is_short = 0;
-    for (int32_t place = 0; place < s->state->unfinished; place++) {
-        int32_t room = s->limits.tokens - batch->num_tokens;
-        int is_full = room == 0 || batch->num_logit_rows == s->limits.logit_rows;
-        if (is_full && (s->is_short || batch->num_logit_rows >= s->most_rows)) break;
-        int32_t count = perk_schedule_choose(s, place, is_full ? 1 : room);
+    for (int32_t place = 0; place < s->state->unfinished && !s->is_short; place++) {
+        if (perk_schedule_is_full(s) && batch->num_logit_rows >= s->most_rows) break;
+        int32_t count = perk_schedule_choose(s, place, perk_greater(s->limits.tokens - batch->num_tokens, 1));
         if (count == 0) break; /* none that came later may overtake */
+        s->is_short = perk_schedule_is_full(s);
+        if (s->is_short) break;
         int32_t slot = s->order[place];
         perk_slot *r = &s->slots[slot];
         int complete = r->cached + count == r->length;
-        s->is_short = s->most_rows > 0 && (is_full || (count == room && !complete));
-        if (is_full) break;
         r->scheduled = count;
         r->logit_row = complete ? batch->num_logit_rows : -1;
         if (complete) s->logit_slots[batch->num_logit_rows] = slot;
         perk_batch_put(batch, r->row, perk_slot_tokens(s, slot) + r->cached, count, r->cached, complete);
+        s->is_short = !complete && s->most_rows > 0 && batch->num_tokens == s->limits.tokens;
     }
 }
 
@@ -446,26 +449,16 @@ PERK_SHARED_CODE perk_step_size perk_schedule_demand(const perk_schedule *s) {
     return size;
 }
 
-/* Says of the batch, just filled, who should run it, if not this size; `wanted`: about what his steps must have room
- * for. `smaller`: tokens of the next smaller size; 0: there is none. */
-PERK_SHARED_CODE int32_t perk_schedule_judge_size(const perk_schedule *s, int32_t smaller, perk_spare *spare,
-                                                  perk_step_size *wanted) {
-    perk_step_size size, room;
-    if (s->is_short) {
-        *wanted = perk_schedule_demand(s);
-        return PERK_SIZE_LARGER;
-    }
-    size.tokens = s->batch.num_tokens;
-    size.logit_rows = s->batch.num_logit_rows;
-    room.tokens = smaller;
-    room.logit_rows = perk_lesser(smaller, s->limits.logit_rows);
-    if (!perk_step_fits(size, room)) {
+/* Says of the batch, just filled, who should run it. `smaller`: tokens of the next smaller size; 0: there is none. */
+PERK_SHARED_CODE int32_t perk_schedule_judge_size(const perk_schedule *s, int32_t smaller, perk_spare *spare) {
+    const perk_batch *batch = &s->batch;
+    if (s->is_short) return PERK_SIZE_LARGER;
+    if (batch->num_tokens > smaller || batch->num_logit_rows > perk_lesser(smaller, s->limits.logit_rows)) {
         spare->steps = spare->most.tokens = spare->most.logit_rows = 0;
         return PERK_SIZE_FITS;
     }
-    spare->most.tokens = perk_greater(spare->most.tokens, size.tokens);
-    spare->most.logit_rows = perk_greater(spare->most.logit_rows, size.logit_rows);
-    *wanted = spare->most;
+    spare->most.tokens = perk_greater(spare->most.tokens, batch->num_tokens);
+    spare->most.logit_rows = perk_greater(spare->most.logit_rows, batch->num_logit_rows);
     return spare->steps++ < PERK_SPARE_STEPS ? PERK_SIZE_FITS : PERK_SIZE_SMALLER;
 }
 

@@ -475,7 +475,7 @@ bool perk_engine_stays(const perk_engine *engine) { return engine->launched; }
 
 void perk_engine_statistics(const perk_engine *engine, perk_engine_stats *out) {
     perk_scheduler_statistics(engine->scheduler, out);
-    if (engine->report.backend == PERK_BACKEND_GPU) 
+    if (engine->report.backend == PERK_BACKEND_GPU)
         perk_gpu_program_counts(engine->executor, out->program_steps, out->program_launches);
 }
 

@@ -398,7 +398,8 @@ static bool goes_on(perk_gpu *gpu) {
     if (post->end != PERK_LAUNCH_LARGER && post->end != PERK_LAUNCH_SMALLER) return false;
     perk_gpu_program *first = post->end == PERK_LAUNCH_LARGER ? many->running + 1 : gpu->programs;
     many->running = find_program(gpu, PERK_MIN(first, gpu->largest), post->wanted);
-    if (many->options.max_steps) many->options.max_steps -= post->steps; /* there are some left: that would come first */
+    if (many->options.max_steps)
+        many->options.max_steps -= post->steps; /* there are some left: that would come first */
     return true;
 }
 

@@ -213,7 +213,7 @@ typedef struct perk_engine_stats {
     uint64_t set_backs;    /* requests that lost their pages to older ones */
     uint64_t evictions;    /* pages kept to be found again whose room was needed */
     double batch_fill;     /* step_tokens / (steps * max_num_batched_tokens); 0 before the first step */
-    uint64_t program_steps[PERK_MAX_PROGRAMS]; /* that each of the report's programs ran; those of logits, too */
+    uint64_t program_steps[PERK_MAX_PROGRAMS];    /* that each of the report's programs ran; those of logits, too */
     uint64_t program_launches[PERK_MAX_PROGRAMS]; /* in which it did */
     /* now */
     int32_t waiting, running; /* unfinished requests without and with pages */
