@@ -6,6 +6,9 @@
 // Why one batch, and one set of activations, are enough: the gate opens only when the counters of the step's end are
 // complete, and these prove that all of its tasks have signalled (the checker holds that against the plan). So nobody
 // reads or writes for the step before any more.
+//
+// Where an executor has several programs, a launch ends when the next step is for another one of them, which goes on
+// with the same schedule and page tables.
 #pragma once
 
 #include "sample.cuh"

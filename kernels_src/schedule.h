@@ -414,9 +414,10 @@ PERK_SHARED_CODE void perk_schedule_drop(perk_schedule *s) {
 
 /* ---- steps of several sizes ---- */
 
-/* Steps in a row that smaller ones would have done for, after which whoever runs them hands over. Handing over, and
- * back when there is more to do, costs up to 2 ms (the host wakes up, and launches, twice), and a smaller step saves
- * 0.3 ms or more: so much is lost by waiting as by handing over in vain, and never more than twice what had to be. */
+/* Steps in a row that smaller ones would have done for, after which whoever runs them hands over. That costs 0.1 to
+ * 1 ms (the host wakes up, and launches), and as much again when the next prompt takes it back; a smaller step saves
+ * 0.3 to 2 ms. So when so many have gone by, about as much was lost as a change in vain costs: whatever comes, it is
+ * not much more than twice of what could not be helped. */
 enum { PERK_SPARE_STEPS = 8 };
 
 /* Such steps so far, and the most that one of them had. */
