@@ -105,7 +105,8 @@ static uint64_t place_host(struct perk_gpu_many *many, uint64_t host, uint64_t d
     return at[0].next;
 }
 
-/* Page tables stay when another program runs: the batches of all lie around one. */
+/* Page tables stay when another program runs: the batches of all lie around one. (Arrays in front of it are of whole
+ * 16 bytes, so each batch is aligned.) */
 static int32_t *place_page_table(const perk_gpu *gpu, cursor *at) {
     int32_t before = 0, rest = 0;
     for (int i = 0; i < gpu->program_count; i++) {
@@ -344,6 +345,7 @@ void perk_gpu_many_command(perk_executor *executor, uint32_t command) {
 /* The smallest program from `first` on whose steps have room for as much. */
 static perk_gpu_program *find_program(const perk_gpu *gpu, perk_gpu_program *first, perk_step_size wanted) {
     perk_gpu_program *p = first;
+    wanted.logit_rows = PERK_MIN(wanted.logit_rows, gpu->many->limits.logit_rows); /* more, none has */
     for (; p < gpu->largest; p++) {
         const perk_config *config = &p->plan->config;
         if (perk_step_fits(wanted, (perk_step_size){config->max_num_batched_tokens, config->max_num_logit_rows})) break;
