@@ -251,7 +251,8 @@ typedef struct perk_many_args {
     uint32_t mail_mask, record_mask; /* lengths of rings, powers of two, less 1 */
     uint32_t dealt, written;         /* of the post when the launch began */
     uint32_t max_steps;
-    uint32_t reserved;
+    uint16_t smaller_tokens; /* of a step of the next smaller program of the executor; 0: there is none */
+    uint16_t most_rows;      /* rows of logits of a step of its largest; 0: this is the largest */
     uint32_t end_counter[PERK_RECORD_WAITS];  /* a step is over when these have all their signals */
     uint32_t end_per_step[PERK_RECORD_WAITS]; /* 0: no counter */
 } perk_many_args;

@@ -36,6 +36,8 @@ enum {
     PERK_LAUNCH_FULL,    /* the host has not read its tokens */
     PERK_LAUNCH_TOKEN,   /* the model picked a token that its vocabulary does not have */
     PERK_LAUNCH_STUCK,   /* unfinished requests, and no work among them: cannot be */
+    PERK_LAUNCH_LARGER,  /* the next step is for a program of larger ones, */
+    PERK_LAUNCH_SMALLER, /* or has been for one of smaller ones for a while */
 };
 
 /* In mapped host memory. */
@@ -47,7 +49,8 @@ typedef struct perk_post {
     uint32_t written;                /* records so far: the kernel's, as all below */
     uint32_t dealt;                  /* mails dealt with so far */
     uint32_t end, steps, unfinished; /* of the launch, once it has ended: PERK_LAUNCH_*; steps done */
-    uint32_t reserved_too[27];
+    perk_step_size wanted;           /* with LARGER and SMALLER: about what the next steps must have room for */
+    uint32_t reserved_too[25];
     perk_standing standing; /* no older than the records that `written` counts */
 } perk_post;
 
@@ -59,6 +62,7 @@ typedef struct perk_desk {
     uint32_t outbox_count; /* records of the last step in the outbox, */
     uint32_t outbox_step;  /* and that step */
     uint32_t drawn;        /* rows that others than worker 0 have drawn, of those that it called for */
+    perk_spare spare;      /* the scheduler's */
 } perk_desk;
 
 /* A row whose token is to be drawn. */

@@ -6,6 +6,9 @@
 // Why one batch, and one set of activations, are enough: the gate opens only when the counters of the step's end are
 // complete, and these prove that all of its tasks have signalled (the checker holds that against the plan). So nobody
 // reads or writes for the step before any more.
+//
+// Where an executor has several programs, a launch ends when the next step is for another one of them, which goes on
+// with the same schedule and page tables.
 #pragma once
 
 #include "sample.cuh"
@@ -155,6 +158,7 @@ constexpr perk_schedule_limits kLimits = {program::slots,          program::max_
 __device__ __forceinline__ void bind_schedule(const Worker &w, perk_schedule &s) {
     int32_t *batch = w.args.many.batch;
     perk_schedule_bind(&s, &kLimits, w.args.many.schedule);
+    s.most_rows = w.args.many.most_rows;
     s.batch.token_ids = batch + program::batch_token_ids;
     s.batch.positions = batch + program::batch_positions;
     s.batch.token_request = batch + program::batch_token_request;
@@ -268,8 +272,22 @@ __device__ __forceinline__ uint32_t judge(const Worker &w, const perk_schedule &
     return step == w.args.many.max_steps ? PERK_LAUNCH_STEPS : PERK_LAUNCH_RUNS;
 }
 
-__device__ __forceinline__ void end_launch(const Worker &w, const perk_schedule &s, uint32_t why, uint32_t step) {
+// The next step, and why the launch ends where it is not for this program.
+__device__ __forceinline__ uint32_t fill_step(const Worker &w, perk_schedule &s) {
+    perk_schedule_fill(&s);
+    if (s.batch.num_tokens == 0) return PERK_LAUNCH_STUCK;
+    const int32_t size = perk_schedule_judge_size(&s, w.args.many.smaller_tokens, &w.args.many.desk->spare);
+    return size == PERK_SIZE_FITS     ? PERK_LAUNCH_RUNS
+           : size == PERK_SIZE_LARGER ? PERK_LAUNCH_LARGER
+                                      : PERK_LAUNCH_SMALLER;
+}
+
+__device__ __forceinline__ void end_launch(const Worker &w, perk_schedule &s, uint32_t why, uint32_t step) {
     perk_post *post = w.args.many.post;
+    if (why == PERK_LAUNCH_LARGER || why == PERK_LAUNCH_SMALLER) {
+        perk_schedule_drop(&s);
+        post->wanted = why == PERK_LAUNCH_LARGER ? perk_schedule_demand(&s) : w.args.many.desk->spare.most;
+    }
     post->steps = step;
     post->unfinished = s.state->unfinished;
     post->end = why;
@@ -283,7 +301,7 @@ __device__ __forceinline__ bool prepare_step(const Worker &w, const int32_t *pic
     Outbox outbox{w.args.many.outbox, 0};
     uint32_t told = load_told(w), round = round_of(told), dealt = mails_of(told), why = PERK_LAUNCH_RUNS;
     uint32_t served = await_clerk(w, round);
-    int32_t running = 0;
+    int32_t running = program::max_requests;
     if (step > 0 && !is_bad) commit_step(w, s, picks, outbox);
     for (bool has_waited = false;; has_waited = true) {
         const bool has_mail = mails_of(served) != dealt;
@@ -291,8 +309,7 @@ __device__ __forceinline__ bool prepare_step(const Worker &w, const int32_t *pic
         why = is_bad ? uint32_t(PERK_LAUNCH_TOKEN) : judge(w, s, command_of(served), step, has_waited && !has_mail);
         if (why == PERK_LAUNCH_RUNS && s.state->unfinished > 0) {
             running = s.state->running;
-            perk_schedule_fill(&s);
-            if (s.batch.num_tokens == 0) why = PERK_LAUNCH_STUCK;
+            why = fill_step(w, s);
         }
         if (why != PERK_LAUNCH_RUNS || s.state->unfinished > 0) break;
         tell(w, ++round, dealt, outbox, 0); // tokens do not wait for the next request
@@ -308,7 +325,7 @@ __device__ __forceinline__ bool prepare_step(const Worker &w, const int32_t *pic
     else
         end_launch(w, s, why, step);
     store_release_gpu(&w.args.many.desk->gate, 3 * step + (runs ? 3 : 2));
-    if (runs) tell_starts(s, running, outbox);
+    tell_starts(s, running, outbox);
     tell(w, round + 1, dealt, outbox, runs ? 0 : kLast);
     return runs;
 }

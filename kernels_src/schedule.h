@@ -13,6 +13,9 @@
  *
  * All state lies in one block of memory without any pointers, laid out by the limits: perk_schedule_layout. Whoever
  * works on it has a perk_schedule, which points into the block.
+ *
+ * Between two steps, the block may go to somebody whose steps have room for fewer or more tokens and rows of logits:
+ * what these limits lay out stands at the end, belongs to the step, and lies within the room of the largest.
  */
 #ifndef PERK_SCHEDULE_H
 #define PERK_SCHEDULE_H
@@ -55,6 +58,11 @@ typedef struct perk_slot {
     perk_draw_rule rule; /* how its tokens are picked, for a kernel that does it by itself */
 } perk_slot;
 
+/* Of a step. */
+typedef struct perk_step_size {
+    int32_t tokens, logit_rows;
+} perk_step_size;
+
 typedef struct perk_schedule_state {
     int32_t unfinished, running; /* of `order` */
     int32_t free_slots, free_rows;
@@ -73,9 +81,9 @@ typedef struct perk_standing {
 /* Places of the arrays in the block, in 64-bit words. */
 typedef struct perk_schedule_layout {
     uint64_t state, slots, secret, tokens, hashes, order, free_slots, free_rows, pool, pages, table;
-    uint64_t biases, token_ids, positions, token_request, logit_rows, logit_slots, first_token, token_count, kv_length,
-        page_table;
-    uint64_t words; /* of the block */
+    uint64_t biases, first_token, token_count, kv_length, page_table;
+    uint64_t token_ids, positions, token_request, logit_rows, logit_slots; /* of the step */
+    uint64_t words;                                                        /* of the block */
 } perk_schedule_layout;
 
 /* A pointer into the block for each array; for one thread. */
@@ -94,6 +102,8 @@ typedef struct perk_schedule {
     perk_pool pool;
     perk_batch batch;     /* of the step under way */
     int32_t *logit_slots; /* [logit rows] whose logits they are */
+    int32_t most_rows;    /* rows of logits of the largest step, where others run larger ones; 0: nobody does */
+    int32_t is_short;     /* such a step would have more tokens than the batch */
 } perk_schedule;
 
 /* ---- the block ---- */
@@ -119,11 +129,6 @@ PERK_SHARED_CODE perk_schedule_layout perk_schedule_lay_out(const perk_schedule_
     layout.free_rows = perk_schedule_array(&next, requests, sizeof(int32_t));
     layout.pages = perk_schedule_array(&next, pages, sizeof(perk_page));
     layout.table = perk_schedule_array(&next, perk_pool_table_size(limits->page_count), sizeof(int32_t));
-    layout.token_ids = perk_schedule_array(&next, tokens, sizeof(int32_t));
-    layout.positions = perk_schedule_array(&next, tokens, sizeof(int32_t));
-    layout.token_request = perk_schedule_array(&next, tokens, sizeof(int32_t));
-    layout.logit_rows = perk_schedule_array(&next, logit_rows, sizeof(int32_t));
-    layout.logit_slots = perk_schedule_array(&next, logit_rows, sizeof(int32_t));
     layout.first_token = perk_schedule_array(&next, requests, sizeof(int32_t));
     layout.token_count = perk_schedule_array(&next, requests, sizeof(int32_t));
     layout.kv_length = perk_schedule_array(&next, requests, sizeof(int32_t));
@@ -131,6 +136,11 @@ PERK_SHARED_CODE perk_schedule_layout perk_schedule_lay_out(const perk_schedule_
     layout.hashes = perk_schedule_array(&next, slots * pages_each, sizeof(perk_page_hash));
     layout.tokens = perk_schedule_array(&next, slots * positions, sizeof(int32_t));
     layout.biases = perk_schedule_array(&next, slots * PERK_DRAW_BIASES, sizeof(perk_draw_bias));
+    layout.token_ids = perk_schedule_array(&next, tokens, sizeof(int32_t));
+    layout.positions = perk_schedule_array(&next, tokens, sizeof(int32_t));
+    layout.token_request = perk_schedule_array(&next, tokens, sizeof(int32_t));
+    layout.logit_rows = perk_schedule_array(&next, logit_rows, sizeof(int32_t));
+    layout.logit_slots = perk_schedule_array(&next, logit_rows, sizeof(int32_t));
     layout.words = next;
     return layout;
 }
@@ -167,6 +177,7 @@ PERK_SHARED_CODE void perk_schedule_bind(perk_schedule *s, const perk_schedule_l
     s->pool.page_count = limits->page_count;
     s->pool.table_mask = (int32_t)(perk_pool_table_size(limits->page_count) - 1);
     s->logit_slots = (int32_t *)(block + layout.logit_slots);
+    s->most_rows = s->is_short = 0;
     perk_schedule_bind_batch(&s->batch, &layout, block);
     s->batch.pages_per_request = perk_pieces(limits->positions, limits->page_size);
 }
@@ -353,10 +364,9 @@ PERK_SHARED_CODE int32_t perk_schedule_stop_before_shared(const perk_schedule *s
     return count;
 }
 
-/* How many tokens of the request at `place` of the order fit into what is left of the batch and of the pages. */
-PERK_SHARED_CODE int32_t perk_schedule_choose(perk_schedule *s, int32_t place) {
-    int32_t slot = s->order[place], room = s->limits.tokens - s->batch.num_tokens;
-    if (room == 0 || s->batch.num_logit_rows == s->limits.logit_rows) return 0;
+/* How many tokens of the request at `place` of the order fit into `room` and into what is left of the pages. */
+PERK_SHARED_CODE int32_t perk_schedule_choose(perk_schedule *s, int32_t place, int32_t room) {
+    int32_t slot = s->order[place];
     if (place == s->state->running && !perk_schedule_admit(s)) return 0;
     perk_schedule_share(s, slot);
     int32_t count = perk_lesser(s->slots[slot].length - s->slots[slot].cached, room);
@@ -364,14 +374,23 @@ PERK_SHARED_CODE int32_t perk_schedule_choose(perk_schedule *s, int32_t place) {
     return perk_schedule_reserve(s, place, count);
 }
 
-/* Fills the batch with the next step; it stays empty only when nothing is unfinished. */
+PERK_SHARED_CODE int perk_schedule_is_full(const perk_schedule *s) {
+    return s->batch.num_tokens == s->limits.tokens || s->batch.num_logit_rows == s->limits.logit_rows;
+}
+
+/* Fills the batch with the next step; it stays empty only when nothing is unfinished. Where larger steps are run
+ * elsewhere, it finds out whether one of them would have more. */
 PERK_SHARED_CODE void perk_schedule_fill(perk_schedule *s) {
     perk_batch *batch = &s->batch;
     for (int32_t place = 0; place < s->state->running; place++) batch->token_count[s->slots[s->order[place]].row] = 0;
     batch->num_tokens = batch->num_requests = batch->num_logit_rows = 0;
-    for (int32_t place = 0; place < s->state->unfinished; place++) {
-        int32_t count = perk_schedule_choose(s, place);
+    s->is_short = 0;
+    for (int32_t place = 0; place < s->state->unfinished && !s->is_short; place++) {
+        if (perk_schedule_is_full(s) && batch->num_logit_rows >= s->most_rows) break;
+        int32_t count = perk_schedule_choose(s, place, perk_greater(s->limits.tokens - batch->num_tokens, 1));
         if (count == 0) break; /* none that came later may overtake */
+        s->is_short = perk_schedule_is_full(s);
+        if (s->is_short) break;
         int32_t slot = s->order[place];
         perk_slot *r = &s->slots[slot];
         int complete = r->cached + count == r->length;
@@ -379,7 +398,69 @@ PERK_SHARED_CODE void perk_schedule_fill(perk_schedule *s) {
         r->logit_row = complete ? batch->num_logit_rows : -1;
         if (complete) s->logit_slots[batch->num_logit_rows] = slot;
         perk_batch_put(batch, r->row, perk_slot_tokens(s, slot) + r->cached, count, r->cached, complete);
+        s->is_short = !complete && s->most_rows > 0 && batch->num_tokens == s->limits.tokens;
     }
+}
+
+/* Takes the batch back, over which no step was run. Its requests keep the pages that they got for it. */
+PERK_SHARED_CODE void perk_schedule_drop(perk_schedule *s) {
+    for (int32_t place = 0; place < s->state->running; place++) {
+        perk_slot *r = &s->slots[s->order[place]];
+        r->scheduled = s->batch.token_count[r->row] = 0;
+        r->logit_row = -1;
+    }
+    s->batch.num_tokens = s->batch.num_requests = s->batch.num_logit_rows = 0;
+}
+
+/* ---- steps of several sizes ---- */
+
+/* Steps in a row that smaller ones would have done for, after which whoever runs them hands over. That costs 0.1 to
+ * 1 ms (the host wakes up, and launches), and as much again when the next prompt takes it back; a smaller step saves
+ * 0.3 to 2 ms. So when so many have gone by, about as much was lost as a change in vain costs: whatever comes, it is
+ * not much more than twice of what could not be helped. */
+enum { PERK_SPARE_STEPS = 8 };
+
+/* Such steps so far, and the most that one of them had. */
+typedef struct perk_spare {
+    int32_t steps;
+    perk_step_size most;
+} perk_spare;
+
+/* Who should run the batch. */
+enum { PERK_SIZE_FITS, PERK_SIZE_LARGER, PERK_SIZE_SMALLER };
+
+PERK_SHARED_CODE int perk_step_fits(perk_step_size size, perk_step_size room) {
+    return size.tokens <= room.tokens && size.logit_rows <= room.logit_rows;
+}
+
+/* About what the next step would have if there were room: pages that are found make it less. */
+PERK_SHARED_CODE perk_step_size perk_schedule_demand(const perk_schedule *s) {
+    perk_step_size size;
+    int32_t rows = s->state->free_rows, pages = s->pool.state->unused;
+    size.tokens = size.logit_rows = 0;
+    for (int32_t place = 0; place < s->state->unfinished && size.tokens < 1 << 24; place++) { /* enough for anybody */
+        const perk_slot *r = &s->slots[s->order[place]];
+        if (place >= s->state->running) {
+            pages -= perk_pieces(r->length, s->limits.page_size);
+            if (rows-- == 0 || pages < 0) break;
+        }
+        size.tokens += r->length - r->cached;
+        size.logit_rows++;
+    }
+    return size;
+}
+
+/* Says of the batch, just filled, who should run it. `smaller`: tokens of the next smaller size; 0: there is none. */
+PERK_SHARED_CODE int32_t perk_schedule_judge_size(const perk_schedule *s, int32_t smaller, perk_spare *spare) {
+    const perk_batch *batch = &s->batch;
+    if (s->is_short) return PERK_SIZE_LARGER;
+    if (batch->num_tokens > smaller || batch->num_logit_rows > perk_lesser(smaller, s->limits.logit_rows)) {
+        spare->steps = spare->most.tokens = spare->most.logit_rows = 0;
+        return PERK_SIZE_FITS;
+    }
+    spare->most.tokens = perk_greater(spare->most.tokens, batch->num_tokens);
+    spare->most.logit_rows = perk_greater(spare->most.logit_rows, batch->num_logit_rows);
+    return spare->steps++ < PERK_SPARE_STEPS ? PERK_SIZE_FITS : PERK_SIZE_SMALLER;
 }
 
 /* ---- taking in a result ---- */

@@ -14,6 +14,7 @@ typedef long long int64_t;
 #endif
 
 PERK_SHARED_CODE int32_t perk_lesser(int32_t a, int32_t b) { return a < b ? a : b; }
+PERK_SHARED_CODE int32_t perk_greater(int32_t a, int32_t b) { return a > b ? a : b; }
 
 /* The pieces of up to `size` that `length` falls into; both together below 2^31. */
 PERK_SHARED_CODE int32_t perk_pieces(int32_t length, int32_t size) { return (length + size - 1) / size; }

@@ -98,15 +98,14 @@ static int by_number(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The caller's sizes of a step below max_num_batched_tokens, or else the defaults; none of these beside a program of
- * many steps, which leaves little to others. */
+/* The caller's sizes of a step below max_num_batched_tokens, or else the defaults. */
 static void choose_programs(const int32_t wanted[PERK_MAX_PROGRAMS], int32_t most, perk_gpu_options *gpu) {
     static const int32_t defaults[] = {1, 8};
     int32_t sizes[PERK_MAX_PROGRAMS] = {0};
     gpu->smaller_are_optional = true;
     for (int i = 0; i < PERK_MAX_PROGRAMS; i++)
         if ((sizes[i] = wanted[i])) gpu->smaller_are_optional = false;
-    for (size_t i = 0; i < PERK_COUNT(defaults) && gpu->smaller_are_optional && !gpu->many_steps; i++)
+    for (size_t i = 0; i < PERK_COUNT(defaults) && gpu->smaller_are_optional; i++)
         if (defaults[i] <= most / 2) sizes[i] = defaults[i];
     qsort(sizes, PERK_MAX_PROGRAMS, sizeof *sizes, by_number);
     for (int i = 0; i < PERK_MAX_PROGRAMS; i++) {
@@ -476,7 +475,8 @@ bool perk_engine_stays(const perk_engine *engine) { return engine->launched; }
 
 void perk_engine_statistics(const perk_engine *engine, perk_engine_stats *out) {
     perk_scheduler_statistics(engine->scheduler, out);
-    if (engine->report.backend == PERK_BACKEND_GPU) perk_gpu_program_steps(engine->executor, out->program_steps);
+    if (engine->report.backend == PERK_BACKEND_GPU)
+        perk_gpu_program_counts(engine->executor, out->program_steps, out->program_launches);
 }
 
 /* ---- steps of the caller ---- */

@@ -24,7 +24,8 @@ typedef struct perk_launch_options {
  * The schedule is with the executor from the first launch until it is taken back, through any number of launches;
  * requests go there by mail, and tokens come back as records. One thread calls. */
 typedef struct perk_online_type {
-    /* Begins a launch, and does not wait. `schedule`: goes to the executor; NULL: it has it. */
+    /* Begins a launch, and does not wait. `schedule`: goes to the executor; NULL: it has it. Where the steps that come
+     * are better run by another program, poll lets one launch follow the other: to whoever calls, it is one. */
     perk_status (*launch)(perk_executor *self, const perk_schedule *schedule, const perk_launch_options *options,
                           perk_error *err);
     /* Whether the launch has ended. If it has, all its records can be read. */

@@ -292,8 +292,8 @@ static perk_status shut_gate(perk_gpu *gpu, const perk_many_args *many, perk_err
         "shutting the gate of the steps");
 }
 
-perk_status perk_gpu_launch(perk_gpu *gpu, const perk_gpu_program *p, const perk_many_args *many, perk_error *err) {
-    perk_many_args one = p->plan->many_steps ? perk_gpu_one_step(gpu) : (perk_many_args){0};
+perk_status perk_gpu_launch(perk_gpu *gpu, perk_gpu_program *p, const perk_many_args *many, perk_error *err) {
+    perk_many_args one = p->plan->many_steps ? perk_gpu_one_step(gpu, p) : (perk_many_args){0};
     if (!many) many = &one;
     const perk_driver *driver = gpu->driver;
     CUdeviceptr hang = 0;
@@ -317,6 +317,7 @@ perk_status perk_gpu_launch(perk_gpu *gpu, const perk_gpu_program *p, const perk
         .many = *many,
     };
     void *params[] = {&args};
+    p->launches++;
     return perk_driver_check(driver,
                              driver->cuLaunchCooperativeKernel(p->kernel, (unsigned)p->plan->device.worker_count, 1, 1,
                                                                PERK_BLOCK_THREADS, 1, 1,
@@ -387,7 +388,7 @@ static perk_gpu_program *choose_program(perk_gpu *gpu, const perk_batch *batch) 
 
 /* Copies the batch, launches, and waits for the results. Programs may take turns: the stream orders their launches, as
  * it does those of one. With the context current. */
-static perk_status run_step(perk_gpu *gpu, const perk_gpu_program *p, const perk_batch *batch, bool want_logits,
+static perk_status run_step(perk_gpu *gpu, perk_gpu_program *p, const perk_batch *batch, bool want_logits,
                             perk_error *err) {
     const perk_driver *driver = gpu->driver;
     perk_gpu_batch_write(p->plan, &p->layout, batch, p->batch_host);
@@ -428,10 +429,16 @@ static perk_status gpu_step(perk_executor *self, const perk_batch *batch, bool w
 
 void perk_gpu_keep_to_largest(perk_executor *executor, bool kept) { gpu_of(executor)->only_largest = kept; }
 
-void perk_gpu_program_steps(const perk_executor *executor, uint64_t steps[PERK_MAX_PROGRAMS]) {
+void perk_gpu_program_counts(const perk_executor *executor, uint64_t steps[PERK_MAX_PROGRAMS],
+                             uint64_t launches[PERK_MAX_PROGRAMS]) {
     const perk_gpu *gpu = (const perk_gpu *)executor;
-    for (int i = 0; i < gpu->program_count; i++) steps[i] = gpu->programs[i].steps;
-    steps[gpu->program_count - 1] += perk_gpu_many_steps(executor);
+    for (int i = 0; i < gpu->program_count; i++) {
+        steps[i] = gpu->programs[i].steps;
+        launches[i] = gpu->programs[i].launches;
+    }
+    uint32_t under_way = 0;
+    int running = perk_gpu_many_running(gpu, &under_way);
+    steps[running] += under_way;
 }
 
 /* ---- tensors, for tests ---- */

@@ -16,7 +16,7 @@ typedef struct perk_gpu_options {
     bool portable, unchecked, no_cache;
     bool timing;               /* measure the device time of every step */
     bool profile;              /* the program stamps every task: see perk_gpu_task_times */
-    bool many_steps;           /* launches of the largest program may run many of them: src/gpu_many.h */
+    bool many_steps;           /* a launch may run many of them: src/gpu_many.h */
     bool unlimited_waits;      /* waits in the kernel never give up: to measure what their limit costs */
     bool for_racecheck;        /* all lanes arrive: compute-sanitizer's racecheck does not see more */
     int32_t wait_limit_ms;     /* of one wait in the kernel; 0: PERK_GPU_WAIT_LIMIT_MS */
@@ -41,8 +41,9 @@ perk_status perk_gpu_create(perk_executor **out, const perk_graph *graph, const 
 
 /* Keeps steps to the program of the configuration, also those that a smaller one would do, until told otherwise. */
 void perk_gpu_keep_to_largest(perk_executor *executor, bool kept);
-/* Steps that each program has completed, by rising tokens: as many as report->program_count. */
-void perk_gpu_program_steps(const perk_executor *executor, uint64_t steps[PERK_MAX_PROGRAMS]);
+/* Steps that each program has completed, and its launches, by rising tokens: as many as report->program_count. */
+void perk_gpu_program_counts(const perk_executor *executor, uint64_t steps[PERK_MAX_PROGRAMS],
+                             uint64_t launches[PERK_MAX_PROGRAMS]);
 
 /* What follows is about the program of the configuration.
  *

@@ -17,8 +17,14 @@ typedef struct slot_owner {
     uint32_t last_mail; /* the number of mails with the last about it */
 } slot_owner;
 
+/* What a program has of its own. */
+typedef struct many_program {
+    perk_many_args args;
+    uint32_t most_steps; /* of a launch */
+} many_program;
+
 struct perk_gpu_many {
-    perk_schedule_limits limits;
+    perk_schedule_limits limits; /* of the largest program */
     perk_schedule_layout layout;
     perk_gpu_memory device; /* desk, schedule, batch, inbox, outbox */
     void *host;             /* pinned and mapped: all of the following */
@@ -33,11 +39,14 @@ struct perk_gpu_many {
     perk_draw_bias *biases;
     slot_owner *owners; /* [slots] */
     uint32_t posted, read;
-    uint32_t most_steps; /* of a launch */
-    bool launched;       /* and its end not seen yet */
-    double asked;        /* when the driver was, how the launch is */
-    uint64_t steps_before;
-    perk_many_args args;
+    perk_many_args args; /* what all programs have in common */
+    int32_t *page_table; /* on the device */
+    many_program own[PERK_MAX_PROGRAMS];
+    perk_gpu_program *running;   /* of the launch under way, or the last */
+    perk_launch_options options; /* less the steps that are done */
+    bool launched;               /* and its end not seen yet */
+    double asked;                /* when the driver was, how the launch is */
+    uint64_t steps_before;       /* the launch */
 };
 
 /* Words that both sides work on at the same time. */
@@ -96,12 +105,24 @@ static uint64_t place_host(struct perk_gpu_many *many, uint64_t host, uint64_t d
     return at[0].next;
 }
 
+/* Page tables stay when another program runs: the batches of all lie around one. (Arrays in front of it are of whole
+ * 16 bytes, so each batch is aligned.) */
+static int32_t *place_page_table(const perk_gpu *gpu, cursor *at) {
+    int32_t before = 0, rest = 0;
+    for (int i = 0; i < gpu->program_count; i++) {
+        const perk_batch_layout *layout = &gpu->programs[i].layout;
+        before = PERK_MAX(before, layout->page_table);
+        rest = PERK_MAX(rest, layout->words - layout->page_table);
+    }
+    return (int32_t *)take(at, ((uint64_t)before + (uint64_t)rest) * 4) + before;
+}
+
 static uint64_t place_device(const perk_gpu *gpu, struct perk_gpu_many *many, uint64_t base) {
     perk_many_args *args = &many->args;
     cursor at = {base, 0};
     args->desk = take(&at, sizeof(perk_desk));
     args->schedule = take(&at, many->layout.words * sizeof(uint64_t));
-    args->batch = take(&at, (uint64_t)gpu->largest->layout.words * 4);
+    many->page_table = place_page_table(gpu, &at);
     args->inbox = take(&at, mail_ring(&many->limits) * sizeof(perk_mail));
     args->outbox = take(&at, (uint64_t)perk_plan_outbox_records(gpu->largest->plan) * sizeof(perk_token_record));
     uint64_t rows = (uint64_t)many->limits.logit_rows;
@@ -116,7 +137,6 @@ static uint64_t place_device(const perk_gpu *gpu, struct perk_gpu_many *many, ui
     args->tokens = (int32_t *)(uintptr_t)(schedule + many->layout.tokens * 8);
     args->hashes = (perk_page_hash *)(uintptr_t)(schedule + many->layout.hashes * 8);
     args->biases = (perk_draw_bias *)(uintptr_t)(schedule + many->layout.biases * 8);
-    args->logit_slots = (const int32_t *)(uintptr_t)(schedule + many->layout.logit_slots * 8);
     return at.next;
 }
 
@@ -158,19 +178,32 @@ static perk_status upload_schedule(perk_gpu *gpu, struct perk_gpu_many *many, pe
     return status;
 }
 
-static void fill_args(const perk_gpu *gpu, struct perk_gpu_many *many) {
-    perk_many_args *args = &many->args;
-    const perk_plan_tensor *picks = &gpu->largest->plan->tensors[perk_plan_picks(gpu->largest->plan)];
-    int counters[PERK_RECORD_WAITS], count = perk_plan_step_end(gpu->largest->plan, counters);
-    const perk_plan_tensor *logits = &gpu->largest->plan->tensors[perk_plan_picked_logits(gpu->largest->plan)];
-    args->picks = (const int32_t *)(uintptr_t)perk_gpu_address(gpu, gpu->largest, picks);
-    args->logits = (const float *)(uintptr_t)perk_gpu_address(gpu, gpu->largest, logits);
+static void fill_args(const perk_gpu *gpu, const struct perk_gpu_many *many, const perk_gpu_program *p,
+                      perk_many_args *args) {
+    const perk_plan *plan = p->plan;
+    const perk_schedule_limits limits = perk_plan_schedule_limits(plan);
+    int counters[PERK_RECORD_WAITS], count = perk_plan_step_end(plan, counters);
+    *args = many->args;
+    args->batch = many->page_table - p->layout.page_table;
+    args->logit_slots = (const int32_t *)(args->schedule + perk_schedule_lay_out(&limits).logit_slots);
+    args->picks = (const int32_t *)(uintptr_t)perk_gpu_address(gpu, p, &plan->tensors[perk_plan_picks(plan)]);
+    args->logits = (const float *)(uintptr_t)perk_gpu_address(gpu, p, &plan->tensors[perk_plan_picked_logits(plan)]);
     for (int i = 0; i < count; i++) {
         args->end_counter[i] = (uint32_t)counters[i];
-        args->end_per_step[i] = (uint32_t)gpu->largest->plan->counter_per_step[counters[i]];
+        args->end_per_step[i] = (uint32_t)plan->counter_per_step[counters[i]];
     }
-    uint64_t chunks = PERK_MAX(perk_plan_chunks(gpu->largest->plan), (uint64_t)1);
-    many->most_steps = (uint32_t)((UINT64_C(1) << 31) / PERK_MAX(chunks, (uint64_t)4)); /* the ring counts chunks */
+    if (p > gpu->programs) args->smaller_tokens = (uint16_t)p[-1].plan->config.max_num_batched_tokens;
+    if (p < gpu->largest) args->most_rows = (uint16_t)PERK_MIN(many->limits.logit_rows, (int32_t)UINT16_MAX);
+}
+
+static void fill_programs(perk_gpu *gpu, struct perk_gpu_many *many) {
+    many->running = gpu->largest;
+    for (int i = 0; i < gpu->program_count; i++) {
+        many_program *own = &many->own[i];
+        uint64_t chunks = perk_plan_chunks(gpu->programs[i].plan);
+        own->most_steps = (uint32_t)((UINT64_C(1) << 31) / PERK_MAX(chunks, (uint64_t)4)); /* the ring counts chunks */
+        fill_args(gpu, many, &gpu->programs[i], &own->args);
+    }
 }
 
 perk_status perk_gpu_many_open(perk_gpu *gpu, perk_error *err) {
@@ -184,7 +217,7 @@ perk_status perk_gpu_many_open(perk_gpu *gpu, perk_error *err) {
     if (!status) status = allocate_host(gpu, many, err);
     if (!status) status = allocate_device(gpu, many, err);
     if (!status) status = upload_schedule(gpu, many, err);
-    if (!status) fill_args(gpu, many);
+    if (!status) fill_programs(gpu, many);
     return status;
 }
 
@@ -198,8 +231,8 @@ void perk_gpu_many_close(perk_gpu *gpu) {
     gpu->many = NULL;
 }
 
-perk_many_args perk_gpu_one_step(const perk_gpu *gpu) {
-    perk_many_args args = gpu->many->args;
+perk_many_args perk_gpu_one_step(const perk_gpu *gpu, const perk_gpu_program *program) {
+    perk_many_args args = gpu->many->own[program - gpu->programs].args;
     args.post = NULL;
     args.batch = NULL;
     return args;
@@ -309,27 +342,42 @@ void perk_gpu_many_command(perk_executor *executor, uint32_t command) {
 
 /* ---- launches ---- */
 
+/* The smallest program from `first` on whose steps have room for as much. */
+static perk_gpu_program *find_program(const perk_gpu *gpu, perk_gpu_program *first, perk_step_size wanted) {
+    perk_gpu_program *p = first;
+    wanted.logit_rows = PERK_MIN(wanted.logit_rows, gpu->many->limits.logit_rows); /* more, none has */
+    for (; p < gpu->largest; p++) {
+        const perk_config *config = &p->plan->config;
+        if (perk_step_fits(wanted, (perk_step_size){config->max_num_batched_tokens, config->max_num_logit_rows})) break;
+    }
+    return p;
+}
+
 /* With the context current. */
-static perk_status begin_launch(perk_gpu *gpu, const perk_launch_options *options, perk_error *err) {
+static perk_status begin_launch(perk_gpu *gpu, perk_error *err) {
     struct perk_gpu_many *many = gpu->many;
-    perk_many_args args = many->args;
-    args.max_steps = options->max_steps ? PERK_MIN(options->max_steps, many->most_steps) : many->most_steps;
-    args.idle_limit_ns = (uint64_t)options->idle_limit_ms * 1000000u;
+    const many_program *own = &many->own[many->running - gpu->programs];
+    perk_many_args args = own->args;
+    uint32_t max_steps = many->options.max_steps;
+    args.max_steps = max_steps ? PERK_MIN(max_steps, own->most_steps) : own->most_steps;
+    args.idle_limit_ns = (uint64_t)many->options.idle_limit_ms * 1000000u;
     args.dealt = many->post->dealt;
     args.written = many->post->written;
     many->post->end = PERK_LAUNCH_RUNS;
     many->asked = perk_now();
-    perk_status status = perk_gpu_launch(gpu, gpu->largest, &args, err);
+    perk_status status = perk_gpu_launch(gpu, many->running, &args, err);
     many->launched = status == PERK_OK;
     return status;
 }
 
 /* Waits; with the context current. */
 static perk_status end_launch(perk_gpu *gpu, perk_error *err) {
-    const perk_post *post = gpu->many->post;
-    gpu->many->launched = false;
+    struct perk_gpu_many *many = gpu->many;
+    const perk_post *post = many->post;
+    many->launched = false;
     perk_status status = perk_driver_check(gpu->driver, gpu->driver->cuStreamSynchronize(gpu->stream), err,
-                                           "running steps from %u on", gpu->largest->steps);
+                                           "running steps from %u on of the program for %d tokens",
+                                           many->running->steps, many->running->plan->config.max_num_batched_tokens);
     if (status || gpu->hang->complete) return status ? status : PERK_HANG;
     switch (post->end) {
     case PERK_LAUNCH_RUNS: return perk_fail(err, PERK_INTERNAL, "the launch ended and did not say why");
@@ -337,11 +385,24 @@ static perk_status end_launch(perk_gpu *gpu, perk_error *err) {
         return perk_fail(err, PERK_INTERNAL, "the kernel found no work among %u unfinished requests", post->unfinished);
     case PERK_LAUNCH_TOKEN:
         return perk_fail(err, PERK_INTERNAL, "step %u picked a token outside the model's vocabulary",
-                         gpu->largest->steps + post->steps - 1);
+                         many->running->steps + post->steps - 1);
     default: break;
     }
-    gpu->largest->steps += post->steps;
+    many->running->steps += post->steps;
+    many->steps_before += post->steps;
     return PERK_OK;
+}
+
+/* Whether the launch has ended only because its next steps are another program's, which then is the one to launch. */
+static bool goes_on(perk_gpu *gpu) {
+    struct perk_gpu_many *many = gpu->many;
+    const perk_post *post = many->post;
+    if (post->end != PERK_LAUNCH_LARGER && post->end != PERK_LAUNCH_SMALLER) return false;
+    perk_gpu_program *first = post->end == PERK_LAUNCH_LARGER ? many->running + 1 : gpu->programs;
+    many->running = find_program(gpu, PERK_MIN(first, gpu->largest), post->wanted);
+    if (many->options.max_steps)
+        many->options.max_steps -= post->steps; /* there are some left: that would come first */
+    return true;
 }
 
 static perk_status check_alive(const perk_gpu *gpu, perk_error *err) {
@@ -358,15 +419,20 @@ perk_status perk_gpu_many_run(perk_executor *executor, const perk_launch_options
     perk_status status = check_alive(gpu, err);
     if (status) return status;
     status = perk_gpu_enter(gpu, err);
+    uint32_t steps = 0;
+    const perk_post *post = gpu->many->post;
+    gpu->many->options = *options;
     if (!status) {
-        status = begin_launch(gpu, options, err);
-        if (!status) status = end_launch(gpu, err);
+        do {
+            status = begin_launch(gpu, err);
+            if (!status) status = end_launch(gpu, err);
+            steps += post->steps;
+        } while (!status && goes_on(gpu));
         perk_gpu_leave(gpu);
     }
-    if (status) return perk_gpu_fail_step(gpu, gpu->largest, status, err);
-    const perk_post *post = gpu->many->post;
+    if (status) return perk_gpu_fail_step(gpu, gpu->many->running, status, err);
     *result = (perk_gpu_many_result){.end = post->end,
-                                     .steps = post->steps,
+                                     .steps = steps,
                                      .unfinished = post->unfinished,
                                      .undealt = load(&post->posted) - load(&post->dealt)};
     return PERK_OK;
@@ -375,7 +441,7 @@ perk_status perk_gpu_many_run(perk_executor *executor, const perk_launch_options
 /* Between launches. Page tables are of the batch that the kernel makes; the host's schedule has them in its block. */
 static perk_status send_schedule(perk_gpu *gpu, const uint64_t *block, perk_error *err) {
     const struct perk_gpu_many *many = gpu->many;
-    CUdeviceptr page_table = (CUdeviceptr)(uintptr_t)(many->args.batch + gpu->largest->layout.page_table);
+    CUdeviceptr page_table = (CUdeviceptr)(uintptr_t)many->page_table;
     size_t table_bytes = (size_t)many->limits.requests * (size_t)perk_plan_pages_per_request(&gpu->config) * 4;
     perk_status status = perk_gpu_upload(gpu, (CUdeviceptr)(uintptr_t)many->args.schedule, block,
                                          many->layout.words * sizeof *block, "the schedule", err);
@@ -385,7 +451,7 @@ static perk_status send_schedule(perk_gpu *gpu, const uint64_t *block, perk_erro
 
 static perk_status fetch_schedule(perk_gpu *gpu, uint64_t *block, perk_error *err) {
     const struct perk_gpu_many *many = gpu->many;
-    CUdeviceptr page_table = (CUdeviceptr)(uintptr_t)(many->args.batch + gpu->largest->layout.page_table);
+    CUdeviceptr page_table = (CUdeviceptr)(uintptr_t)many->page_table;
     size_t table_bytes = (size_t)many->limits.requests * (size_t)perk_plan_pages_per_request(&gpu->config) * 4;
     CUresult result = gpu->driver->cuMemcpyDtoH(block, (CUdeviceptr)(uintptr_t)many->args.schedule,
                                                 many->layout.words * sizeof *block);
@@ -405,9 +471,10 @@ perk_status perk_gpu_many_schedule(perk_executor *executor, uint64_t *block, per
 
 /* ---- online, over a schedule of the host's ---- */
 
-uint32_t perk_gpu_many_steps(const perk_executor *executor) {
-    const struct perk_gpu_many *many = ((const perk_gpu *)executor)->many;
-    return many && many->launched ? (uint32_t)(many->post->standing.state.steps - many->steps_before) : 0;
+int perk_gpu_many_running(const perk_gpu *gpu, uint32_t *steps) {
+    const struct perk_gpu_many *many = gpu->many;
+    *steps = many && many->launched ? (uint32_t)(many->post->standing.state.steps - many->steps_before) : 0;
+    return many ? (int)(many->running - gpu->programs) : 0;
 }
 
 static perk_status begin_online(perk_gpu *gpu, const perk_schedule *schedule, const perk_launch_options *options,
@@ -416,12 +483,14 @@ static perk_status begin_online(perk_gpu *gpu, const perk_schedule *schedule, co
     perk_status status = PERK_OK;
     if (schedule) {
         many->post->standing = (perk_standing){*schedule->state, *schedule->pool.state};
+        many->running = find_program(gpu, gpu->programs, perk_schedule_demand(schedule));
         status =
             send_schedule(gpu, (const uint64_t *)(const void *)schedule->state, err); /* stands first in the block */
     }
     many->steps_before = many->post->standing.state.steps;
+    many->options = *options;
     store(&many->post->command, PERK_COMMAND_NONE);
-    return status ? status : begin_launch(gpu, options, err);
+    return status ? status : begin_launch(gpu, err);
 }
 
 static perk_status online_launch(perk_executor *self, const perk_schedule *schedule, const perk_launch_options *options,
@@ -435,7 +504,7 @@ static perk_status online_launch(perk_executor *self, const perk_schedule *sched
     if (status) return status;
     status = begin_online(gpu, schedule, options, err);
     perk_gpu_leave(gpu);
-    return status ? perk_gpu_fail_step(gpu, gpu->largest, status, err) : PERK_OK;
+    return status ? perk_gpu_fail_step(gpu, gpu->many->running, status, err) : PERK_OK;
 }
 
 /* Whether the launch says that it has ended, or the driver does. */
@@ -457,9 +526,11 @@ static perk_status online_poll(perk_executor *self, bool *ended, perk_error *err
     perk_status status = perk_gpu_enter(gpu, err);
     if (!status) {
         status = end_launch(gpu, err);
+        *ended = status || !goes_on(gpu);
+        if (!*ended) status = begin_launch(gpu, err);
         perk_gpu_leave(gpu);
     }
-    return status ? perk_gpu_fail_step(gpu, gpu->largest, status, err) : PERK_OK;
+    return status ? perk_gpu_fail_step(gpu, gpu->many->running, status, err) : PERK_OK;
 }
 
 static void online_stop(perk_executor *self) { perk_gpu_many_command(self, PERK_COMMAND_STOP); }

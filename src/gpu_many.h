@@ -35,21 +35,20 @@ size_t perk_gpu_many_read(perk_executor *executor, perk_token_record *records, p
 void perk_gpu_many_command(perk_executor *executor, uint32_t command);
 
 typedef struct perk_gpu_many_result {
-    uint32_t end;        /* PERK_LAUNCH_* */
+    uint32_t end;        /* PERK_LAUNCH_*, but LARGER and SMALLER */
     uint32_t steps;      /* of this launch */
     uint32_t unfinished; /* requests that the kernel knows */
     uint32_t undealt;    /* mails that it has not dealt with yet */
 } perk_gpu_many_result;
 
-/* One launch, until it ends by itself. Another one goes on where it ended. */
+/* One launch, until it ends by itself: of one program after another, as steps grow and shrink. Another one goes on
+ * where it ended. */
 perk_status perk_gpu_many_run(perk_executor *executor, const perk_launch_options *options, perk_gpu_many_result *result,
                               perk_error *err);
 
 /* The executor's `online`: the schedule is the caller's, and goes to the device and back. Its limits are those of
  * perk_plan_schedule_limits. An executor is used so, or through what stands above, not both. */
 extern const perk_online_type perk_gpu_online;
-/* Steps of the launch under way that are done; 0 between launches. */
-uint32_t perk_gpu_many_steps(const perk_executor *executor);
 
 /* For tests, between launches: the kernel's state of requests and pages, copied into `block` (the words of
  * perk_schedule_lay_out over perk_plan_schedule_limits). */

@@ -26,6 +26,8 @@ static perk_status make_plan(const program_make *m, perk_error *err) {
     const perk_gpu_options *options = m->options;
     perk_device_desc device;
     perk_config config = perk_config_for_steps(&m->gpu->config, m->report->tokens);
+    /* The schedule is of one size, with rows for all requests that hold pages, in a small step or not. */
+    if (options->many_steps) config.max_num_batched_requests = m->gpu->config.max_num_batched_requests;
     double begin = perk_now();
     perk_status status = perk_device_describe(&m->gpu->info, &device, err);
     if (status != PERK_OK) return status;
@@ -37,7 +39,7 @@ static perk_status make_plan(const program_make *m, perk_error *err) {
     plan->profiled = options->profile;
     plan->unlimited_waits = options->unlimited_waits;
     plan->for_racecheck = options->for_racecheck;
-    plan->many_steps = options->many_steps && m->program == m->gpu->largest;
+    plan->many_steps = options->many_steps;
     if (plan->many_steps && (status = perk_plan_check_many_steps(plan, err))) return status;
     begin = perk_now();
     if (!options->unchecked) status = perk_plan_check(plan, err);

@@ -32,6 +32,7 @@ typedef struct perk_gpu_program {
     int32_t *batch_host;              /* pinned */
     int argmax_tensor, logits_tensor; /* in the plan; -1: the graph has none */
     uint32_t steps;                   /* completed by this program: what its counters stand at */
+    uint64_t launches;
 } perk_gpu_program;
 
 typedef struct perk_gpu {
@@ -54,7 +55,7 @@ typedef struct perk_gpu {
     perk_hang_report *hang;     /* pinned and mapped */
     int32_t *argmax_host;       /* pinned, [logit rows][row stride] of whichever program has most */
     float *logits_host;         /* the same, made on first use */
-    struct perk_gpu_many *many; /* of a largest program of many steps */
+    struct perk_gpu_many *many; /* of programs of many steps */
     CUevent begin, end;         /* around a launch; NULL without timing */
     int32_t wait_limit_ms;
     bool failed; /* a launch failed: the context is gone */
@@ -82,14 +83,15 @@ bool perk_gpu_refuses(const perk_program *program, CUresult result, const perk_l
 /* Keeps what went wrong in a step of a program, or the hang that was reported: the executor is of no use any more. */
 perk_status perk_gpu_fail_step(perk_gpu *gpu, const perk_gpu_program *program, perk_status status, perk_error *err);
 /* Launches a program. `many`: what a program of many steps does, NULL: one step over the batch that was copied. */
-perk_status perk_gpu_launch(perk_gpu *gpu, const perk_gpu_program *program, const perk_many_args *many,
-                            perk_error *err);
+perk_status perk_gpu_launch(perk_gpu *gpu, perk_gpu_program *program, const perk_many_args *many, perk_error *err);
 
-/* Memory for many steps a launch of the largest program, and its end (gpu_many.c). With the context current. */
+/* Memory for many steps a launch, and its end (gpu_many.c). With the context current. */
 perk_status perk_gpu_many_open(perk_gpu *gpu, perk_error *err);
 void perk_gpu_many_close(perk_gpu *gpu);
-/* The arguments for one step over a batch that the host has made. */
-perk_many_args perk_gpu_one_step(const perk_gpu *gpu);
+/* The arguments of a program for one step over a batch that the host has made. */
+perk_many_args perk_gpu_one_step(const perk_gpu *gpu, const perk_gpu_program *program);
+/* The program whose launch of many steps is under way, or was the last; and the steps that it has done in it. */
+int perk_gpu_many_running(const perk_gpu *gpu, uint32_t *steps);
 
 /* Plans, checks, emits and compiles the programs, side by side, largest included, and fills their part of the report.
  * Sees to it that they can share what they share. */

@@ -17,6 +17,9 @@ static perk_status check_numbers(const perk_plan *a, const perk_plan *b, perk_er
         {"page_size", (uint64_t)a->config.page_size, (uint64_t)b->config.page_size},
         {"max_num_pages", (uint64_t)a->config.max_num_pages, (uint64_t)b->config.max_num_pages},
         {"max_seq_length", (uint64_t)a->config.max_seq_length, (uint64_t)b->config.max_seq_length},
+        {"whether a launch runs many steps", a->many_steps, b->many_steps},
+        {"max_num_batched_requests", (uint64_t)(a->many_steps ? a->config.max_num_batched_requests : 0),
+         (uint64_t)(b->many_steps ? b->config.max_num_batched_requests : 0)}, /* rows and slots of one schedule */
     };
     if (a->graph != b->graph)
         return perk_fail(err, PERK_UNSUPPORTED, "two plans cannot share their memory: they are of different graphs");

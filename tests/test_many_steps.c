@@ -30,16 +30,21 @@ static perk_config config = {.max_num_batched_tokens = 8,
                              .max_num_pages = 6,
                              .max_seq_length = POSITIONS};
 
-static perk_executor *open_executor(perk_gpu_alter_plan alter) {
+/* With programs for 1 and 4 tokens beside that of the configuration, or alone. */
+static perk_executor *open_with(perk_gpu_alter_plan alter, bool has_smaller) {
     perk_executor *gpu;
     const perk_gpu_options options = {.many_steps = true,
                                       .portable = getenv("PERK_TEST_PORTABLE") != NULL,
                                       .wait_limit_ms = alter ? 20 : 0,
                                       .alter = alter,
+                                      .smaller_programs = {1, 4},
+                                      .smaller_program_count = has_smaller ? 2 : 0,
                                       .cache_folder = cache.text};
     CHECK_OK(perk_gpu_create(&gpu, model->graph, model->checkpoint, &config, &options, NULL, &err));
     return gpu;
 }
+
+static perk_executor *open_executor(perk_gpu_alter_plan alter) { return open_with(alter, false); }
 
 /* ---- requests, and what they get by single steps ---- */
 
@@ -385,6 +390,38 @@ static void test_stop(perk_executor *gpu, test_request *requests) {
     CHECK(submit(gpu, &more, true) == PERK_INVALID_ARGUMENT);
 }
 
+/* ---- programs that take turns ---- */
+
+/* What the programs have run since `before`, which moves on. Returns how many launches were of each but the last's. */
+static void tell_turns(perk_executor *gpu, uint64_t before[3], int least) {
+    uint64_t steps[PERK_MAX_PROGRAMS], launches[PERK_MAX_PROGRAMS];
+    perk_gpu_program_counts(gpu, steps, launches);
+    fprintf(stderr,
+            "  %llu, %llu, %llu launches of the programs for 1, 4 and 8 tokens; %llu, %llu, %llu steps so far\n",
+            (unsigned long long)(launches[0] - before[0]), (unsigned long long)(launches[1] - before[1]),
+            (unsigned long long)(launches[2] - before[2]), (unsigned long long)steps[0], (unsigned long long)steps[1],
+            (unsigned long long)steps[2]);
+    CHECK(launches[0] - before[0] >= (uint64_t)least && launches[2] - before[2] >= (uint64_t)least);
+    memcpy(before, launches, 3 * sizeof *before);
+}
+
+/* One answer goes on when all others have ended. */
+static void test_turns(void) {
+    static test_request requests[REQUESTS];
+    uint64_t before[3] = {0};
+    perk_executor *gpu = open_with(NULL, true);
+    draw_requests(requests, REQUESTS, false, 6);
+    requests[0].limit += 30;
+    run_single_steps(gpu, requests, REQUESTS);
+    tell_turns(gpu, before, 0);
+    test_completion(gpu, requests);
+    tell_turns(gpu, before, 2);
+    test_stop(gpu, requests);
+    test_online(gpu, requests, 3, 2);
+    tell_turns(gpu, before, 2);
+    gpu->type->free(gpu);
+}
+
 /* ---- plans that are wrong ---- */
 
 static int last_stage_of(const perk_plan *plan, const char *name) {
@@ -455,7 +492,12 @@ enum { ENGINE_REQUESTS = 4 };
  * it took. */
 static int run_engine(perk_mode mode, int32_t *tokens, perk_logprob *logprobs) {
     const perk_engine_options options = {
-        .backend = PERK_BACKEND_GPU, .config = config, .cache_folder = cache.text, .mode = mode, .steps_a_launch = 5};
+        .backend = PERK_BACKEND_GPU,
+        .config = config,
+        .cache_folder = cache.text,
+        .mode = mode,
+        .steps_a_launch = 5,
+        .program_tokens = {config.max_num_batched_tokens}}; /* others round otherwise */
     perk_request *requests[ENGINE_REQUESTS];
     perk_engine *engine;
     int32_t running = 1;
@@ -515,6 +557,7 @@ int main(int argc, char **argv) {
     test_online(gpu, requests, 1, 100000);
     test_online(gpu, requests, 2, 2);
     test_engine();
+    test_turns();
     test_hang(want_too_much, "waited more than 20 ms for counter", requests);
     test_hang(never_end, "the end of the step waited more than 20 ms for counter", requests);
     gpu->type->free(gpu);

@@ -1,7 +1,8 @@
 /* A service whose kernel stays on the GPU (PERK_MODE_ONLINE), on the emulator: requests come when they like, are
- * cancelled, run short of pages, sample; the service is paused and drained, the kernel ends idle and comes back; every
- * token is the one of single steps. And an engine without a service. PERK_TEST_GPU=1 runs it on the GPU; the argument
- * is the root of the repository, where that is not where it was built. */
+ * cancelled, run short of pages, sample; programs for 1, 4 and 8 tokens take turns; the service is paused and drained,
+ * the kernel ends idle and comes back; every token is the one of single steps. And an engine without a service.
+ * PERK_TEST_GPU=1 runs it on the GPU; the argument is the root of the repository, where that is not where it was built.
+ */
 #include "emulated.h"
 #include "perk/service.h"
 #include "sampler.h"
@@ -45,6 +46,9 @@ static perk_engine *open_with(perk_engine_options options) {
     perk_engine *engine;
     options.backend = PERK_BACKEND_GPU;
     options.cache_folder = cache.text;
+    options.program_tokens[0] = options.config.max_num_batched_tokens;
+    if (options.mode != PERK_MODE_SINGLE) options.program_tokens[1] = 1;
+    if (options.mode != PERK_MODE_SINGLE) options.program_tokens[2] = 4;
     CHECK_OK(perk_engine_open(&engine, folder.text, &options, &err));
     return engine;
 }
@@ -65,7 +69,7 @@ static void make_kinds(void) {
         kind->length = (size_t)draw(9, &place, k % 2 ? 18 : 1, 22);
         for (size_t t = 0; t < kind->length; t++)
             kind->prompt[t] = k % 2 && t < 20 ? ((int32_t)t * 37 + 11) % vocab : draw(9, &place, 0, vocab - 1);
-        kind->sampling = (perk_sampling){.max_tokens = draw(9, &place, 2, 9), .ignore_eos = 1};
+        kind->sampling = (perk_sampling){.max_tokens = draw(9, &place, 2, 9) + (k ? 0 : 30), .ignore_eos = 1};
         if (k == KINDS - 1) kind->sampling.temperature = 1e-4f;
         CHECK_OK(perk_engine_submit(engine, kind->prompt, kind->length, &kind->sampling, &request, &err));
         while (running) CHECK_OK(perk_engine_step(engine, &running, &err));
@@ -92,7 +96,8 @@ typedef struct test_run {
     pthread_mutex_t lock; /* guards all below */
     test_track tracks[REQUESTS];
     int count, ended, checked;
-    uint64_t tokens;   /* of those that were checked */
+    uint64_t tokens; /* of those that were checked */
+    uint64_t launches[PERK_MAX_PROGRAMS];
     double thread_cpu; /* of the service's thread, at its last call */
 } test_run;
 
@@ -183,12 +188,17 @@ static void check_run(test_run *run) {
     CHECK(stats.answer_tokens == run->tokens && stats.steps > 0 && stats.step_tokens >= stats.steps);
     CHECK(stats.set_backs >= set_backs && stats.batch_fill > 0 && stats.batch_fill <= 1);
     uint64_t steps = 0;
-    for (int i = 0; i < PERK_MAX_PROGRAMS; i++) steps += stats.program_steps[i];
+    for (int i = 0; i < PERK_MAX_PROGRAMS; i++) {
+        steps += stats.program_steps[i];
+        run->launches[i] = stats.program_launches[i];
+        CHECK(stats.program_steps[i] == 0 || stats.program_launches[i] > 0);
+    }
     CHECK(steps == stats.steps, "programs ran %llu of %llu steps", (unsigned long long)steps,
           (unsigned long long)stats.steps);
-    fprintf(stderr, "  %d requests, %llu steps, %llu set back, %llu positions found\n", run->count,
-            (unsigned long long)stats.steps, (unsigned long long)stats.set_backs,
-            (unsigned long long)stats.found_tokens);
+    fprintf(stderr, "  %d requests, %llu steps, %llu set back, %llu positions found; %llu, %llu, %llu launches\n",
+            run->count, (unsigned long long)stats.steps, (unsigned long long)stats.set_backs,
+            (unsigned long long)stats.found_tokens, (unsigned long long)run->launches[0],
+            (unsigned long long)run->launches[1], (unsigned long long)run->launches[2]);
 }
 
 /* ---- requests that come and go ---- */
@@ -204,6 +214,32 @@ static void test_arrivals(uint64_t seed, int32_t idle_limit_ms, int kind_count) 
         usleep((useconds_t)draw(seed, &place, 0, 40000));
     }
     check_run(&run);
+    perk_service_free(run.service);
+}
+
+static size_t told(test_run *run, int i) {
+    pthread_mutex_lock(&run->lock);
+    size_t count = run->tracks[i].told;
+    pthread_mutex_unlock(&run->lock);
+    return count;
+}
+
+/* While a long answer is under way, others come, and end or are cancelled: to larger programs and back. `pauses`: at
+ * the same time. */
+static void test_turns(bool pauses) {
+    test_run run;
+    open_run(&run, 0);
+    submit(&run, 0);
+    for (int k = 1; k < 4; k++) {
+        while (told(&run, 0) < (size_t)(k < 3 ? 10 : 22)) usleep(1000);
+        submit(&run, k);
+        if (k == 2) cancel(&run, 2);
+        if (!pauses) continue;
+        CHECK_OK(perk_service_pause(run.service, &err));
+        CHECK_OK(perk_service_resume(run.service, &err));
+    }
+    check_run(&run);
+    CHECK(pauses || (run.launches[0] + run.launches[1] > 0 && run.launches[2] > 1));
     perk_service_free(run.service);
 }
 
@@ -416,6 +452,8 @@ int main(int argc, char **argv) {
     test_arrivals(1, 0, KINDS - 1);
     test_arrivals(2, 1, KINDS - 1);
     test_arrivals(3, 0, KINDS);
+    test_turns(false);
+    test_turns(true);
     test_pause();
     test_close();
     return 0;

@@ -14,6 +14,7 @@
 
 static perk_error err;
 static opened_fake fake;
+static perk_mode mode; /* of the engines that are opened to see what programs they have */
 static path_text cache;
 
 static void begin_run(int workers, bool emulates) {
@@ -95,10 +96,16 @@ static void test_shared(const char *folder) {
               err.message);
     }
     check_differences(plans[0], plans[4]);
+    plans[0]->many_steps = true; /* over one schedule, with rows for all of its requests */
+    check_refused(plans[0], plans[3], "whether a launch runs many steps");
+    plans[3]->many_steps = true;
+    check_refused(plans[0], plans[3], "max_num_batched_requests is");
+    plans[4]->many_steps = true;
+    CHECK_OK(perk_plan_check_shared(plans[3], plans[4], &err));
     perk_config longer = config_of(model, 8);
     longer.max_num_pages++;
     perk_plan *other = make_plan(model->graph, &longer);
-    check_refused(plans[0], other, "KV pages is");
+    check_refused(plans[1], other, "KV pages is");
     perk_plan_free(other);
     for (size_t i = 0; i < PERK_COUNT(sizes); i++) perk_plan_free(plans[i]);
     perk_model_free(model);
@@ -119,6 +126,7 @@ static void check_programs(int tokens, const int32_t *asked_for, int asked_count
     perk_engine *engine;
     perk_engine_options options = options_for(tokens);
     char text[128] = "";
+    options.mode = mode;
     for (int i = 0; i < asked_count; i++) options.program_tokens[i] = asked_for[i];
     begin_run(8, false);
     CHECK(perk_engine_open(&engine, TINY, &options, &err) == PERK_OK, "%d tokens: %s", tokens, err.message);
@@ -181,6 +189,7 @@ static void test_ahead_of_time(void) {
     perk_engine *engine;
     perk_engine_options options = options_for(24);
     options.program_tokens[0] = 24;
+    options.mode = mode;
     options.config.max_seq_length = 112; /* what no other test has compiled */
     begin_run(8, false);
     CHECK_OK(perk_engine_open(&engine, TINY, &options, &err));
@@ -323,9 +332,11 @@ int main(void) {
     cache = path_in(scratch, "cache");
     test_shared(TINY);
     test_shared(PERK_SOURCE_DIR "/bench/configs/qwen3-0.6b/config.json");
-    test_choice();
+    for (mode = PERK_MODE_SINGLE; mode <= PERK_MODE_ONLINE; mode++) {
+        test_choice();
+        test_ahead_of_time();
+    }
     test_bad_choice();
-    test_ahead_of_time();
     test_steps();
     test_warm_start();
     if (strstr(EMULATOR_CXX, "NOTFOUND")) {

@@ -4,7 +4,7 @@
 #include "jit/compile.h"
 #include "schedule_checks.h"
 
-enum { VOCAB = 50, JOBS = 24, MAX_POSITIONS = 160 };
+enum { VOCAB = 50, JOBS = 24, MAX_POSITIONS = 160, SIZES = 3 };
 
 static perk_error err;
 
@@ -24,6 +24,11 @@ typedef struct fake_model {
     int32_t *picks;
     perk_page_hash halves; /* what is left of both halves of hashes, as a mask; not all: the test makes them */
     uint64_t computed;     /* tokens */
+    /* Steps of several sizes, which take turns. */
+    perk_schedule_limits sizes[SIZES]; /* by rising tokens; the last: of the block */
+    int size_count, size;
+    perk_spare spare;
+    uint64_t larger, smaller, in_vain; /* how often to which; larger ones that had no more to do then */
 } fake_model;
 
 static void fake_open(fake_model *fake, const perk_schedule_limits *limits) {
@@ -33,12 +38,38 @@ static void fake_open(fake_model *fake, const perk_schedule_limits *limits) {
     fake->cells = calloc((size_t)limits->page_count * (size_t)limits->page_size, sizeof *fake->cells);
     fake->picks = calloc((size_t)limits->logit_rows, sizeof *fake->picks);
     CHECK(fake->block && fake->cells && fake->picks);
+    fake->sizes[0] = *limits;
+    fake->size_count = 1;
     perk_schedule_bind(&fake->s, limits, fake->block);
     perk_schedule_begin(&fake->s);
     *fake->s.secret = (perk_page_secret){{(uint64_t)limits->positions, 5}};
 }
 
 static bool is_weak(const fake_model *fake) { return (fake->halves.low & fake->halves.high) != UINT64_MAX; }
+
+static void bind_size(fake_model *fake, int size) {
+    int last = fake->size_count - 1;
+    perk_schedule_bind(&fake->s, &fake->sizes[size], fake->block);
+    fake->s.most_rows = size < last ? fake->sizes[last].logit_rows : 0;
+    fake->size = size;
+    fake->spare = (perk_spare){0};
+}
+
+/* Up to two smaller sizes. */
+static void add_sizes(fake_model *fake, random_draws *dice) {
+    perk_schedule_limits whole = fake->sizes[0];
+    int32_t one = roll(dice, 1, whole.tokens), other = roll(dice, 1, whole.tokens);
+    const int32_t tokens[] = {one < other ? one : other, one < other ? other : one, whole.tokens};
+    fake->size_count = 0;
+    for (int i = 0; i < SIZES; i++) {
+        if (i > 0 && tokens[i] == tokens[i - 1]) continue;
+        perk_schedule_limits *limits = &fake->sizes[fake->size_count++];
+        *limits = whole;
+        limits->tokens = tokens[i];
+        limits->logit_rows = perk_lesser(tokens[i], whole.logit_rows);
+    }
+    bind_size(fake, roll(dice, 0, fake->size_count - 1));
+}
 
 static void fake_close(fake_model *fake) {
     free(fake->block);
@@ -48,15 +79,17 @@ static void fake_close(fake_model *fake) {
 
 /* The state moves to another address: nothing in it may know where it was. */
 static void fake_move(fake_model *fake) {
-    perk_schedule_limits limits = fake->s.limits;
-    uint64_t words = perk_schedule_lay_out(&limits).words, *block = malloc(words * sizeof *block);
+    uint64_t words = perk_schedule_lay_out(&fake->sizes[fake->size_count - 1]).words;
+    uint64_t *block = malloc(words * sizeof *block);
+    perk_spare spare = fake->spare;
     CHECK(block);
     memcpy(block, fake->block, words * sizeof *block);
     memset(fake->block, 0xa5, words * sizeof *block);
     free(fake->block);
     fake->block = block;
     memset(&fake->s, 0xa5, sizeof fake->s);
-    perk_schedule_bind(&fake->s, &limits, block);
+    bind_size(fake, fake->size);
+    fake->spare = spare;
 }
 
 static int32_t page_of(const fake_model *fake, int32_t request, int32_t position) {
@@ -93,10 +126,56 @@ static void compute(fake_model *fake) {
     }
 }
 
+/* What the largest step would have in place of the one that was filled: in a copy. */
+static int32_t tokens_of_largest(const fake_model *fake) {
+    const perk_schedule_limits *whole = &fake->sizes[fake->size_count - 1];
+    uint64_t words = perk_schedule_lay_out(whole).words, *block = malloc(words * sizeof *block);
+    perk_schedule s;
+    CHECK(block);
+    memcpy(block, fake->block, words * sizeof *block);
+    perk_schedule_bind(&s, whole, block);
+    perk_schedule_drop(&s);
+    check_schedule(&s, 0);
+    perk_schedule_fill(&s);
+    int32_t tokens = s.batch.num_tokens;
+    free(block);
+    return tokens;
+}
+
+/* If the batch is for steps of another size, hands the schedule to them: as launches of several programs do. `is_sure`:
+ * fill would do the same again, because it took no page that a request was to find. */
+static bool hand_over(fake_model *fake, bool is_sure) {
+    perk_schedule *s = &fake->s;
+    int last = fake->size_count - 1, before = fake->size, size = 0;
+    int32_t most = tokens_of_largest(fake), tokens = s->batch.num_tokens;
+    CHECK(!is_sure || (s->is_short ? most >= tokens && before < last : most == tokens),
+          "%d tokens, and %d of the largest", tokens, most);
+    fake->in_vain += is_sure && s->is_short && most == tokens;
+    int32_t verdict = perk_schedule_judge_size(s, before ? fake->sizes[before - 1].tokens : 0, &fake->spare);
+    if (verdict == PERK_SIZE_FITS) return false;
+    perk_schedule_drop(s);
+    perk_step_size wanted = verdict == PERK_SIZE_LARGER ? perk_schedule_demand(s) : fake->spare.most;
+    if (verdict == PERK_SIZE_LARGER) size = before + 1;
+    while (size < last &&
+           !perk_step_fits(wanted, (perk_step_size){fake->sizes[size].tokens, fake->sizes[size].logit_rows}))
+        size++;
+    CHECK(verdict == PERK_SIZE_LARGER ? size > before : size < before);
+    fake->larger += size > before;
+    fake->smaller += size < before;
+    bind_size(fake, size);
+    return true;
+}
+
 static void fill(fake_model *fake) {
     const perk_schedule *schedule = &fake->s;
-    int32_t running = schedule->state->running;
-    perk_schedule_fill(&fake->s);
+    int32_t running;
+    uint64_t evictions;
+    do {
+        running = schedule->state->running;
+        evictions = schedule->pool.state->evictions;
+        perk_schedule_fill(&fake->s);
+    } while (fake->size_count > 1 && schedule->state->unfinished &&
+             hand_over(fake, schedule->pool.state->evictions == evictions));
     check_schedule(schedule, 0);
     if (schedule->state->unfinished == 0)
         CHECK(schedule->batch.num_tokens == 0);
@@ -216,7 +295,7 @@ static void finish_job(fake_model *fake, test_job *job) {
 /* ---- random runs ---- */
 
 typedef struct test_totals {
-    uint64_t steps, tokens, found, set_backs, evictions, cancelled;
+    uint64_t steps, tokens, found, set_backs, evictions, cancelled, larger, smaller, in_vain;
 } test_totals;
 
 static perk_schedule_limits random_limits(random_draws *dice) {
@@ -253,6 +332,7 @@ static void run_random(uint64_t seed, test_totals *totals) {
     fake_open(&fake, &limits);
     if (seed % 8 == 1) fake.halves.low = 3; /* many texts share one half of their hashes, and it must not be enough */
     if (seed % 8 == 2) fake.halves.high = 0;
+    if (seed % 3 == 2) add_sizes(&fake, &dice);
     static test_job jobs[JOBS];
     int arrived = 0, done = 0, made = 0, haste = roll(&dice, 0, 4);
     for (int steps = 0; done < JOBS; steps++) {
@@ -286,6 +366,9 @@ static void run_random(uint64_t seed, test_totals *totals) {
     totals->found += fake.s.state->found_tokens;
     totals->set_backs += fake.s.state->set_backs;
     totals->evictions += fake.s.pool.state->evictions;
+    totals->larger += fake.larger;
+    totals->smaller += fake.smaller;
+    totals->in_vain += fake.in_vain;
     fake_close(&fake);
 }
 
@@ -294,12 +377,17 @@ static void test_random(void) {
     uint64_t runs = text ? strtoull(text, NULL, 10) : 2000;
     test_totals t = {0};
     for (uint64_t seed = 0; seed < runs; seed++) run_random(seed, &t);
-    fprintf(stderr,
-            "%llu runs: %llu steps, %llu tokens computed, %llu found, %llu set back, %llu evicted, %llu cancelled\n",
-            (unsigned long long)runs, (unsigned long long)t.steps, (unsigned long long)t.tokens,
-            (unsigned long long)t.found, (unsigned long long)t.set_backs, (unsigned long long)t.evictions,
-            (unsigned long long)t.cancelled);
-    CHECK(runs < 100 || (t.found && t.set_backs && t.evictions && t.cancelled), "the runs were too tame");
+    fprintf(
+        stderr,
+        "%llu runs: %llu steps, %llu tokens computed, %llu found, %llu set back, %llu evicted, %llu cancelled; %llu "
+        "times to larger steps (%llu in vain), %llu to smaller ones\n",
+        (unsigned long long)runs, (unsigned long long)t.steps, (unsigned long long)t.tokens,
+        (unsigned long long)t.found, (unsigned long long)t.set_backs, (unsigned long long)t.evictions,
+        (unsigned long long)t.cancelled, (unsigned long long)t.larger, (unsigned long long)t.in_vain,
+        (unsigned long long)t.smaller);
+    CHECK(runs < 100 || (t.found && t.set_backs && t.evictions && t.cancelled && t.larger && t.smaller),
+          "the runs were too tame");
+    CHECK(t.in_vain * 20 <= t.larger, "larger steps have nothing more to do");
 }
 
 /* ---- sharing, step by step ---- */

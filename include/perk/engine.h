@@ -30,7 +30,8 @@ enum { PERK_MAX_PROGRAMS = 8 };
 
 /* Who fills steps, and how they follow each other on a GPU; the reference executor knows single ones alone. In
  * completion and online the kernel batches, picks (by all that perk_sampling says) and ends by itself, in launches of
- * many steps, all in the program for max_num_batched_tokens. A model for which there is no such kernel is refused. */
+ * many steps; where the next steps are for another of the programs, a launch of that follows by itself. A model for
+ * which there is no such kernel is refused. */
 typedef enum perk_mode {
     PERK_MODE_SINGLE = 0,     /* a launch a step: who calls perk_engine_step owns the loop */
     PERK_MODE_COMPLETION = 1, /* a launch until nothing is unfinished, or of steps_a_launch steps */
@@ -60,10 +61,11 @@ typedef struct perk_engine_options {
     int32_t idle_limit_ms;  /* PERK_MODE_ONLINE; 0: 100 */
     /* Programs of the GPU, by the tokens of a step that each is for, in any order; zeros are skipped. Of those that a
      * step fits, the smallest runs it. The program for max_num_batched_tokens is always there; when that is 0, it is
-     * the largest number here. { max_num_batched_tokens } is one program alone. All 0: with single steps 1 and 8 as
-     * well, where they are no more than half of max_num_batched_tokens: a step of one request then pays for nothing
-     * that others need, and 8 tokens are what one product of the tensor cores takes. Of these defaults, those that
-     * cannot be had (no compiler, and not in the cache) are left out. */
+     * the largest number here. { max_num_batched_tokens } is one program alone. All 0: 1 and 8 as well, where
+     * they are no more than half of max_num_batched_tokens: a step of one request then pays for nothing that others
+     * need, and 8 tokens are what one product of the tensor cores takes. Of these defaults, those that cannot be had
+     * (no compiler, and not in the cache) are left out. In completion and online, some steps run in a larger program
+     * than they need, for a change costs a launch. */
     int32_t program_tokens[PERK_MAX_PROGRAMS];
 } perk_engine_options;
 
@@ -213,7 +215,8 @@ typedef struct perk_engine_stats {
     uint64_t set_backs;    /* requests that lost their pages to older ones */
     uint64_t evictions;    /* pages kept to be found again whose room was needed */
     double batch_fill;     /* step_tokens / (steps * max_num_batched_tokens); 0 before the first step */
-    uint64_t program_steps[PERK_MAX_PROGRAMS]; /* that each of the report's programs ran; those of logits, too */
+    uint64_t program_steps[PERK_MAX_PROGRAMS];    /* that each of the report's programs ran; those of logits, too */
+    uint64_t program_launches[PERK_MAX_PROGRAMS]; /* its launches; with single steps, as many */
     /* now */
     int32_t waiting, running; /* unfinished requests without and with pages */
     int32_t pages, pages_in_use;

@@ -187,6 +187,17 @@ static json_t *setup_json(const serve_bench *b) {
     return json;
 }
 
+/* What each program ran, in how many launches. */
+static json_t *programs_json(const serve_bench *b) {
+    const perk_engine_stats *s = &b->result.stats;
+    json_t *programs = json_array();
+    for (int i = 0; i < b->report.program_count; i++)
+        json_array_append_new(programs, json_pack("{s:i, s:I, s:I}", "tokens", b->report.programs[i].tokens, "steps",
+                                                  (json_int_t)s->program_steps[i], "launches",
+                                                  (json_int_t)s->program_launches[i]));
+    return programs;
+}
+
 static json_t *result_json(const serve_bench *b) {
     const perk_serve_result *r = &b->result;
     const perk_engine_stats *s = &r->stats;
@@ -205,6 +216,7 @@ static json_t *result_json(const serve_bench *b) {
                   (json_int_t)r->rss_begin, "rss_middle_bytes", (json_int_t)r->rss_middle, "rss_end_bytes",
                   (json_int_t)r->rss_end, "compared_answers", b->compared, "compared_tokens",
                   (json_int_t)b->compared_tokens, "near_ties", b->near_ties, "pages_in_use_at_end", s->pages_in_use);
+    json_object_set_new(json, "program_turns", programs_json(b));
     put_times(json, "first_token", &r->first_token);
     put_times(json, "next_token", &r->next_token);
     put_times(json, "queue", &r->queue);
@@ -230,6 +242,9 @@ static void print_text(const serve_bench *b) {
            (unsigned long long)r->tokens, share((double)r->tokens, r->seconds), (unsigned long long)s->steps,
            100 * s->batch_fill, (unsigned long long)s->found_tokens, (unsigned long long)s->set_backs,
            (unsigned long long)s->evictions);
+    for (int i = 0; i < b->report.program_count; i++)
+        printf("  program for %d tokens: %llu steps in %llu launches\n", b->report.programs[i].tokens,
+               (unsigned long long)s->program_steps[i], (unsigned long long)s->program_launches[i]);
     printf("  CPU, %% of one core: process %.1f, service's thread %.1f, reader %.1f, submitter %.1f\n",
            100 * share(r->process_cpu, r->seconds), 100 * share(r->service_cpu, r->seconds),
            100 * share(r->reader_cpu, r->seconds), 100 * share(r->submitter_cpu, r->seconds));
