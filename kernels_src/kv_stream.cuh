@@ -14,13 +14,16 @@ namespace perk {
 // positions][dimension][position].
 template <uint32_t kKvHeads, uint32_t kHeadDim>
 struct KvCache {
-    static constexpr uint32_t kPageElements = program::page_size * kHeadDim; // of keys, and as many of values
-    static constexpr uint32_t kUnitBytes = PERK_KV_UNIT * kHeadDim * 2;      // of keys, and as many of values
+    static constexpr uint32_t kPageElements = program::page_size * kHeadDim;  // of keys, and as many of values
+    static constexpr uint32_t kUnitBytes = PERK_KV_UNIT * kHeadDim * 2;       // of keys, and as many of values
+    static constexpr uint32_t kPageUnits = program::page_size / PERK_KV_UNIT; // of keys, and as many of values
     static constexpr uint32_t kChunkUnits = PERK_CHUNK_BYTES / (2 * kUnitBytes);
 
+    static __device__ __forceinline__ uint32_t page_index(uint32_t layer, uint32_t page, uint32_t head) {
+        return (layer * program::max_num_pages + page) * kKvHeads + head;
+    }
     static __device__ __forceinline__ uint8_t *kv_page(const Worker &w, uint32_t layer, uint32_t page, uint32_t head) {
-        const uint64_t index = (uint64_t(layer) * program::max_num_pages + page) * kKvHeads + head;
-        return w.args.kv + index * 2 * kPageElements * 2;
+        return w.args.kv + uint64_t(page_index(layer, page, head)) * 2 * kPageElements * 2;
     }
     static __device__ __forceinline__ uint32_t page_of(const Worker &w, uint32_t request, uint32_t position) {
         const uint32_t entry = request * program::pages_per_request + position / program::page_size;
@@ -58,7 +61,9 @@ struct KvItems {
     }
     // Items of the cache are the step's first ones.
     __device__ __forceinline__ void settle(const Worker &w) {
-        const uint32_t cached = w.batch_word(program::batch_query_tiles + PERK_QUERY_TILE_FRESH_ITEM);
+        uint32_t place = program::batch_query_tiles + PERK_QUERY_TILE_FRESH_ITEM;
+        forget(place); // or its address would be kept in registers over all tasks
+        const uint32_t cached = w.batch_word(place);
         while (unit < end && item >= cached) {
             unit++;
             item = first_item(w);
@@ -84,7 +89,7 @@ struct KvItems {
 // Lane i's place in what warp i is to get.
 struct KvSource {
     KvItems items;
-    uint32_t begin, end, request; // of the item: its next unit, its end
+    uint32_t request, units; // of the item; its next unit in the low half, its end in the high one: registers are few
 
     __device__ __forceinline__ KvSource(const Worker &w, const StreamTask &task)
         : items(w, task.lane_in_round, task.rounds) {
@@ -92,16 +97,19 @@ struct KvSource {
     }
     __device__ __forceinline__ void load(const Worker &w) {
         if (!items.has_item()) return;
-        begin = items.word(w, 1);
-        end = items.word(w, 2);
+        units = items.word(w, 1) / PERK_KV_UNIT | (items.word(w, 2) + PERK_KV_UNIT - 1) / PERK_KV_UNIT << 16;
         request = w.batch_word(program::batch_query_tiles + items.word(w, 0) * (sizeof(perk_query_tile) / 4));
     }
-    __device__ __forceinline__ const uint8_t *page(const Worker &w, uint32_t layer) const {
-        return StreamedKv::kv_page(w, layer, StreamedKv::page_of(w, request, begin), items.head());
+    // The place of the unit's keys in the cache, in units of so many bytes.
+    __device__ __forceinline__ uint32_t keys(const Worker &w, uint32_t layer) const {
+        const uint32_t begin = units % 65536 * PERK_KV_UNIT;
+        return StreamedKv::page_index(layer, StreamedKv::page_of(w, request, begin), items.head()) * 2 *
+                   StreamedKv::kPageUnits +
+               begin % program::page_size / PERK_KV_UNIT;
     }
     __device__ __forceinline__ void next(const Worker &w) {
-        begin += PERK_KV_UNIT;
-        if (begin < end) return;
+        units++;
+        if (units % 65536 != units / 65536) return;
         items.next(w);
         load(w);
     }
@@ -109,12 +117,10 @@ struct KvSource {
 
 // A round, with as many copies under way as there may be: few others are on their way while attention reads the cache,
 // and a round is read when all of it is there. Unit i goes to place i % kChunkUnits of chunk i / kChunkUnits. `mine` is
-// that of this lane, if there are so many.
-__device__ __forceinline__ uint32_t push_round(const Worker &w, uint32_t units, uint32_t mine, const uint8_t *page,
-                                               uint32_t position, uint32_t chunk) {
-    const uint32_t end = chunk + round_chunks(units);
-#pragma unroll 1
-    for (; chunk != end; chunk++, units -= min(units, StreamedKv::kChunkUnits), mine -= StreamedKv::kChunkUnits) {
+// that of this lane, if there are so many, and its keys are at `keys`.
+__device__ __forceinline__ uint32_t push_round(const Worker &w, uint32_t units, uint32_t mine, uint32_t keys,
+                                               uint32_t chunk) {
+    do {
         const uint32_t here = min(units, StreamedKv::kChunkUnits), full = w.full_barrier(chunk);
         await_slot(w, chunk);
         if (chunk >= program::chunks_in_flight_behind) wait_full<true>(w, chunk - program::chunks_in_flight_behind);
@@ -122,27 +128,28 @@ __device__ __forceinline__ uint32_t push_round(const Worker &w, uint32_t units, 
         __syncwarp();
         if (mine < here) {
             const uint32_t to = w.ring_slot(chunk) + mine * 2 * StreamedKv::kUnitBytes;
-            const uint32_t in_page = position % program::page_size * program::kv_head_dim * 2;
-            copy_bulk(to, page + in_page, StreamedKv::kUnitBytes, full);
-            copy_bulk(to + StreamedKv::kUnitBytes, page + StreamedKv::value_offset(position, 0), StreamedKv::kUnitBytes,
-                      full);
+            const uint8_t *from = w.args.kv + uint64_t(keys) * StreamedKv::kUnitBytes;
+            copy_bulk(to, from, StreamedKv::kUnitBytes, full);
+            copy_bulk(to + StreamedKv::kUnitBytes, from + StreamedKv::kPageUnits * StreamedKv::kUnitBytes,
+                      StreamedKv::kUnitBytes, full);
         }
         __syncwarp();
-    }
-    return end;
+        chunk++;
+        units -= here;
+        mine -= StreamedKv::kChunkUnits;
+    } while (units > 0);
+    return chunk;
 }
 
 __device__ __forceinline__ uint32_t stream_kv(const Worker &w, const StreamTask &task, uint32_t chunk) {
     await_begin(w, chunk);                   // before, there is no batch
     if (program::many_steps) fence_copies(); // what earlier steps of the launch have appended
     KvSource source(w, task);
-    uint32_t live;
     do {
         const bool has_unit = source.items.has_item();
-        live = __ballot_sync(0xffffffffu, has_unit);
+        const uint32_t live = __ballot_sync(0xffffffffu, has_unit);
         const uint32_t mine = has_unit ? __popc(live & ((1u << w.lane) - 1)) : 0xffffffffu / 2;
-        chunk = push_round(w, __popc(live), mine, has_unit ? source.page(w, task.base) : w.args.kv,
-                           has_unit ? source.begin : 0, chunk);
+        chunk = push_round(w, __popc(live), mine, has_unit ? source.keys(w, task.base) : 0, chunk);
         if (has_unit) source.next(w);
         __syncwarp();
     } while (__any_sync(0xffffffffu, source.items.has_item()));

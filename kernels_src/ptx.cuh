@@ -216,6 +216,7 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrival
 // compute-sanitizer's racecheck takes that for a race of the other lanes (docs/testing.md), so in programs for it each
 // of them arrives.
 #if PERK_FOR_RACECHECK
+constexpr bool kForRacecheck = true;
 constexpr uint32_t kWarpArrivals = 32;
 __device__ __forceinline__ void mbarrier_arrive_after(uint32_t barrier, uint32_t lane, uint32_t loaded) {
     asm volatile("{ .reg .b32 address; .reg .b64 state; shr.u32 address, %1, 5; and.b32 address, address, %2; "
@@ -224,6 +225,7 @@ __device__ __forceinline__ void mbarrier_arrive_after(uint32_t barrier, uint32_t
                  : "memory");
 }
 #else
+constexpr bool kForRacecheck = false;
 constexpr uint32_t kWarpArrivals = 1;
 __device__ __forceinline__ void mbarrier_arrive_after(uint32_t barrier, uint32_t lane, uint32_t loaded) {
     asm volatile("{ .reg .pred first; .reg .b32 address; .reg .b64 state; setp.eq.u32 first, %1, 0; "

@@ -8,6 +8,11 @@ namespace perk {
 
 using namespace ptx;
 
+#if PERK_STREAMS_KV
+constexpr bool kStreamsKv = true; // what attention reads of the KV cache comes through the ring (kv_stream.cuh)
+#else
+constexpr bool kStreamsKv = false;
+#endif
 constexpr uint32_t kConsumerBarrier = 1;    // named barrier of the 8 consumer warps; 0 is __syncthreads
 constexpr uint32_t kPollsPerClockRead = 64; // reading the global timer costs more than a poll
 constexpr uint32_t kEnded = 2;              // in place of "given up": there are no more steps
@@ -205,7 +210,7 @@ __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uin
             parity ^= 1; // of the phase before, which has completed
         }
     __syncwarp(); // what follows works with all lanes
-    if (PERK_FOR_RACECHECK) see_slots(barrier, parity, is_over);
+    if (kForRacecheck) see_slots(barrier, parity, is_over);
 }
 
 // ---- the weight ring ----
@@ -318,8 +323,7 @@ __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
     // Where all lanes copy, share what they know of tiles or units, or vote on the end of a launch of many steps, one
     // that decides otherwise would leave the others waiting for it.
-    if (PERK_PORTABLE || PERK_STREAMS_KV || PERK_FOR_RACECHECK || kIsBatched || program::has_experts ||
-        program::many_steps)
+    if (PERK_PORTABLE || kStreamsKv || kForRacecheck || kIsBatched || program::has_experts || program::many_steps)
         is_behind = __any_sync(0xffffffffu, is_behind);
     if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }

@@ -116,6 +116,7 @@ static inline void exit_thread() { end_thread(); }
 static inline void mbarrier_init(uint32_t address, uint32_t arrivals) {
     *mbarrier_at(*self->block, address) = {arrivals, arrivals, 0, 0};
 }
+constexpr bool kForRacecheck = false;
 constexpr uint32_t kWarpArrivals = 1;
 static inline void mbarrier_arrive_after(uint32_t address, uint32_t lane, uint32_t) {
     if (lane != 0) return;
