@@ -1,7 +1,7 @@
 // The worker: one thread block that stays on its SM and walks its static list of tasks. Warps 0 ... 7 (the consumers)
-// compute; warp 8 (the producer) streams the packed weights of the whole list through a ring in shared memory, across
-// task boundaries. The one dependency that it ever looks at is the routing of experts. Every wait has a limit by the
-// global timer.
+// compute; warp 8 (the producer) streams what the whole list reads, packed weights and the KV cache of earlier steps,
+// through a ring in shared memory, across task boundaries. The one dependency of a step that it ever looks at is the
+// routing of experts. Every wait has a limit by the global timer.
 #pragma once
 
 namespace perk {
