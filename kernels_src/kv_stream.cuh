@@ -115,15 +115,20 @@ struct KvSource {
     }
 };
 
-// A round, with as many copies under way as there may be: few others are on their way while attention reads the cache,
-// and a round is read when all of it is there. Unit i goes to place i % kChunkUnits of chunk i / kChunkUnits. `mine` is
-// that of this lane, if there are so many, and its keys are at `keys`.
+// Copies of the cache that may be under way: as many as there ever are, since few others are on their way while
+// attention reads it, and a round is read when all of it is there. (A chunk that is further back than the ring is long
+// has no phase of its own any more that one could wait for.)
+constexpr uint32_t kKvInFlight =
+    program::chunks_in_flight_behind < program::ring_slots ? program::chunks_in_flight_behind : program::ring_slots;
+
+// A round: unit i goes to place i % kChunkUnits of chunk i / kChunkUnits. `mine` is that of this lane, if there are so
+// many, and its keys are at `keys`.
 __device__ __forceinline__ uint32_t push_round(const Worker &w, uint32_t units, uint32_t mine, uint32_t keys,
                                                uint32_t chunk) {
     do {
         const uint32_t here = min(units, StreamedKv::kChunkUnits), full = w.full_barrier(chunk);
         await_slot(w, chunk);
-        if (chunk >= program::chunks_in_flight_behind) wait_full<true>(w, chunk - program::chunks_in_flight_behind);
+        if (chunk >= kKvInFlight) wait_full<true>(w, chunk - kKvInFlight);
         if (w.lane == 0) mbarrier_arrive_expect(full, here * 2 * StreamedKv::kUnitBytes);
         __syncwarp();
         if (mine < here) {
