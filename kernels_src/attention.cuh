@@ -565,6 +565,7 @@ struct Attention {
     }
 #endif
 
+#if PERK_STREAMS_KV
     // Unit (head, part) = head * kParts + part: of the items [begin, end), part, part + kParts, ..., dealt to the
     // warps. `attend` is given each of them.
     template <class Attend>
@@ -584,7 +585,6 @@ struct Attention {
     template <bool kQNorm, bool kKNorm>
     static __device__ __forceinline__ uint32_t partial(Worker &w, const TaskView &task, uint32_t chunk, float scale,
                                                        uint32_t window, float eps) {
-#if PERK_STREAMS_KV
         const uint32_t cached = first_fresh_item(w, 0), items = w.num_attention_items();
         KvRounds rounds(w, task, chunk);
         await_inputs(w, task);
@@ -598,21 +598,30 @@ struct Attention {
                       is_fresh ? PERK_CONSUMER_WARPS - 1 - w.warp : w.warp, attend);
             if (!is_fresh) return rounds.finish(w);
         }
-#else
-        await_inputs(w, task);
-        attend_items<kQNorm, kKNorm>(w, task, scale, window, eps);
-        return chunk;
-#endif
     }
-
-#if !PERK_STREAMS_KV
-    // The same without the wait: of programs that have more to do in the stage (prompt_attention.cuh).
+#else
+    // Unit (head, part) = head * kParts + part: the items part, part + kParts, ..., dealt to the warps.
     template <bool kQNorm, bool kKNorm>
     static __device__ __forceinline__ void attend_items(Worker &w, const TaskView &task, float scale, uint32_t window,
                                                         float eps) {
-        for_items(task, 0, w.num_attention_items(), w.warp, [&](uint32_t head, uint32_t item) {
-            attend_item<kQNorm, kKNorm>(w, task, head, item, scale, window, eps);
-        });
+#pragma unroll 1
+        for (uint32_t i = 0; i < task.count(); i++) {
+            const uint32_t unit = task.first() + i;
+            // How many items there are is asked for again every time: kept, it was spilled (sm_80).
+#pragma unroll 1
+            for (uint32_t item = unit % kParts + kParts * w.warp; item < w.num_attention_items();
+                 item += kParts * PERK_CONSUMER_WARPS)
+                attend_item<kQNorm, kKNorm>(w, task, unit / kParts, item, scale, window, eps);
+        }
+    }
+
+    // Scalar: the layer in the KV cache. `scale` is for base 2: scale * log2(e).
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ uint32_t partial(Worker &w, const TaskView &task, uint32_t chunk, float scale,
+                                                       uint32_t window, float eps) {
+        await_inputs(w, task);
+        attend_items<kQNorm, kKNorm>(w, task, scale, window, eps);
+        return chunk;
     }
 #endif
 

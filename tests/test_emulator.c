@@ -256,13 +256,14 @@ static void test_expert_models(void) {
 
 /* ---- device code that is wrong ---- */
 
-typedef enum linears { NARROW, BATCHED, WIDE } linears; /* up to 8, 64, 256 */
+/* What the program does: linears of up to 8, 64, 256 tokens; attention over a cache that comes through the ring. */
+typedef enum program_form { NARROW, BATCHED, WIDE, CACHE } program_form;
 
 static const struct {
     const char *what;
     fake_edit edits[FAKE_EDITS];
-    bool passes;  /* stays right: what the others are held against */
-    linears form; /* of the program's linears, by its tokens a step */
+    bool passes; /* stays right: what the others are held against */
+    program_form form;
 } faults[] = {
     {"nothing wrong", {{"linear.cuh", "// the products need the slot no more", "//"}}, true, NARROW},
     {"a ring slot is given back before it was read",
@@ -352,10 +353,37 @@ static const struct {
      {{"batched.cuh", "named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // what was shared before is read", ""}},
      false,
      BATCHED},
+    {"nothing wrong, the cache streamed",
+     {{"attention.cuh", "// the products need the ring no more", "//"}},
+     true,
+     CACHE},
+    {"a round of the cache is not waited for",
+     {{"kv_stream.cuh", "w.lane >= round_chunks(__popc(live)));", "true);"}},
+     false,
+     CACHE},
+    {"a round is given back before it is read",
+     {{"attention.cuh", "load_unit(w, rounds.await(w, live), unit);", "0, from = rounds.await(w, live);"},
+      {"attention.cuh", "// the products need the ring no more", "load_unit(w, from, unit);"}},
+     false,
+     CACHE},
+    {"rounds are kept by warps that have nothing in them",
+     {{"attention.cuh", "return rounds.finish(w);", "return rounds.chunk;"}},
+     false,
+     CACHE},
+    {"units come to the wrong warps",
+     {{"kv_stream.cuh", "unit = __popc(live & ((1u << w.warp) - 1));", "unit = w.warp % __popc(live | 1);"}},
+     false,
+     CACHE},
 };
 
+/* Few and many units a warp, warps without any, a ring that goes round. */
+static const perk_op_case cached[] = {
+    {.op = "attention", .rows = 1, .heads = 4, .kv_heads = 2, .head_dim = 64, .context = 700, .requests = 1},
+    {.op = "attention", .rows = 5, .heads = 2, .kv_heads = 2, .head_dim = 128, .context = 200, .requests = 3},
+    {.op = "attention", .rows = 12, .heads = 4, .kv_heads = 1, .head_dim = 32, .context = 90, .requests = 4}};
+
 /* In a process of its own, since the emulator ends it where it finds something. */
-static bool shows(const char *what, const fake_edit *edits, linears form) {
+static bool shows(const char *what, const fake_edit *edits, program_form form) {
     static const perk_op_case narrow[] = {
         {.op = "mlp", .rows = 8, .in = 512, .out = 1000},
         {.op = "decoder", .rows = 3, .in = 72, .out = 500, .heads = 3, .kv_heads = 1, .head_dim = 32, .context = 20},
@@ -366,8 +394,15 @@ static bool shows(const char *what, const fake_edit *edits, linears form) {
         {.op = "mlp", .rows = 20, .in = 2400, .out = 100},
         {.op = "linear", .rows = 12, .in = 2400, .out = 100},
         {.op = "decoder", .rows = 10, .in = 72, .out = 100, .heads = 3, .kv_heads = 1, .head_dim = 32, .context = 20}};
-    const perk_op_case *cases = form == WIDE ? wide : form == BATCHED ? batched : narrow;
-    size_t count = form == WIDE ? PERK_COUNT(wide) : form == BATCHED ? PERK_COUNT(batched) : PERK_COUNT(narrow);
+    static const struct {
+        const perk_op_case *cases;
+        size_t count;
+    } forms[] = {[NARROW] = {narrow, PERK_COUNT(narrow)},
+                 [BATCHED] = {batched, PERK_COUNT(batched)},
+                 [WIDE] = {wide, PERK_COUNT(wide)},
+                 [CACHE] = {cached, PERK_COUNT(cached)}};
+    const perk_op_case *cases = forms[form].cases;
+    size_t count = forms[form].count;
     int result = -1;
     fflush(NULL);
     pid_t child = fork();
@@ -397,6 +432,17 @@ static void test_faults(void) {
     CHECK(wrong == 0, "%d faults were judged wrongly", wrong);
 }
 
+/* Shared memory for three chunks, the fewest that a program works with. */
+static void test_short_ring(void) {
+    const int bytes = fake.driver->device.shared_bytes;
+    fake.driver->device.shared_bytes = 60 * 1024;
+    for (size_t i = 0; i < PERK_COUNT(cached); i++) {
+        perk_op_verdict v;
+        CHECK(run_op(&cached[i], 0, &v), "case %zu: %s", i, v.problem);
+    }
+    fake.driver->device.shared_bytes = bytes;
+}
+
 int main(void) {
     if (strstr(EMULATOR_CXX, "NOTFOUND")) {
         fprintf(stderr, "skipped: no C++ compiler was found\n");
@@ -409,6 +455,7 @@ int main(void) {
 
     test_experts();
     test_ops();
+    test_short_ring();
     test_wide();
     test_model();
     test_expert_models();
