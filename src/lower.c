@@ -570,6 +570,7 @@ static bool can_stream_kv(const perk_plan *plan) {
     int unit = kv_unit_bytes(plan);
     if (plan->attention_parts == 0 || plan->device.portable || plan->prompt_slice > 0 || unit > PERK_CHUNK_BYTES)
         return false;
+    if (!strncmp(plan->device.arch, "sm_12", 5)) return false; /* spilled there: the compiler makes less of it */
     if (plan->config.max_seq_length > UINT16_MAX * PERK_KV_UNIT)
         return false;                    /* the producer counts units in 16 bits */
     int units = PERK_CHUNK_BYTES / unit; /* of a chunk */
