@@ -552,11 +552,16 @@ struct Attention {
                                                        float scale, uint32_t window, float eps) {
         w.forget_coordinates();
         const Piece p = load_piece(w, task, head, item);
+        const uint32_t tile_row = min(w.lane / 4, p.tile.rows - 1), token = p.tile.token(tile_row);
+        const Mask mask{w.batch_word(program::batch_positions + token), window, scale};
         Vec16 q[kDimBlocks];
+        {
+            const Source source = source_of<kQNorm, kKNorm>(w, task, eps);
+            load_vector(w, source, token, head * kGroup + tile_row % kGroup, q);
+            turn_vector(w, q, source.q_norm, source.rope_at(mask.limit), source.eps);
+        }
         State state;
-        const Mask mask = load_query<kQNorm, kKNorm>(w, task, p, window, scale, q);
-        turn_query<kQNorm, kKNorm>(w, task, mask, eps, q);
-        state.clear();
+        state.clear(); // not before: it takes registers
         if (p.is_fresh())
             attend_fresh(w, state, q, p, source_of<kQNorm, kKNorm>(w, task, eps), mask);
         else
@@ -600,28 +605,39 @@ struct Attention {
         }
     }
 #else
-    // Unit (head, part) = head * kParts + part: the items part, part + kParts, ..., dealt to the warps.
-    template <bool kQNorm, bool kKNorm>
-    static __device__ __forceinline__ void attend_items(Worker &w, const TaskView &task, float scale, uint32_t window,
-                                                        float eps) {
-#pragma unroll 1
-        for (uint32_t i = 0; i < task.count(); i++) {
-            const uint32_t unit = task.first() + i;
-            // How many items there are is asked for again every time: kept, it was spilled (sm_80).
-#pragma unroll 1
-            for (uint32_t item = unit % kParts + kParts * w.warp; item < w.num_attention_items();
-                 item += kParts * PERK_CONSUMER_WARPS)
-                attend_item<kQNorm, kKNorm>(w, task, unit / kParts, item, scale, window, eps);
-        }
-    }
-
-    // Scalar: the layer in the KV cache. `scale` is for base 2: scale * log2(e).
+    // Unit (head, part) = head * kParts + part: the items part, part + kParts, ..., dealt to the warps. Scalar: the
+    // layer in the KV cache. `scale` is for base 2: scale * log2(e). One loop over both: two take more registers.
     template <bool kQNorm, bool kKNorm>
     static __device__ __forceinline__ uint32_t partial(Worker &w, const TaskView &task, uint32_t chunk, float scale,
                                                        uint32_t window, float eps) {
+        uint32_t i = 0, item = task.first() % kParts + kParts * w.warp;
         await_inputs(w, task);
-        attend_items<kQNorm, kKNorm>(w, task, scale, window, eps);
+#pragma unroll 1
+        while (i < task.count()) {
+            if (item < w.num_attention_items()) {
+                attend_item<kQNorm, kKNorm>(w, task, (task.first() + i) / kParts, item, scale, window, eps);
+                item += kParts * PERK_CONSUMER_WARPS;
+            }
+            if (item >= w.num_attention_items()) {
+                i++;
+                item = (task.first() + i) % kParts + kParts * w.warp;
+            }
+        }
         return chunk;
+    }
+
+    // The same without the wait: of programs that have more to do in the stage (prompt_attention.cuh).
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ void attend_items(Worker &w, const TaskView &task, float scale, uint32_t window,
+                                                        float eps) {
+        const uint32_t items = w.num_attention_items();
+#pragma unroll 1
+        for (uint32_t i = 0; i < task.count(); i++) {
+            const uint32_t number = task.first() + i;
+#pragma unroll 1
+            for (uint32_t item = number % kParts + kParts * w.warp; item < items; item += kParts * PERK_CONSUMER_WARPS)
+                attend_item<kQNorm, kKNorm>(w, task, number / kParts, item, scale, window, eps);
+        }
     }
 #endif
 
