@@ -5,8 +5,8 @@
 //   append   the step's keys and values go to their pages, for the steps after it: nobody in this step waits for that
 //
 // Keys and values lie in a KV page (kv_stream.cuh) as operands of mma are read, and the 16 positions that a warp takes
-// at a time are 4 KB in one piece of either (of 128 dimensions). They come through the weight ring, except in portable
-// programs and those that have tiles of prompts, which load them by themselves. A query tile is up to 8 rows (token,
+// at a time are 4 KB in one piece of either (of 128 dimensions). They come through the weight ring where the plan
+// says so (can_stream_kv in src/lower.c); other programs load them by themselves. A query tile is up to 8 rows (token,
 // query head of the group) that share the KV head, so grouped heads share one read of the cache.
 #pragma once
 

@@ -562,18 +562,17 @@ static bool divide_shared_memory(perk_lowering *l) {
     return plan->ring_slots >= RING_SLOTS_MIN;
 }
 
-/* Whether attention's reads of the cache go through the ring (kernels_src/kv_stream.cuh), which needs bulk copies and
- * room for a unit of every consumer warp. Tiles of prompts read the cache by themselves, and once for many queries. */
 static int kv_unit_bytes(const perk_plan *plan) { return 2 * PERK_KV_UNIT * plan->kv_head_dim * 2; }
 
+/* Whether attention's reads of the cache go through the ring (kernels_src/kv_stream.cuh), which needs bulk copies and
+ * room for a unit of every consumer warp. Tiles of prompts read the cache by themselves, and once for many queries. */
 static bool can_stream_kv(const perk_plan *plan) {
     int unit = kv_unit_bytes(plan);
     if (plan->attention_parts == 0 || plan->device.portable || plan->prompt_slice > 0 || unit > PERK_CHUNK_BYTES)
         return false;
     if (!strncmp(plan->device.arch, "sm_12", 5)) return false; /* spilled there: the compiler makes less of it */
-    if (plan->config.max_seq_length > UINT16_MAX * PERK_KV_UNIT)
-        return false;                    /* the producer counts units in 16 bits */
-    int units = PERK_CHUNK_BYTES / unit; /* of a chunk */
+    if (plan->config.max_seq_length > UINT16_MAX * PERK_KV_UNIT) return false; /* the producer counts in 16 bits */
+    int units = PERK_CHUNK_BYTES / unit;                                       /* of a chunk */
     return (PERK_CONSUMER_WARPS + units - 1) / units <= plan->ring_slots;
 }
 
