@@ -181,7 +181,7 @@ typedef struct perk_attention_item {
 
 /* Word offsets of the arrays, from the program's maxima. */
 typedef struct perk_batch_layout {
-    int32_t token_ids, positions, token_request, token_query_tile, logit_rows, page_table, query_tiles, attention_items,
+    int32_t token_ids, positions, token_request, token_query_tile, logit_rows, query_tiles, attention_items, page_table,
         words;
 } perk_batch_layout;
 

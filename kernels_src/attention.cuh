@@ -107,13 +107,19 @@ struct Attention {
         low = pack_bf16(a.x * rotation.x - b.x * rotation.y, a.y * rotation.z - b.y * rotation.w);
         high = pack_bf16(b.x * rotation.x + a.x * rotation.y, b.y * rotation.z + a.y * rotation.w);
     }
-    static __device__ __forceinline__ void turn(Vec16 &low, Vec16 &high, Vec16 low_gain, Vec16 high_gain, float scale,
-                                                const float2 *rotation) {
+    struct Angles {
+        float4 of[4]; // two dimensions each, of 8
+    };
+    static __device__ __forceinline__ Angles load_angles(const float2 *rotation) {
         const float4 *angles = reinterpret_cast<const float4 *>(rotation);
-        turn(low.x, high.x, low_gain.x, high_gain.x, scale, __ldg(angles));
-        turn(low.y, high.y, low_gain.y, high_gain.y, scale, __ldg(angles + 1));
-        turn(low.z, high.z, low_gain.z, high_gain.z, scale, __ldg(angles + 2));
-        turn(low.w, high.w, low_gain.w, high_gain.w, scale, __ldg(angles + 3));
+        return {{__ldg(angles), __ldg(angles + 1), __ldg(angles + 2), __ldg(angles + 3)}};
+    }
+    static __device__ __forceinline__ void turn(Vec16 &low, Vec16 &high, Vec16 low_gain, Vec16 high_gain, float scale,
+                                                const Angles &angles) {
+        turn(low.x, high.x, low_gain.x, high_gain.x, scale, angles.of[0]);
+        turn(low.y, high.y, low_gain.y, high_gain.y, scale, angles.of[1]);
+        turn(low.z, high.z, low_gain.z, high_gain.z, scale, angles.of[2]);
+        turn(low.w, high.w, low_gain.w, high_gain.w, scale, angles.of[3]);
     }
 
     static __device__ __forceinline__ Vec16 shuffle_two_on(Vec16 x) {
@@ -124,6 +130,13 @@ struct Attention {
         return {first ? a.x : b.x, first ? a.y : b.y, first ? a.z : b.z, first ? a.w : b.w};
     }
 
+    static __device__ __forceinline__ float norm_scale(const Vec16 (&x)[kDimBlocks], float eps) {
+        float sum = 0.0f;
+#pragma unroll
+        for (uint32_t d = 0; d < kDimBlocks; d++) sum += square_sum(x[d]);
+        return rsqrtf(quad_sum(sum) / kHeadDim + eps);
+    }
+
     // Norm (where there is a gain) and rotation, in fp32, rounded once. `rotation`: the row of the position.
     static __device__ __forceinline__ void turn_vector(const Worker &w, Vec16 (&x)[kDimBlocks], const uint16_t *gain,
                                                        const float2 *rotation, float eps) {
@@ -131,20 +144,23 @@ struct Attention {
         auto gain_at = [&](uint32_t dimension) {
             return gain ? load_constant16(gain + dimension) : Vec16{kOnes, kOnes, kOnes, kOnes};
         };
-        float scale = 1.0f;
-        if (gain) {
-            float sum = 0.0f;
-#pragma unroll
-            for (uint32_t d = 0; d < kDimBlocks; d++) sum += square_sum(x[d]);
-            scale = rsqrtf(quad_sum(sum) / kHeadDim + eps);
-        }
         if constexpr (kPairsInLane) {
+            constexpr uint32_t kPairs = kDimBlocks / 2;
+            Vec16 low_gains[kPairs], high_gains[kPairs];
+            Angles angles[kPairs];
 #pragma unroll
-            for (uint32_t d = 0; d < kDimBlocks / 2; d++) {
+            for (uint32_t d = 0; d < kPairs; d++) { // before x is looked at, which is on its way as well
                 const uint32_t i = d * 32 + w.lane % 4 * 8;
-                turn(x[d], x[d + kDimBlocks / 2], gain_at(i), gain_at(i + kHalf), scale, rotation + i);
+                low_gains[d] = gain_at(i);
+                high_gains[d] = gain_at(i + kHalf);
+                angles[d] = load_angles(rotation + i);
             }
+            const float scale = gain ? norm_scale(x, eps) : 1.0f;
+#pragma unroll
+            for (uint32_t d = 0; d < kPairs; d++)
+                turn(x[d], x[d + kPairs], low_gains[d], high_gains[d], scale, angles[d]);
         } else {
+            const float scale = gain ? norm_scale(x, eps) : 1.0f;
             // What block d is turned against lies two lanes on: for lanes 0 and 1 in block (d + kShift) % kDimBlocks,
             // for lanes 2 and 3 one further.
             constexpr uint32_t kShift = kHalfGroups / 4;
@@ -159,7 +175,7 @@ struct Attention {
                 Vec16 low = select(is_low, x[d], other), high = select(is_low, other, x[d]);
                 const Vec16 own_gain = gain_at(i), other_gain = gain_at(partner);
                 turn(low, high, select(is_low, own_gain, other_gain), select(is_low, other_gain, own_gain), scale,
-                     rotation + (is_low ? i : partner));
+                     load_angles(rotation + (is_low ? i : partner)));
                 turned[d] = select(is_low, low, high);
             }
 #pragma unroll
@@ -167,12 +183,17 @@ struct Attention {
         }
     }
 
+    static __device__ __forceinline__ void copy_vector(Vec16 (&to)[kDimBlocks], const Vec16 (&from)[kDimBlocks]) {
+#pragma unroll
+        for (uint32_t d = 0; d < kDimBlocks; d++) to[d] = from[d];
+    }
+
     // The lane's part of a query or key as the linear left it, and turned: ready to be multiplied.
     static __device__ __forceinline__ void load_vector(const Worker &w, const Source &source, uint32_t token,
                                                        uint32_t head, Vec16 (&x)[kDimBlocks]) {
+        const uint8_t *from = source.at(token, head, w.lane % 4 * 8);
 #pragma unroll
-        for (uint32_t d = 0; d < kDimBlocks; d++)
-            x[d] = load_coherent16(source.at(token, head, d * 32 + w.lane % 4 * 8));
+        for (uint32_t d = 0; d < kDimBlocks; d++) x[d] = load_coherent16(from + d * 64);
     }
     static __device__ __forceinline__ void load_turned(const Worker &w, const Source &source, uint32_t token,
                                                        uint32_t position, uint32_t head, const uint16_t *gain,
@@ -419,11 +440,11 @@ struct Attention {
             partial[g] = state.maximum;
             partial[PERK_QUERY_ROWS + g] = sum;
         }
-        float *out = partial + 2 * PERK_QUERY_ROWS;
+        float *out = partial + 2 * PERK_QUERY_ROWS + 2 * q * kHeadDim + g; // of the lane: the rest is constant
 #pragma unroll
         for (uint32_t d = 0; d < kDimTiles; d++)
 #pragma unroll
-            for (uint32_t c = 0; c < 4; c++) out[(2 * q + c % 2) * kHeadDim + d * 16 + c / 2 * 8 + g] = state.out[d][c];
+            for (uint32_t c = 0; c < 4; c++) out[c % 2 * kHeadDim + d * 16 + c / 2 * 8] = state.out[d][c];
     }
 
     static __device__ __forceinline__ Piece load_piece(const Worker &w, const TaskView &task, uint32_t head,
@@ -519,31 +540,59 @@ struct Attention {
     }
 
 #if PERK_STREAMS_KV
-    // Fresh keys and values are loaded together with the query.
+    // The query that the lane works on is turned, and, of a fresh piece, its keys, which were loaded together with it:
+    // their scores are left. One loop over all, since the code of a layer is to stay in the SM's instruction cache.
+    template <bool kQNorm, bool kKNorm>
+    static __device__ __forceinline__ void turn_item(const Worker &w, const TaskView &task, const Piece &p, Mask mask,
+                                                     float eps, Vec16 (&q)[kDimBlocks], Vec16 (&key)[kDimBlocks],
+                                                     float (&scores)[2][4]) {
+        const Source source = source_of<kQNorm, kKNorm>(w, task, eps);
+        const uint32_t key_tiles = !p.is_fresh() ? 0 : p.end - p.begin > 2 ? 2 : 1;
+        Vec16 x[kDimBlocks];
+        copy_vector(x, q);
+#pragma unroll 1
+        for (uint32_t i = 0; i <= key_tiles; i++) {
+            if (i == 1) copy_vector(x, key);
+            if (i == 2) load_fresh_key(w, p, source, 1, x);
+            const uint32_t position = i == 0 ? mask.limit : key_position(w, p, p.begin, i - 1);
+            const uint16_t *gain = i == 0 ? source.q_norm : source.k_norm;
+            if constexpr (kQNorm && kKNorm) assume(gain != nullptr);
+            turn_vector(w, x, gain, source.rope_at(position), source.eps);
+            if (i == 0) {
+                copy_vector(q, x);
+                continue;
+            }
+            float tile[4] = {};
+            score_tile(q, x, tile);
+#pragma unroll
+            for (uint32_t c = 0; c < 4; c++) {
+                scores[0][c] = i == 1 ? tile[c] : scores[0][c];
+                scores[1][c] = tile[c];
+            }
+        }
+    }
+
     template <bool kQNorm, bool kKNorm>
     static __device__ __forceinline__ void attend_item(Worker w, const TaskView &task, uint32_t head, uint32_t item,
                                                        KvRounds &rounds, float scale, uint32_t window, float eps) {
         w.forget_coordinates(); // addresses are made anew: kept over the wait or the loop, they would cost spills
         const Piece p = load_piece(w, task, head, item);
-        Vec16 q[kDimBlocks];
-        State state;
+        Vec16 q[kDimBlocks], key[kDimBlocks] = {};
+        uint2 v[kDimTiles][2];
+        float scores[2][4] = {};
         const Mask mask = load_query<kQNorm, kKNorm>(w, task, p, window, scale, q);
         if (p.is_fresh()) {
-            Unit unit;
             const Source source = source_of<kQNorm, kKNorm>(w, task, eps);
-            load_fresh_key(w, p, source, 0, unit.k[0]);
-            load_fresh_key(w, p, source, 1, unit.k[1]);
-            load_fresh_values(w, p, source, unit.v);
-            turn_query<kQNorm, kKNorm>(w, task, mask, eps, q);
-            turn_key(w, p, source, 0, unit.k[0]);
-            turn_key(w, p, source, 1, unit.k[1]);
-            state.clear(); // not before: it takes registers
-            attend_unit(w, state, q, p, unit, p.begin, mask);
-        } else {
-            turn_query<kQNorm, kKNorm>(w, task, mask, eps, q);
-            state.clear();
-            attend_streamed(w, state, q, p, rounds, mask);
+            load_fresh_key(w, p, source, 0, key);
+            load_fresh_values(w, p, source, v);
         }
+        turn_item<kQNorm, kKNorm>(w, task, p, mask, eps, q, key, scores);
+        State state;
+        state.clear(); // not before: it takes registers
+        if (p.is_fresh())
+            weigh_unit(w, state, scores, v, p.begin, p.end, mask.limit, mask.window, mask.scale);
+        else
+            attend_streamed(w, state, q, p, rounds, mask);
         store_partial(w, state, partial_of(w, task.operand(kPartials), head, item));
     }
 #else
@@ -677,26 +726,25 @@ struct Attention {
     // Adds the pieces begin, begin + step, ... (kMergeBatch of them at most) of the tile's row `row`.
     static __device__ __forceinline__ void merge_batch(const Worker &w, Merged &merged, const Pieces &pieces,
                                                        uint32_t row, uint32_t begin, uint32_t step) {
-        const uint32_t mine = begin + w.lane * step, end = pieces.count; // lane i knows piece i's maximum and sum
-        const bool inside = w.lane < kMergeBatch && mine < end;
-        const float *piece = pieces.at(mine);
-        const float maximum = inside ? __ldcg(piece + row) : -infinity();
-        const float sum = inside ? __ldcg(piece + PERK_QUERY_ROWS + row) : 0.0f;
+        const uint32_t last = pieces.count - 1;
+        const uint32_t mine = begin + w.lane * step; // lane i knows piece i's maximum and sum
+        const bool inside = w.lane < kMergeBatch && mine <= last;
+        const float *piece = pieces.at(inside ? mine : last) + row;
+        const float maximum = inside ? __ldcg(piece) : -infinity();
+        const float sum = inside ? __ldcg(piece + PERK_QUERY_ROWS) : 0.0f;
         float values[kMergeBatch][kLaneDims];
 #pragma unroll
-        for (uint32_t i = 0; i < kMergeBatch; i++)
+        for (uint32_t i = 0; i < kMergeBatch; i++) { // beyond the last, that one again: its weight is 0
+            const float *out = pieces.at(min(begin + i * step, last)) + 2 * PERK_QUERY_ROWS + row * kHeadDim + w.lane;
 #pragma unroll
-            for (uint32_t e = 0; e < kLaneDims; e++) {
-                const uint32_t item = begin + i * step;
-                const float *out = pieces.at(item) + 2 * PERK_QUERY_ROWS + row * kHeadDim;
-                values[i][e] = item < end ? __ldcg(out + w.lane + 32 * e) : 0.0f;
-            }
+            for (uint32_t e = 0; e < kLaneDims; e++) values[i][e] = __ldcg(out + 32 * e);
+        }
         merged.rescale(fmaxf(merged.maximum, warp_max(maximum)));
         const float weight = exp2_approx(maximum - reference_of(merged.maximum));
+        merged.sum += warp_sum(weight * sum);
 #pragma unroll
         for (uint32_t i = 0; i < kMergeBatch; i++) {
             const float item_weight = __shfl_sync(0xffffffffu, weight, i);
-            merged.sum += item_weight * __shfl_sync(0xffffffffu, sum, i);
 #pragma unroll
             for (uint32_t e = 0; e < kLaneDims; e++) merged.total[e] += item_weight * values[i][e];
         }
@@ -718,15 +766,19 @@ struct Attention {
         for (uint32_t e = 0; e < kLaneDims; e++) own[2 + w.lane + 32 * e] = merged.total[e];
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
         if (w.warp % kRowWarps != 0) return;
+        const float *piece = own + w.lane % kRowWarps * kFloats; // lane i knows the maximum and sum of warp i
+        const float maximum = piece[0];
+        merged.maximum = warp_max(maximum);
+        const float weight = exp2_approx(maximum - reference_of(merged.maximum));
+        merged.sum = warp_sum(w.lane < kRowWarps ? weight * piece[1] : 0.0f);
 #pragma unroll
-        for (uint32_t i = 1; i < kRowWarps; i++) {
-            const float *other = own + i * kFloats;
-            const float maximum = other[0];
-            merged.rescale(fmaxf(merged.maximum, maximum));
-            const float weight = exp2_approx(maximum - reference_of(merged.maximum));
-            merged.sum += weight * other[1];
+        for (uint32_t e = 0; e < kLaneDims; e++) merged.total[e] = 0.0f;
 #pragma unroll
-            for (uint32_t e = 0; e < kLaneDims; e++) merged.total[e] += weight * other[2 + w.lane + 32 * e];
+        for (uint32_t i = 0; i < kRowWarps; i++) {
+            const float warp_weight = __shfl_sync(0xffffffffu, weight, i);
+#pragma unroll
+            for (uint32_t e = 0; e < kLaneDims; e++)
+                merged.total[e] += warp_weight * own[i * kFloats + 2 + w.lane + 32 * e];
         }
     }
 
@@ -826,9 +878,9 @@ struct Attention {
             const uint32_t request = w.batch_word(program::batch_token_request + token);
             targets[t] = Cache::kv_page(w, layer, Cache::page_of(w, request, position), head) +
                          Cache::value_offset(position, w.lane);
+            const uint8_t *from = source.at(token, kHeads + kKvHeads + head, w.lane);
 #pragma unroll
-            for (uint32_t i = 0; i < kLaneValues; i++)
-                values[t][i] = load_coherent2(source.at(token, kHeads + kKvHeads + head, w.lane + i * 32));
+            for (uint32_t i = 0; i < kLaneValues; i++) values[t][i] = load_coherent2(from + i * 64);
         }
 #pragma unroll
         for (uint32_t t = 0; t < kValueTokens; t++) {

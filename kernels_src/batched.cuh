@@ -159,7 +159,9 @@ struct BatchedLinear {
 
     // ---- the task ----
 
-    // What is added to the lane's outputs of a cell: two pairs.
+    // What is added to the lane's outputs of a cell: two pairs. It is in flight while the products are made, but for 64
+    // tokens, of which sums and operands take all registers.
+    static constexpr bool kResidualsEarly = kGroups < 8;
     struct Residual {
         uint32_t low, high;
     };
@@ -180,18 +182,33 @@ struct BatchedLinear {
         }
     }
 
-    // `tiles` of them from the worker's `first` on.
-    static __device__ __forceinline__ uint32_t run_pass(Worker &w, const TaskView &task, uint32_t first, uint32_t tiles,
-                                                        const Finish &f, uint32_t chunk) {
-        Residual residuals[kWarpCells]; // early: in flight while the products are made
+    // Made where it is needed: kept while the products are made, it would cost spills.
+    static __device__ __forceinline__ Finish finish_of(const Worker &w, const TaskView &task) {
+        return {w.args.activations + task.operand(kResidual), w.args.constants + task.operand(kBias),
+                w.args.activations + task.operand(kOutput), row_count<kRowsOf>(w),
+                w.args.activations + task.operand(kCandidates)};
+    }
+
+    static __device__ __forceinline__ void load_residuals(const Worker &w, const TaskView &task, uint32_t first,
+                                                          uint32_t tiles, Residual (&residuals)[kWarpCells]) {
+        const Finish f = finish_of(w, task);
 #pragma unroll
         for (uint32_t i = 0; i < kWarpCells; i++) {
             const Cell cell = cell_of(w, i * kRoundSets + w.warp / kRoundGroups);
             const Outputs outputs(w, f, tile_of(task, first, cell), cell.tile < tiles, cell.group * 8);
             residuals[i] = {outputs.low.load_residual(0), outputs.high.load_residual(0)};
         }
+    }
+
+    // `tiles` of them from the worker's `first` on.
+    static __device__ __forceinline__ uint32_t run_pass(Worker &w, const TaskView &task, uint32_t first, uint32_t tiles,
+                                                        uint32_t chunk) {
+        Residual residuals[kWarpCells];
+        if constexpr (kResidualsEarly) load_residuals(w, task, first, tiles, residuals);
         Sums sums = {};
         chunk = multiply(w, tiles, chunk, sums);
+        if constexpr (!kResidualsEarly) load_residuals(w, task, first, tiles, residuals);
+        const Finish f = finish_of(w, task);
 #pragma unroll
         for (uint32_t round = 0; round < kTogether * kTileRounds; round++) {
             if (round >= tiles * kTileRounds) break;
@@ -208,15 +225,11 @@ struct BatchedLinear {
     }
 
     static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk) {
-        const Finish f{w.args.activations + task.operand(kResidual), w.args.constants + task.operand(kBias),
-                       w.args.activations + task.operand(kOutput), row_count<kRowsOf>(w),
-                       w.args.activations + task.operand(kCandidates)};
-        const uint32_t count = task.count();
         await_inputs(w, task);
         if (has_no_rows<kRowsOf>(w)) return chunk;
 #pragma unroll 1
-        for (uint32_t first = 0; first < count; first += kTogether)
-            chunk = run_pass(w, task, first, min(kTogether, count - first), f, chunk);
+        for (uint32_t first = 0; first < task.count(); first += kTogether)
+            chunk = run_pass(w, task, first, min(kTogether, task.count() - first), chunk);
         return chunk;
     }
 };

@@ -27,7 +27,7 @@ struct KvCache {
     }
     static __device__ __forceinline__ uint32_t page_of(const Worker &w, uint32_t request, uint32_t position) {
         const uint32_t entry = request * program::pages_per_request + position / program::page_size;
-        return w.batch_word(program::batch_page_table + entry);
+        return w.page_word(entry);
     }
     // In a page, in bytes: the values of the position and the next ones of its block.
     static __device__ __forceinline__ uint32_t value_offset(uint32_t position, uint32_t dimension) {

@@ -112,6 +112,7 @@ struct Linear {
     static __device__ __forceinline__ void stage_input(const Worker &w, const uint8_t *x, const Gains &gains,
                                                        uint32_t rows) {
         constexpr uint32_t kGroup = kLanePieces >= 8 ? 1 : (8 / kLanePieces < kMost ? 8 / kLanePieces : kMost);
+        constexpr uint32_t kSums = kGroup > 4 ? 8 : kGroup > 2 ? 4 : kGroup; // of squares, a power of two
         const uint32_t base = w.staging() + w.warp * kWarpBlocks * rows * 64;
 #pragma unroll 1
         for (uint32_t first = 0; first < rows; first += kGroup) {
@@ -126,22 +127,25 @@ struct Linear {
                     values[r][p] = inside ? load_coherent16(x + (uint64_t(first + r) * kInStride + column) * 2)
                                           : Vec16{0, 0, 0, 0};
                 }
+            float square_sum[kSums] = {};
 #pragma unroll
             for (uint32_t r = 0; r < kGroup; r++) {
                 if (first + r >= rows) break;
-                float square_sum = 0.0f;
 #pragma unroll
                 for (uint32_t p = 0; p < kLanePieces; p++) {
                     const uint32_t piece = w.lane + 32 * p, kb = piece / 4 * PERK_CONSUMER_WARPS + w.warp;
                     if (kb >= kBlocks) continue;
                     Vec16 value = values[r][p];
-                    if constexpr (kFoldedNorm) value = apply_gain(value, gains.of[p], square_sum);
+                    if constexpr (kFoldedNorm) value = apply_gain(value, gains.of[p], square_sum[r]);
                     store_shared16(base + (piece / 4 * rows + first + r) * 64 + piece % 4 * 16, value);
                 }
-                if constexpr (kFoldedNorm) {
-                    square_sum = warp_sum(square_sum);
-                    if (w.lane == 0) square_sums(w)[w.warp * kMaxRows + first + r] = square_sum;
-                }
+            }
+            if constexpr (kFoldedNorm) {
+                constexpr uint32_t kLanes = 32 / kSums; // have the sum of the same row
+                const uint32_t r = w.lane / kLanes;
+                const float sum = warp_sums(w.lane, square_sum);
+                if (w.lane % kLanes == 0 && r < kGroup && first + r < rows)
+                    square_sums(w)[w.warp * kMaxRows + first + r] = sum;
             }
         }
         __syncwarp();

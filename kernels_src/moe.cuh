@@ -264,6 +264,8 @@ struct ExpertLinear {
     static constexpr uint32_t kTotals = kShared + StepHits::kBytes, kBytes = kTotals + R::kTokens * PERK_TILE_ROWS * 4;
     static_assert(kBytes <= program::reduction_bytes, "the plan gave this stage too little scratch");
     static_assert(!kFromPairs || !kFoldedNorm, "a norm is of tokens");
+    static constexpr uint32_t kMaxInputRows = kFromPairs ? R::kMaxPairs : R::kTokens;
+    static constexpr bool kAlwaysStaged = Product::staged_bytes(kMaxInputRows) <= program::staging_bytes;
 
     // Of the tile that is being summed up: outputs of each token, fp32.
     static __device__ __forceinline__ uint32_t total(const Worker &w, uint32_t token, uint32_t output) {
@@ -444,15 +446,14 @@ struct ExpertLinear {
                 store_shared4(total(w, 0, i), 0);
         await_inputs(w, task);
         hits.begin_fetch(w, routing); // under way while rows are staged
-        const bool is_staged = Product::staged_bytes(work.x_rows) <= program::staging_bytes;
-        if (is_staged)
-            Product::template stage_input<kFromPairs ? R::kMaxPairs : R::kTokens>(w, work.x, gains, work.x_rows);
+        const bool is_staged = kAlwaysStaged || Product::staged_bytes(work.x_rows) <= program::staging_bytes;
+        if (is_staged) Product::template stage_input<kMaxInputRows>(w, work.x, gains, work.x_rows);
         hits.finish_fetch(w);
         if constexpr (!R::kIsOwn) named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
         work.hit_count = hits.count();
         if (work.hit_count == 0 || (!kSums && work.first >= work.hit_count * kUnitTiles)) return take_empty(w, chunk);
         if (is_staged) return run_work<StagedRows>(w, work, chunk);
-        if constexpr (!kFoldedNorm) return run_work<DirectRows>(w, work, chunk);
+        if constexpr (!kAlwaysStaged && !kFoldedNorm) return run_work<DirectRows>(w, work, chunk);
         return chunk;
     }
 };

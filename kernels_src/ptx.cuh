@@ -178,6 +178,9 @@ __device__ __forceinline__ void store_release_system(uint32_t *pointer, uint32_t
 __device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
+// Tells the compiler what it cannot know.
+__device__ __forceinline__ void assume(bool is_so) { __builtin_assume(is_so); }
+
 // About so long, at most twice that.
 __device__ __forceinline__ void pause(uint32_t nanoseconds) {
     asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds) : "memory");
@@ -344,6 +347,10 @@ __device__ __forceinline__ void copy_bulk_once(uint32_t shared, const void *glob
         "policy;\n\t}" ::"r"(shared),
         "l"(global), "r"(bytes), "r"(barrier)
         : "memory");
+}
+// Brings `bytes` (of 16) from memory to L2.
+__device__ __forceinline__ void bring_to_l2(const void *global, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 // What others wrote, and this thread has acquired, is there for its copies from here on.
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }

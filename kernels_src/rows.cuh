@@ -73,6 +73,26 @@ __device__ __forceinline__ float warp_sum(float value) {
     return value;
 }
 
+// The same of kCount values at once, a power of two: lane l has the sum of value l / (32 / kCount). In every step but
+// the last ones a lane hands over half of the sums that it has, and keeps the others, so that few are left to be
+// exchanged.
+template <uint32_t kCount>
+__device__ __forceinline__ float warp_sums(uint32_t lane, float (&values)[kCount]) {
+    uint32_t offset = 16;
+#pragma unroll
+    for (uint32_t kept = kCount / 2; kept > 0; kept /= 2, offset /= 2)
+#pragma unroll
+        for (uint32_t i = 0; i < kept; i++) {
+            const bool keeps_upper = (lane & offset) != 0;
+            const float own = keeps_upper ? values[kept + i] : values[i],
+                        other = keeps_upper ? values[i] : values[kept + i];
+            values[i] = own + __shfl_xor_sync(0xffffffffu, other, offset);
+        }
+#pragma unroll
+    for (; offset > 0; offset /= 2) values[0] += __shfl_xor_sync(0xffffffffu, values[0], offset);
+    return values[0];
+}
+
 // Sum over the block's consumers, in every thread; the order of additions is fixed. Uses the reduction scratch: a
 // barrier must lie between two calls.
 __device__ __forceinline__ float block_sum(const Worker &w, float value) {

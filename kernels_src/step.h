@@ -99,17 +99,22 @@ PERK_SHARED_CODE int32_t perk_cut_bound(int64_t positions, int64_t items, int32_
     return units < 1 ? 1 : units < high ? (int32_t)units : high;
 }
 
-/* Pieces that would be no longer than so many units are cut for all warps, whatever it costs to put them together. */
+/* Pieces that would be no longer than so many units are cut for all warps, whatever it costs to put them together; but
+ * for those warps that what the step adds is for: two items one after the other take longer than a long one. */
 enum { PERK_CUT_SHORT_UNITS = 4 };
 
 /* The shortest pieces of the cache, in KV units, that give no more items than there are to be, or one for each tile.
  * The sum of the lengths bounds the answer closely from both sides: for a lone request there is nothing left to search.
  */
 PERK_SHARED_CODE int32_t perk_cut_choose_piece(const perk_attention_cut *cut) {
-    int64_t cached = 0, most;
-    for (int32_t i = 0; i < cut->tile_count; i++)
+    int64_t cached = 0, fresh = 0, most;
+    for (int32_t i = 0; i < cut->tile_count; i++) {
         if (cut->tiles[i].first_fresh_item >= 0) cached += cut->tiles[i].fresh_position;
-    most = cached <= cut->pieces * (PERK_CUT_SHORT_UNITS * (int64_t)PERK_KV_UNIT) ? cut->warps : cut->pieces;
+        fresh += perk_query_tile_fresh_items(&cut->tiles[i]);
+    }
+    most = cached <= cut->pieces * (PERK_CUT_SHORT_UNITS * (int64_t)PERK_KV_UNIT)
+               ? perk_greater(cut->warps - (int32_t)fresh, cut->pieces)
+               : cut->pieces;
     if (most < cut->tile_count) most = cut->tile_count;
     int32_t high = perk_pieces(cut->max_positions, PERK_KV_UNIT);
     int32_t low = perk_cut_bound(cached, most, high);

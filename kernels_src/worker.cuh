@@ -49,6 +49,7 @@ static_assert(!kIsBatched || program::input_slots % PERK_CONSUMER_WARPS == 0, "a
 #else
 constexpr bool kIsBatched = false;
 #endif
+constexpr bool kReadsOnce = program::max_tokens <= PERK_BATCHED_TOKENS; // a step reads no weight twice
 static_assert(SharedMap::bytes <= program::shared_bytes, "the plan and the kernel disagree about shared memory");
 
 struct Worker {
@@ -114,7 +115,16 @@ struct Worker {
     // A word of the step's batch. It lies in shared memory unless it is too large: tokens, positions, pages and items
     // stand at the head of chains of loads, and every one of them would be a trip to L2.
     __device__ __forceinline__ uint32_t batch_word(uint32_t index) const {
-        if constexpr (program::batch_shared_bytes > 0)
+        return batch_word<(program::batch_shared_bytes > 0)>(index);
+    }
+    // The same of its page table, which comes last and may be left out there.
+    __device__ __forceinline__ uint32_t page_word(uint32_t entry) const {
+        constexpr bool kIsShared = program::batch_shared_bytes > program::batch_page_table * 4;
+        return batch_word<kIsShared>(program::batch_page_table + entry);
+    }
+    template <bool kIsShared>
+    __device__ __forceinline__ uint32_t batch_word(uint32_t index) const {
+        if constexpr (kIsShared)
             return load_shared4(shared + SharedMap::batch + index * 4);
         else if constexpr (program::many_steps)
             return load_coherent4(args.batch + index);
@@ -342,8 +352,8 @@ __device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk) {
     await_flight(w, chunk);
 }
 
-// Starts the copy of one chunk; kOnce: of what no step reads for certain.
-template <bool kOnce = false>
+// Starts the copy of one chunk. Where a step reads every weight once, weights leave L2 first: what is small and read in
+// every layer or step stays there (records, gains, rotations, code).
 __device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, const uint8_t *source, uint32_t bytes) {
     await_room(w, chunk);
 #if PERK_PORTABLE
@@ -353,7 +363,7 @@ __device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, cons
 #else
     if (w.lane == 0) {
         mbarrier_arrive_expect(w.full_barrier(chunk), bytes);
-        if constexpr (kOnce)
+        if constexpr (kReadsOnce)
             copy_bulk_once(w.ring_slot(chunk), source, bytes, w.full_barrier(chunk));
         else
             copy_bulk(w.ring_slot(chunk), source, bytes, w.full_barrier(chunk));
@@ -420,19 +430,29 @@ __device__ __forceinline__ StreamTask load_stream_task(const Worker &w, uint32_t
     return task;
 }
 
+// Where a chunk of one stage is: block `block` of the worker's tile of round `round`, in memory beside the same chunk
+// of the other workers' tiles of that round.
+struct ChunkSource {
+    const uint8_t *at;
+    uint32_t bytes;
+
+    __device__ __forceinline__ ChunkSource(const Worker &w, const StreamTask &task, uint32_t round, uint32_t block) {
+        const uint32_t before = round * task.workers, width = min(task.workers, task.tiles - before);
+        bytes = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
+        at =
+            w.args.weights +
+            (uint64_t(task.base) + uint64_t(before) * task.blocks + uint64_t(width) * block) * PERK_WEIGHT_BLOCK_BYTES +
+            uint64_t(task.lane_in_round) * bytes;
+    }
+};
+
 // Streams this worker's chunks of one stage: its tiles round by round, the workers' chunks side by side in memory.
 __device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
-    const uint8_t *round_base = w.args.weights + uint64_t(task.base) * PERK_WEIGHT_BLOCK_BYTES;
-    for (uint32_t round = 0; round < task.rounds; round++) {
-        const uint32_t width = min(task.workers, task.tiles - round * task.workers);
+    for (uint32_t round = 0; round < task.rounds; round++)
         for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++) {
-            const uint32_t bytes = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
-            const uint64_t offset =
-                uint64_t(width) * block * PERK_WEIGHT_BLOCK_BYTES + uint64_t(task.lane_in_round) * bytes;
-            push_chunk(w, chunk, round_base + offset, bytes);
+            const ChunkSource source(w, task, round, block);
+            push_chunk(w, chunk, source.at, source.bytes);
         }
-        round_base += uint64_t(width) * task.blocks * PERK_WEIGHT_BLOCK_BYTES;
-    }
     return chunk;
 }
 
@@ -440,9 +460,34 @@ __device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTas
 __device__ __forceinline__ uint32_t push_tile(const Worker &w, const StreamTask &task, uint32_t tile, uint32_t chunk) {
     const uint8_t *source = w.args.weights + (task.base + uint64_t(tile) * task.blocks) * PERK_WEIGHT_BLOCK_BYTES;
     for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++)
-        push_chunk<true>(w, chunk, source + block * PERK_WEIGHT_BLOCK_BYTES,
-                         min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES);
+        push_chunk(w, chunk, source + block * PERK_WEIGHT_BLOCK_BYTES,
+                   min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES);
     return chunk;
+}
+
+// While nobody knows yet which experts come next, memory has nothing to bring. So the first chunks of the linear after
+// them, as many as the ring has slots, come to L2 meanwhile; not before the consumers are half a ring behind, which is
+// in the output projection: attention's loads have the bandwidth before. A lane a chunk.
+__device__ __forceinline__ void bring_next_linear(const Worker &w, uint32_t chunk) {
+#if !PERK_PORTABLE
+    constexpr uint32_t kChunks = program::ring_slots < 32 ? program::ring_slots : 32, kBehind = program::ring_slots / 2;
+    if (chunk >= kBehind) {
+        const uint32_t old = chunk - kBehind;
+        wait_slot<true>(w, w.empty_barrier(old), old / program::ring_slots & 1, PERK_ROLE_RING_EMPTY, old);
+    }
+    for (uint32_t position = w.position + 1; __ldg(&record_at(w, position)->kind) != PERK_TASK_END; position++) {
+        const StreamTask task = load_stream_task(w, position);
+        if (task.tiles == 0 || __ldg(&record_at(w, position)->routing_experts) != 0) continue;
+        const uint32_t tile_chunks = (task.blocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS;
+        const uint32_t round = w.lane / tile_chunks;
+        if (w.lane < kChunks && round < task.rounds) {
+            const ChunkSource source(w, task, round, w.lane % tile_chunks * PERK_CHUNK_BLOCKS);
+            bring_to_l2(source.at, source.bytes);
+        }
+        break;
+    }
+    __syncwarp();
+#endif
 }
 
 // What the producer needs of the record of a stage over experts, beside that.
@@ -487,6 +532,7 @@ __device__ __forceinline__ uint32_t find_tile(const Worker &w, const RoutedTask 
 // bytes: its end then says that the producer has read the routing.
 __device__ __forceinline__ uint32_t stream_experts(const Worker &w, const StreamTask &task, uint32_t chunk) {
     await_begin(w, chunk);
+    if ((__ldg(&record_at(w, w.position)->routing_experts) & PERK_ROUTING_OF_TILES) == 0) bring_next_linear(w, chunk);
     const RoutedTask r = await_routing(w, task);
     uint32_t mine = 0;
     for (uint32_t i = 0; i < r.count; i++) {
@@ -530,6 +576,7 @@ __device__ __forceinline__ void pick_experts(const Worker &w, OwnExperts &own) {
 __device__ __forceinline__ uint32_t stream_own_experts(const Worker &w, const StreamTask &task, bool of_tiles,
                                                        uint32_t chunk, OwnExperts &own) {
     await_begin(w, chunk);
+    if (!of_tiles) bring_next_linear(w, chunk);
     pick_experts(w, own);
     const uint32_t count = of_tiles ? task.rounds * kOwnSlots : task.rounds;
     for (uint32_t i = 0; i < count; i++) {

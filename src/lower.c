@@ -473,9 +473,9 @@ perk_batch_layout perk_plan_batch_layout(const perk_plan *plan) {
         {&layout.token_request, c->max_num_batched_tokens},
         {&layout.token_query_tile, c->max_num_batched_tokens},
         {&layout.logit_rows, c->max_num_logit_rows},
-        {&layout.page_table, (int64_t)c->max_num_batched_requests * perk_plan_pages_per_request(c)},
         {&layout.query_tiles, (int64_t)plan->max_query_tiles * (int64_t)(sizeof(perk_query_tile) / 4)},
         {&layout.attention_items, (int64_t)plan->max_attention_items * (int64_t)(sizeof(perk_attention_item) / 4)},
+        {&layout.page_table, (int64_t)c->max_num_batched_requests * perk_plan_pages_per_request(c)}, /* may be long */
     };
     for (size_t i = 0; i < PERK_COUNT(arrays); i++) {
         *arrays[i].place = next;
@@ -486,8 +486,10 @@ perk_batch_layout perk_plan_batch_layout(const perk_plan *plan) {
 }
 
 int perk_plan_batch_shared_bytes(const perk_plan *plan) {
-    int bytes = perk_plan_batch_layout(plan).words * 4;
-    return bytes <= PERK_BATCH_SHARED_MAX ? (int)perk_round_up((uint64_t)bytes, 16) : 0;
+    perk_batch_layout layout = perk_plan_batch_layout(plan);
+    if (layout.words * 4 <= PERK_BATCH_SHARED_MAX) return layout.words * 4;
+    /* Without the page table. Where slices of inputs are, too, it would take the place of weights. */
+    return plan->wide_tokens == 0 && layout.page_table * 4 <= PERK_BATCH_SHARED_MAX ? layout.page_table * 4 : 0;
 }
 
 /* ---- shared memory ---- */

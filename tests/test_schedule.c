@@ -592,9 +592,12 @@ static void test_pool(void) {
 /* As simple as can be: lengthen the pieces until there are few enough. */
 static int32_t expected_piece(const perk_attention_cut *cut) {
     int64_t cached = 0;
-    for (int32_t i = 0; i < cut->tile_count; i++)
+    int64_t most = cut->warps; /* but those that have what the step adds */
+    for (int32_t i = 0; i < cut->tile_count; i++) {
         if (cut->tiles[i].first_fresh_item >= 0) cached += cut->tiles[i].fresh_position;
-    int64_t most = cached > 4 * PERK_KV_UNIT * cut->pieces ? cut->pieces : cut->warps;
+        most -= perk_query_tile_fresh_items(&cut->tiles[i]);
+    }
+    if (cached > 4 * PERK_KV_UNIT * cut->pieces || most < cut->pieces) most = cut->pieces;
     for (int32_t units = 1;; units++) {
         int64_t items = 0;
         for (int32_t i = 0; i < cut->tile_count; i++)

@@ -194,6 +194,14 @@ static inline void copy_bulk(uint32_t shared, const void *global, uint32_t bytes
 static inline void copy_bulk_once(uint32_t shared, const void *global, uint32_t bytes, uint32_t address) {
     copy_bulk(shared, global, bytes, address);
 }
+static inline void assume(bool is_so) {
+    if (!is_so) fail("what the compiler was told is not so");
+}
+static inline void bring_to_l2(const void *global, uint32_t bytes) { // nothing but that it is there
+    if (bytes == 0 || bytes % 16 != 0) fail("L2 is brought multiples of 16 bytes");
+    const volatile uint8_t *memory = static_cast<const uint8_t *>(global);
+    (void)memory[0], (void)memory[bytes - 1];
+}
 #endif
 static inline void fence_mbarrier_init() {}
 static inline void fence_copies() {}
