@@ -4,7 +4,7 @@
     perk profile --model bench/configs/qwen3-8b --random-weights | bench/stages.py > bench/results/stages-8b.json
 
 Several tables may follow each other. Times are microseconds; chain: from the end of the stages before to the end of the
-stage; run, longest, wait: of a task. Exit codes: 0 a table was found, 1 none was.
+stage; run, longest, wait: of a task; of a linear also the parts of run. Exit codes: 0 a table was found, 1 none was.
 """
 import datetime
 import json
@@ -12,10 +12,10 @@ import pathlib
 import re
 import sys
 
-COLUMNS = ["stage", "count", "in_all", "chain", "expected", "run", "longest", "wait"]
+COLUMNS = ["stage", "count", "in_all", "chain", "expected", "run", "longest", "wait", "read", "multiply", "share", "finish"]
 HEAD = re.compile(r"^(\S+)  batch (\d+)  context (\d+)  (.+?)(  portable)?$")
 STEP = re.compile(r"^  step, profiled +([\d.]+) ms")
-ROW = re.compile(r"^  (\S.*?) +(\d+)((?: +-?[\d.]+){6})$")
+ROW = re.compile(r"^  (\S.*?) +(\d+)((?: +-?[\d.]+){6}(?:(?: +-?[\d.]+){4})?)$")
 
 
 def read(lines):

@@ -204,8 +204,17 @@ enum {
     PERK_ROLE_DRAWN = 8, /* counter: 0; seen, wanted: rows that others draw */
 };
 
-/* ---- profiling: when a worker reached a task, had what it waited for, and had signalled ---- */
-enum { PERK_STAMP_REACHED, PERK_STAMP_READY, PERK_STAMP_DONE, PERK_STAMPS };
+/* ---- profiling: when a worker reached a task, had what it waited for, and had signalled. Of a linear also when its
+ * first warp had read its input, had multiplied the last tile, and had that tile's sums of all warps; else 0. ---- */
+enum {
+    PERK_STAMP_REACHED,
+    PERK_STAMP_READY,
+    PERK_STAMP_READ,
+    PERK_STAMP_MULTIPLIED,
+    PERK_STAMP_SHARED,
+    PERK_STAMP_DONE,
+    PERK_STAMPS
+};
 
 /* ---- many steps of one launch: mail.h has the types ---- */
 struct perk_post;

@@ -207,6 +207,7 @@ struct BatchedLinear {
         if constexpr (kResidualsEarly) load_residuals(w, task, first, tiles, residuals);
         Sums sums = {};
         chunk = multiply(w, tiles, chunk, sums);
+        stamp(w, PERK_STAMP_MULTIPLIED);
         if constexpr (!kResidualsEarly) load_residuals(w, task, first, tiles, residuals);
         const Finish f = finish_of(w, task);
 #pragma unroll
@@ -215,6 +216,7 @@ struct BatchedLinear {
             named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // what was shared before is read
             share_sums(w, round, sums);
             named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+            stamp(w, PERK_STAMP_SHARED);
             if (w.warp / kRoundGroups != round % kRoundSets) continue;
             const Cell cell = cell_of(w, round);
             float sum[4] = {};
@@ -227,6 +229,7 @@ struct BatchedLinear {
     static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk) {
         await_inputs(w, task);
         if (has_no_rows<kRowsOf>(w)) return chunk;
+        stamp(w, PERK_STAMP_READ); // slices of x come while products are made
 #pragma unroll 1
         for (uint32_t first = 0; first < task.count(); first += kTogether)
             chunk = run_pass(w, task, first, min(kTogether, task.count() - first), chunk);

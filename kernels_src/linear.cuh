@@ -224,6 +224,7 @@ struct Linear {
                     load_operands(w, input, rows, group + kAhead, operands[(i + kAhead) % (kAhead + 1)]);
                 multiply_group(w, operands[i], rows, group, chunk + group / kChunkGroups, sums);
             }
+        stamp(w, PERK_STAMP_MULTIPLIED);
         return chunk + kChunks;
     }
 
@@ -345,6 +346,7 @@ struct Linear {
                                {__float_as_uint(sums[n][0]), __float_as_uint(sums[n][1]), __float_as_uint(sums[n][2]),
                                 __float_as_uint(sums[n][3])});
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+        stamp(w, PERK_STAMP_SHARED);
     }
 
     // ---- the task ----
@@ -356,6 +358,7 @@ struct Linear {
     template <class Input>
     static __device__ __forceinline__ uint32_t run_tiles(const Worker &w, const Tiles &tiles, const Input &input,
                                                          const Finish &f, uint32_t rows, uint32_t chunk, float eps) {
+        stamp(w, PERK_STAMP_READ);
 #pragma unroll 1
         for (uint32_t i = 0; i < tiles.count; i++) {
             const uint32_t tile = tiles.first + i * tiles.stride, buffer = i % kBuffers;

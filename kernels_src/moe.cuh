@@ -450,6 +450,7 @@ struct ExpertLinear {
         if (is_staged) Product::template stage_input<kMaxInputRows>(w, work.x, gains, work.x_rows);
         hits.finish_fetch(w);
         if constexpr (!R::kIsOwn) named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
+        stamp(w, PERK_STAMP_READ);
         work.hit_count = hits.count();
         if (work.hit_count == 0 || (!kSums && work.first >= work.hit_count * kUnitTiles)) return take_empty(w, chunk);
         if (is_staged) return run_work<StagedRows>(w, work, chunk);

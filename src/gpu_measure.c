@@ -316,7 +316,7 @@ perk_status perk_gpu_bus_speed(perk_executor *executor, double *bytes_per_second
     return status;
 }
 
-/* ---- a profiled program's stamps ---- */
+/* ---- contexts longer than what is worth filling ---- */
 
 perk_status perk_gpu_copy_pages(perk_executor *executor, int32_t from, int32_t to, int32_t count, perk_error *err) {
     perk_gpu *gpu = (perk_gpu *)executor;
@@ -333,6 +333,8 @@ perk_status perk_gpu_copy_pages(perk_executor *executor, int32_t from, int32_t t
     perk_gpu_leave(gpu);
     return status;
 }
+
+/* ---- a profiled program's stamps ---- */
 
 perk_status perk_gpu_task_times(perk_executor *executor, perk_task_time *times, perk_error *err) {
     perk_gpu *gpu = gpu_of(executor);

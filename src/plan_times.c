@@ -12,6 +12,15 @@ uint64_t perk_plan_step_ns(const perk_plan *plan, const perk_task_time *tasks) {
     return last - perk_plan_first_ns(plan, tasks);
 }
 
+static double mean_us(uint64_t begin, uint64_t end, int tasks) { return (double)(end - begin) * 1e-3 / tasks; }
+
+static void add_parts(const uint64_t *ns, int tasks, perk_stage_time *stage) {
+    stage->read += mean_us(ns[PERK_STAMP_READY], ns[PERK_STAMP_READ], tasks);
+    stage->multiply += mean_us(ns[PERK_STAMP_READ], ns[PERK_STAMP_MULTIPLIED], tasks);
+    stage->share += mean_us(ns[PERK_STAMP_MULTIPLIED], ns[PERK_STAMP_SHARED], tasks);
+    stage->finish += mean_us(ns[PERK_STAMP_SHARED], ns[PERK_STAMP_DONE], tasks);
+}
+
 perk_status perk_plan_stage_times(const perk_plan *plan, const perk_task_time *tasks, perk_stage_time *stages,
                                   perk_error *err) {
     uint64_t end = perk_plan_first_ns(plan, tasks);
@@ -24,6 +33,7 @@ perk_status perk_plan_stage_times(const perk_plan *plan, const perk_task_time *t
         double run = (double)(ns[PERK_STAMP_DONE] - ns[PERK_STAMP_READY]) * 1e-3;
         stages[s].run += run / plan->stages[s].task_count;
         stages[s].worst = PERK_MAX(stages[s].worst, run);
+        if (ns[PERK_STAMP_SHARED] > ns[PERK_STAMP_READY]) add_parts(ns, plan->stages[s].task_count, &stages[s]);
         stages[s].wait += (double)(ns[PERK_STAMP_READY] - ns[PERK_STAMP_REACHED]) * 1e-3 / plan->stages[s].task_count;
         last[s] = PERK_MAX(last[s], ns[PERK_STAMP_DONE]);
     }

@@ -195,13 +195,14 @@ static void check_tasks(const perk_plan *plan, const json_t *tasks) {
 
 /* The differences add up to the times, in whole nanoseconds since the step's first moment. */
 static void check_stamps(const perk_plan *plan, const json_t *ns, const perk_task_time *times) {
+    static const int drawn[] = {PERK_STAMP_REACHED, PERK_STAMP_READY, PERK_STAMP_DONE};
     uint64_t first = perk_plan_first_ns(plan, times);
     CHECK((int)json_array_size(ns) == 3 * plan->task_count);
     for (int w = 0; w < plan->device.worker_count; w++) {
         json_int_t now = 0;
         for (int i = plan->worker_begin[w]; i < plan->worker_begin[w + 1]; i++)
-            for (int k = 0; k < PERK_STAMPS; k++)
-                CHECK((now += at(ns, 3 * i + k)) == (json_int_t)(times[i].ns[k] - first), "task %d", i);
+            for (int k = 0; k < 3; k++)
+                CHECK((now += at(ns, 3 * i + k)) == (json_int_t)(times[i].ns[drawn[k]] - first), "task %d", i);
     }
 }
 

@@ -76,6 +76,10 @@ static void add_time(perk_stage_time *sum, const perk_stage_time *time) {
     sum->run += time->run;
     sum->worst += time->worst;
     sum->wait += time->wait;
+    sum->read += time->read;
+    sum->multiply += time->multiply;
+    sum->share += time->share;
+    sum->finish += time->finish;
 }
 
 /* The row that begins with `stage`; its count is 0 when the stage belongs to the row of an earlier layer. */
@@ -100,8 +104,12 @@ static void print_row(const perk_plan *plan, int stage, const stage_row *row) {
         snprintf(text, sizeof text, "%s", plan->stages[stage].name);
     else
         snprintf(text, sizeof text, "%.*s.*%s", name.prefix_length, plan->stages[stage].name, name.suffix);
-    printf("  %-36s %5d %9.1f %8.2f %8.2f %8.2f %8.2f %8.2f\n", text, row->count, m->chain, m->chain / row->count,
+    printf("  %-36s %5d %9.1f %8.2f %8.2f %8.2f %8.2f %8.2f", text, row->count, m->chain, m->chain / row->count,
            row->expected.chain / row->count, m->run / row->count, m->worst / row->count, m->wait / row->count);
+    if (m->share > 0)
+        printf(" %8.2f %8.2f %8.2f %8.2f", m->read / row->count, m->multiply / row->count, m->share / row->count,
+               m->finish / row->count);
+    printf("\n");
 }
 
 static perk_status print_stages(const perk_plan *plan, const perk_task_time *measured, const perk_plan_load *load,
@@ -113,8 +121,8 @@ static perk_status print_stages(const perk_plan *plan, const perk_task_time *mea
     if (status == PERK_OK) status = perk_plan_stage_times(plan, measured, stages, err);
     if (status == PERK_OK) status = perk_plan_stage_times(plan, expected, stages + plan->stage_count, err);
     if (status == PERK_OK)
-        printf("  %-36s %5s %9s %8s %8s %8s %8s %8s   us\n", "stage", "count", "in all", "chain", "expected", "run",
-               "longest", "wait");
+        printf("  %-36s %5s %9s %8s %8s %8s %8s %8s %8s %8s %8s %8s   us\n", "stage", "count", "in all", "chain",
+               "expected", "run", "longest", "wait", "read", "multiply", "share", "finish");
     for (int s = 0; s < plan->stage_count && status == PERK_OK; s++) {
         stage_row row = make_row(plan, s, stages, stages + plan->stage_count);
         if (row.count > 0) print_row(plan, s, &row);

@@ -67,6 +67,9 @@ void fake_stamps_fill(const perk_kernel_args *args, unsigned workers, size_t per
             stamps[PERK_STAMP_REACHED] = at[w].now;
             stamps[PERK_STAMP_READY] = ready;
             stamps[PERK_STAMP_DONE] = at[w].now = ready + length_of(task);
+            if (task->stream_tiles > 0)
+                for (uint64_t part = 0; part < 3; part++)
+                    stamps[PERK_STAMP_READ + part] = ready + length_of(task) * (part + 1) / 4;
             signalled->value++;
             if (at[w].now > signalled->last_ns) signalled->last_ns = at[w].now;
             at[w].next++;
