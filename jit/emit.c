@@ -88,6 +88,10 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
         plan->unlimited_waits ? "false" : "true", has_experts ? "true" : "false", plan->many_steps ? "true" : "false");
     perk_buffer_printf(out, "[[maybe_unused]] constexpr uint32_t own_experts = %d, own_slots = %d;\n", own_experts,
                        own_slots);
+    perk_buffer_printf(out,
+                       "[[maybe_unused]] constexpr uint32_t eager_place = %llu;\n[[maybe_unused]] constexpr uint64_t "
+                       "eager_bytes = %llu;\n",
+                       (unsigned long long)(plan->eager_begin / 256), (unsigned long long)plan->eager_bytes);
     if (plan->streams_kv)
         perk_buffer_printf(out, "constexpr uint32_t kv_heads = %d, kv_head_dim = %d, kv_parts = %d;\n", plan->kv_heads,
                            plan->kv_head_dim, plan->attention_parts);
@@ -175,7 +179,8 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
                                .first = (uint32_t)task->first,
                                .stride = (uint32_t)task->stride,
                                .count = (uint32_t)task->count,
-                               .signal_counter = (uint32_t)plan->signals[task->signal_begin].counter,
+                               .signal_counter = (uint16_t)plan->signals[task->signal_begin].counter,
+                               .signals_eagerly = stage->eager,
                                .scalar = (uint32_t)stage->scalar,
                                .takes_inputs = stage->takes_inputs};
     for (int i = 0; i < task->wait_end - task->wait_begin; i++) {
@@ -214,9 +219,14 @@ static perk_task_record make_record(const perk_plan *plan, int index) {
 static perk_status check_task_fits(const perk_plan *plan, int index, perk_error *err) {
     const perk_task *task = &plan->tasks[index];
     int waits = task->wait_end - task->wait_begin, signals = task->signal_end - task->signal_begin;
-    if (waits <= PERK_RECORD_WAITS && signals == 1 && plan->signals[task->signal_begin].amount == 1) return PERK_OK;
-    return perk_fail(err, PERK_UNSUPPORTED, "task %d of %s has %d waits and %d signals: a record holds %d and one of 1",
-                     index, plan->stages[task->stage].name, waits, signals, (int)PERK_RECORD_WAITS);
+    if (waits <= PERK_RECORD_WAITS && signals == 1 && plan->signals[task->signal_begin].amount == 1 &&
+        plan->counter_count <= UINT16_MAX)
+        return PERK_OK;
+    return perk_fail(
+        err, PERK_UNSUPPORTED,
+        "task %d of %s has %d waits and %d signals, the plan %d counters: a record holds %d and one of 1, a "
+        "plan has %d at most",
+        index, plan->stages[task->stage].name, waits, signals, plan->counter_count, (int)PERK_RECORD_WAITS, UINT16_MAX);
 }
 
 perk_status perk_emit_records(const perk_plan *plan, perk_task_record **records, int *per_worker, perk_error *err) {

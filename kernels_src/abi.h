@@ -98,6 +98,17 @@ enum {
     PERK_PROMPT_TOKENS = 16, /* of requests with that many tokens in the step */
 };
 
+/* ---- eager values ----
+ * A signal is held back by a fence until what it tells of is there for all to see, which takes as long as the rest of
+ * the way from worker to worker. A stage may signal eagerly, without it, where its values tell by themselves whether
+ * they are there: bf16 in places that were vacant before, and every reader looks again until none is. PERK_VACANT is a
+ * NaN that no arithmetic makes (theirs is 0x7fff).
+ *
+ * Such a tensor has a place of its own among the eager ones, in which one stage writes once a step. There are two
+ * copies of all these places, for steps in turn. While a step works on one, the vocabulary projection, where every
+ * worker has a task, makes the other vacant; it signals behind a fence, as the stages do that end a step. */
+#define PERK_VACANT 0xffffu
+
 /* ---- tasks ---- */
 #define PERK_TASK_END 0xffffffffu  /* kind of the record after a worker's last task */
 #define PERK_STREAM_KV 0xffffffffu /* instead of a number of blocks */
@@ -118,7 +129,8 @@ typedef struct perk_task_record {
     uint32_t wait_counter[PERK_RECORD_WAITS];  /* value >= step * per_step + needed */
     uint32_t wait_per_step[PERK_RECORD_WAITS]; /* 0: no wait */
     uint32_t wait_needed[PERK_RECORD_WAITS];
-    uint32_t signal_counter;                /* += 1 when the task is done */
+    uint16_t signal_counter;                /* += 1 when the task is done */
+    uint16_t signals_eagerly;               /* 1: its values tell by themselves whether they are there */
     uint32_t operand[PERK_RECORD_OPERANDS]; /* byte offset / 256 in the operand's space */
     uint32_t scalar;
     uint32_t stream_base;   /* packed weights of the stage: byte offset / 1024 */

@@ -58,6 +58,7 @@ struct Attention {
         const uint16_t *q_norm, *k_norm; // null: no norm
         const float2 *rope;              // [positions][kHalf], cos and sin
         float eps;
+        bool is_eager; // qkv
 
         __device__ __forceinline__ const float2 *rope_at(uint32_t position) const {
             return rope + uint64_t(position) * kHalf;
@@ -75,10 +76,12 @@ struct Attention {
     template <bool kQNorm, bool kKNorm>
     static __device__ __forceinline__ Source source_of(const Worker &w, const TaskView &task, float eps) {
         const uint64_t q_norm = task.operand(kQNormWeight), k_norm = task.operand(kKNormWeight);
-        return {w.args.activations + task.operand(kQkv),
+        return {activation_at(w, task.place(kQkv)),
                 kQNorm ? reinterpret_cast<const uint16_t *>(w.args.constants + q_norm) : nullptr,
                 kKNorm ? reinterpret_cast<const uint16_t *>(w.args.constants + k_norm) : nullptr,
-                reinterpret_cast<const float2 *>(w.args.constants + task.operand(kRopeTable)), eps};
+                reinterpret_cast<const float2 *>(w.args.constants + task.operand(kRopeTable)),
+                eps,
+                is_eager(task.place(kQkv))};
     }
 
     // Vectors lie across quads: lane q of a quad has the dimensions 32 d + 8 q ... + 7, d = 0 ... kDimBlocks - 1, as
@@ -195,10 +198,18 @@ struct Attention {
 #pragma unroll
         for (uint32_t d = 0; d < kDimBlocks; d++) x[d] = load_coherent16(from + d * 64);
     }
+    static __device__ __forceinline__ void see_vector(EagerLook &look, const Vec16 (&x)[kDimBlocks]) {
+#pragma unroll
+        for (uint32_t d = 0; d < kDimBlocks; d++) look.see(x[d]);
+    }
     static __device__ __forceinline__ void load_turned(const Worker &w, const Source &source, uint32_t token,
                                                        uint32_t position, uint32_t head, const uint16_t *gain,
                                                        Vec16 (&x)[kDimBlocks]) {
-        load_vector(w, source, token, head, x);
+        EagerLook look{source.is_eager};
+        do {
+            load_vector(w, source, token, head, x);
+            see_vector(look, x);
+        } while (look.again(w));
         turn_vector(w, x, gain, source.rope_at(position), source.eps);
     }
 
@@ -361,6 +372,13 @@ struct Attention {
 #pragma unroll
             for (uint32_t half = 0; half < 2; half++)
                 v[d][half] = make_uint2(pair(0, d * 16 + half * 8), pair(2, d * 16 + half * 8));
+    }
+
+    static __device__ __forceinline__ void see_values(EagerLook &look, const uint2 (&v)[kDimTiles][2]) {
+#pragma unroll
+        for (uint32_t d = 0; d < kDimTiles; d++)
+#pragma unroll
+            for (uint32_t half = 0; half < 2; half++) look.see(v[d][half]);
     }
 
     // Scores of the query rows against one tile of keys.
@@ -553,7 +571,13 @@ struct Attention {
 #pragma unroll 1
         for (uint32_t i = 0; i <= key_tiles; i++) {
             if (i == 1) copy_vector(x, key);
-            if (i == 2) load_fresh_key(w, p, source, 1, x);
+            if (i == 2) {
+                EagerLook look{source.is_eager};
+                do {
+                    load_fresh_key(w, p, source, 1, x);
+                    see_vector(look, x);
+                } while (look.again(w));
+            }
             const uint32_t position = i == 0 ? mask.limit : key_position(w, p, p.begin, i - 1);
             const uint16_t *gain = i == 0 ? source.q_norm : source.k_norm;
             if constexpr (kQNorm && kKNorm) assume(gain != nullptr);
@@ -580,12 +604,20 @@ struct Attention {
         Vec16 q[kDimBlocks], key[kDimBlocks] = {};
         uint2 v[kDimTiles][2];
         float scores[2][4] = {};
-        const Mask mask = load_query<kQNorm, kKNorm>(w, task, p, window, scale, q);
-        if (p.is_fresh()) {
-            const Source source = source_of<kQNorm, kKNorm>(w, task, eps);
-            load_fresh_key(w, p, source, 0, key);
-            load_fresh_values(w, p, source, v);
-        }
+        Mask mask;
+        EagerLook look{is_eager(task.place(kQkv))};
+#pragma unroll 1
+        do {
+            mask = load_query<kQNorm, kKNorm>(w, task, p, window, scale, q);
+            if (p.is_fresh()) {
+                const Source source = source_of<kQNorm, kKNorm>(w, task, eps);
+                load_fresh_key(w, p, source, 0, key);
+                load_fresh_values(w, p, source, v);
+                see_vector(look, key);
+                see_values(look, v);
+            }
+            see_vector(look, q);
+        } while (look.again(w));
         turn_item<kQNorm, kKNorm>(w, task, p, mask, eps, q, key, scores);
         State state;
         state.clear(); // not before: it takes registers
@@ -814,7 +846,7 @@ struct Attention {
         uint16_t *target = reinterpret_cast<uint16_t *>(out) + uint64_t(token) * kOutStride + query_head * kHeadDim;
 #pragma unroll
         for (uint32_t e = 0; e < kLaneDims; e++)
-            target[w.lane + 32 * e] = to_bf16(__fdividef(merged.total[e], merged.sum));
+            store_eager2(target + w.lane + 32 * e, to_bf16(__fdividef(merged.total[e], merged.sum)));
     }
 
     // Whether there is something to merge: prompts have been finished before.
@@ -833,7 +865,7 @@ struct Attention {
         constexpr uint32_t kGroups = PERK_CONSUMER_WARPS / kRowWarps;
         const uint32_t first = task.first(), stride = task.stride(), count = task.count();
         const uint64_t partials = task.operand(0);
-        uint8_t *out = w.args.activations + task.operand(1);
+        uint8_t *out = activation_at(w, task.place(1));
         await_inputs(w, task);
 #if PERK_WIDE
         if (w.num_attention_items() == 0) return;
@@ -872,16 +904,24 @@ struct Attention {
                                                          uint32_t head, uint32_t first, uint32_t count) {
         uint16_t values[kValueTokens][kLaneValues];
         uint8_t *targets[kValueTokens];
+        EagerLook look{source.is_eager};
+#pragma unroll 1
+        do {
 #pragma unroll
-        for (uint32_t t = 0; t < kValueTokens; t++) {
-            const uint32_t token = first + min(t, count - 1), position = w.batch_word(program::batch_positions + token);
-            const uint32_t request = w.batch_word(program::batch_token_request + token);
-            targets[t] = Cache::kv_page(w, layer, Cache::page_of(w, request, position), head) +
-                         Cache::value_offset(position, w.lane);
-            const uint8_t *from = source.at(token, kHeads + kKvHeads + head, w.lane);
+            for (uint32_t t = 0; t < kValueTokens; t++) {
+                const uint32_t token = first + min(t, count - 1);
+                const uint32_t position = w.batch_word(program::batch_positions + token);
+                const uint32_t request = w.batch_word(program::batch_token_request + token);
+                targets[t] = Cache::kv_page(w, layer, Cache::page_of(w, request, position), head) +
+                             Cache::value_offset(position, w.lane);
+                const uint8_t *from = source.at(token, kHeads + kKvHeads + head, w.lane);
 #pragma unroll
-            for (uint32_t i = 0; i < kLaneValues; i++) values[t][i] = load_coherent2(from + i * 64);
-        }
+                for (uint32_t i = 0; i < kLaneValues; i++) {
+                    values[t][i] = load_coherent2(from + i * 64);
+                    look.see(values[t][i]);
+                }
+            }
+        } while (look.again(w));
 #pragma unroll
         for (uint32_t t = 0; t < kValueTokens; t++) {
             if (t >= count) break;

@@ -30,6 +30,12 @@ struct Linear {
     static constexpr uint32_t kOutStride = PERK_ROW_STRIDE(kOutWidth);
     static constexpr uint32_t kTiles = (kOut + PERK_TILE_ROWS - 1) / PERK_TILE_ROWS;
 
+    // Chunks that are multiplied at a time: with few rows, of short tiles, two, whose barriers, loads and products hide
+    // each other's latencies. Where tiles are long the stream decides, and pairs of chunks would only make it uneven
+    // (docs/performance.md).
+    static constexpr uint32_t kLongTile = 8; // chunks
+    static constexpr uint32_t kGroupChunks = kColumnTiles == 1 && kChunks > 1 && kChunks < kLongTile ? 2 : 1;
+
     // Partial sums: 512 bytes a warp and column tile. Two buffers save one of the two barriers a tile.
     static constexpr uint32_t kBuffers = kColumnTiles <= 2 ? 2 : 1;
     static constexpr uint32_t kPartialBytes = kColumnTiles * PERK_CONSUMER_WARPS * 512;
@@ -64,7 +70,7 @@ struct Linear {
     };
     struct DirectInput {
         // From L2, which takes longer than a chunk takes to arrive.
-        static constexpr uint32_t kGroupsAhead = PERK_ARCH == 900 && kColumnTiles == 1 ? 2 : 0;
+        static constexpr uint32_t kGroupsAhead = PERK_ARCH != 900 || kColumnTiles > 1 ? 0 : kGroupChunks == 2 ? 1 : 2;
         const uint8_t *base;
         uint32_t rows;
         __device__ __forceinline__ DirectInput(const Worker &w, const uint8_t *x, uint32_t row_total)
@@ -109,24 +115,32 @@ struct Linear {
     // Copies this warp's blocks of all rows to shared memory; nobody else reads them, so no barrier is needed. Loads of
     // several rows are issued together: one trip to L2, not one a row. There are at most kMost.
     template <uint32_t kMost = kMaxRows>
-    static __device__ __forceinline__ void stage_input(const Worker &w, const uint8_t *x, const Gains &gains,
-                                                       uint32_t rows) {
+    static __device__ __forceinline__ void stage_input(const Worker &w, const uint8_t *x, bool x_is_eager,
+                                                       const Gains &gains, uint32_t rows) {
         constexpr uint32_t kGroup = kLanePieces >= 8 ? 1 : (8 / kLanePieces < kMost ? 8 / kLanePieces : kMost);
         constexpr uint32_t kSums = kGroup > 4 ? 8 : kGroup > 2 ? 4 : kGroup; // of squares, a power of two
         const uint32_t base = w.staging() + w.warp * kWarpBlocks * rows * 64;
 #pragma unroll 1
         for (uint32_t first = 0; first < rows; first += kGroup) {
             Vec16 values[kGroup][kLanePieces];
+            EagerLook look{x_is_eager};
+#pragma unroll 1
+            do {
 #pragma unroll
-            for (uint32_t r = 0; r < kGroup; r++)
+                for (uint32_t r = 0; r < kGroup; r++)
 #pragma unroll
-                for (uint32_t p = 0; p < kLanePieces; p++) {
-                    const uint32_t piece = w.lane + 32 * p, kb = piece / 4 * PERK_CONSUMER_WARPS + w.warp;
-                    const uint32_t column = kb * PERK_BLOCK_COLS + piece % 4 * 8;
-                    const bool inside = kb < kBlocks && first + r < rows;
-                    values[r][p] = inside ? load_coherent16(x + (uint64_t(first + r) * kInStride + column) * 2)
-                                          : Vec16{0, 0, 0, 0};
-                }
+                    for (uint32_t p = 0; p < kLanePieces; p++) {
+                        const uint32_t piece = w.lane + 32 * p, kb = piece / 4 * PERK_CONSUMER_WARPS + w.warp;
+                        const uint32_t column = kb * PERK_BLOCK_COLS + piece % 4 * 8;
+                        const bool inside = kb < kBlocks && first + r < rows;
+                        values[r][p] = inside ? load_coherent16(x + (uint64_t(first + r) * kInStride + column) * 2)
+                                              : Vec16{0, 0, 0, 0};
+                    }
+#pragma unroll
+                for (uint32_t r = 0; r < kGroup; r++)
+#pragma unroll
+                    for (uint32_t p = 0; p < kLanePieces; p++) look.see(values[r][p]);
+            } while (look.again(w));
             float square_sum[kSums] = {};
 #pragma unroll
             for (uint32_t r = 0; r < kGroup; r++) {
@@ -155,50 +169,86 @@ struct Linear {
 
     // A warp's blocks of a tile are worked on in groups, as many blocks at a time as registers allow.
     static constexpr uint32_t kShare = PERK_CHUNK_BLOCKS / PERK_CONSUMER_WARPS; // blocks of a chunk that are a warp's
-    static constexpr uint32_t kGroupBlocks = kColumnTiles <= 2 ? kShare : 1;
-    static constexpr uint32_t kChunkGroups = kShare / kGroupBlocks, kGroups = kChunks * kChunkGroups;
+    static constexpr uint32_t kGroupBlocks = kColumnTiles <= 2 ? kShare * kGroupChunks : 1;
+    static constexpr uint32_t kChunkGroups = kColumnTiles <= 2 ? 1 : kShare; // groups of one chunk
+    static constexpr uint32_t kGroups = (kChunks + kGroupChunks - 1) / kGroupChunks * kChunkGroups;
+    static constexpr bool kHasWholeChunks = kBlocks % PERK_CHUNK_BLOCKS == 0;
+    static constexpr bool kHasWholeGroups = kHasWholeChunks && kChunks % kGroupChunks == 0;
+    using Sums = float[kColumnTiles][4];
 
     // The right operands of one group.
     struct Operands {
         Vec16 x[kGroupBlocks][kColumnTiles];
     };
+    // Which block of the tile is block `s` of a group.
+    static __device__ __forceinline__ uint32_t block_of(const Worker &w, uint32_t group, uint32_t s) {
+        return (group * kGroupBlocks + s) * PERK_CONSUMER_WARPS + w.warp;
+    }
     template <class Input>
     static __device__ __forceinline__ void load_operands(const Worker &w, const Input &input, uint32_t rows,
                                                          uint32_t group, Operands &operands) {
 #pragma unroll
         for (uint32_t s = 0; s < kGroupBlocks; s++) {
-            const uint32_t kb = min((group * kGroupBlocks + s) * PERK_CONSUMER_WARPS + w.warp, kBlocks - 1);
+            const uint32_t block = block_of(w, group, s), kb = kHasWholeGroups ? block : min(block, kBlocks - 1);
 #pragma unroll
             for (uint32_t n = 0; n < kColumnTiles; n++)
-                operands.x[s][n] = n * 8 < rows ? input.load(w, kb, n) : Vec16{};
+                operands.x[s][n] = n == 0 || n * 8 < rows ? input.load(w, kb, n) : Vec16{};
         }
     }
 
-    // Adds the products of one group to `sums`; `chunk` is the one that it lies in.
+    // Where a group's chunks are in the ring. Lane i looks after the i-th one's barriers.
+    struct GroupPlace {
+        RingPlace of[kGroupChunks], mine;
+        uint32_t chunk, count; // the first one's number; how many there are
+
+        __device__ __forceinline__ GroupPlace(const Worker &w, const RingPlace &first, uint32_t first_chunk,
+                                              uint32_t group)
+            : chunk(first_chunk), count(kGroupChunks) {
+            of[0] = mine = first;
+            if constexpr (kGroupChunks == 2) {
+                of[1] = first.next();
+                if (w.lane % 2 == 1) mine = of[1];
+                if (kChunks % 2 == 1 && group == kGroups - 1) count = 1;
+            }
+        }
+        __device__ __forceinline__ void await(const Worker &w) const {
+            wait_slot<false>(w, w.slot_full_barrier(mine.slot), mine.parity, PERK_ROLE_RING_FULL, chunk + w.lane,
+                             w.lane >= count);
+        }
+        __device__ __forceinline__ void release(const Worker &w, uint32_t loaded) const {
+            __syncwarp();
+            mbarrier_arrive_lanes_after(w.slot_empty_barrier(mine.slot), w.lane, count, loaded);
+        }
+    };
+
+    // Adds the products of one group to `sums`, of which each chunk of the group has its own.
     static __device__ __forceinline__ void multiply_group(const Worker &w, const Operands &operands, uint32_t rows,
-                                                          uint32_t group, uint32_t chunk,
-                                                          float (&sums)[kColumnTiles][4]) {
+                                                          uint32_t group, const GroupPlace &place,
+                                                          Sums (&sums)[kGroupChunks]) {
         const uint32_t in_chunk = group % kChunkGroups * kGroupBlocks;
-        if (in_chunk == 0) wait_full(w, chunk);
-        Vec16 a[kGroupBlocks], b[kGroupBlocks];
+        if (in_chunk == 0) place.await(w);
+        Vec16 a[kGroupBlocks] = {}, b[kGroupBlocks] = {};
 #pragma unroll
         for (uint32_t s = 0; s < kGroupBlocks; s++) {
-            const uint32_t block = (in_chunk + s) * PERK_CONSUMER_WARPS + w.warp;
-            const uint32_t address = w.ring_slot(chunk) + block * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
+            if (s >= kShare && s / kShare >= place.count) continue;
+            const uint32_t block = (in_chunk + s % kShare) * PERK_CONSUMER_WARPS + w.warp;
+            const uint32_t address =
+                w.slot_address(place.of[s / kShare].slot) + block * PERK_WEIGHT_BLOCK_BYTES + w.lane * 16;
             a[s] = load_shared16(address);
             b[s] = load_shared16(address + 512);
         }
-        if (in_chunk + kGroupBlocks == kShare) // the products need the slot no more
-            release_chunk(w, chunk, word_of(a) | word_of(b));
+        if (in_chunk + kGroupBlocks >= kShare) // the products need the slots no more
+            place.release(w, word_of(a) | word_of(b));
 #pragma unroll
         for (uint32_t s = 0; s < kGroupBlocks; s++) {
-            if ((group * kGroupBlocks + s) * PERK_CONSUMER_WARPS + w.warp >= kBlocks) continue;
+            if (!kHasWholeGroups && block_of(w, group, s) >= kBlocks) continue;
 #pragma unroll
             for (uint32_t n = 0; n < kColumnTiles; n++)
-                if (n * 8 < rows) {
+                if (n == 0 || n * 8 < rows) {
                     const Vec16 x = operands.x[s][n];
-                    mma(sums[n], a[s].x, a[s].y, a[s].z, a[s].w, x.x, x.y);
-                    mma(sums[n], b[s].x, b[s].y, b[s].z, b[s].w, x.z, x.w);
+                    float(&sum)[4] = sums[s / kShare][n];
+                    mma(sum, a[s].x, a[s].y, a[s].z, a[s].w, x.x, x.y);
+                    mma(sum, b[s].x, b[s].y, b[s].z, b[s].w, x.z, x.w);
                 }
         }
     }
@@ -206,24 +256,34 @@ struct Linear {
     // Adds this warp's share of the tile to `sums`. Returns the next chunk.
     template <class Input>
     static __device__ __forceinline__ uint32_t multiply_tile(const Worker &w, const Input &input, uint32_t rows,
-                                                             uint32_t chunk, float (&sums)[kColumnTiles][4]) {
+                                                             uint32_t chunk, Sums &sums) {
         constexpr uint32_t kAhead = Input::kGroupsAhead; // operands of as many groups are in flight
         Operands operands[kAhead + 1];
+        Sums parts[kGroupChunks] = {};
+        RingPlace first = RingPlace::of(chunk); // of the group's chunks
         if constexpr (kAhead > 0) {
 #pragma unroll
             for (uint32_t i = 0; i < kAhead; i++)
                 if (i < kGroups) load_operands(w, input, rows, i, operands[i]);
         }
 #pragma unroll 1
-        for (uint32_t first = 0; first < kGroups; first += kAhead + 1)
+        for (uint32_t begin = 0; begin < kGroups; begin += kAhead + 1)
 #pragma unroll
             for (uint32_t i = 0; i <= kAhead; i++) {
-                const uint32_t group = first + i;
+                const uint32_t group = begin + i;
                 if (group >= kGroups) break;
                 if (group + kAhead < kGroups)
                     load_operands(w, input, rows, group + kAhead, operands[(i + kAhead) % (kAhead + 1)]);
-                multiply_group(w, operands[i], rows, group, chunk + group / kChunkGroups, sums);
+                const GroupPlace place(w, first, chunk + group * kGroupChunks / kChunkGroups, group);
+                multiply_group(w, operands[i], rows, group, place, parts);
+                if ((group + 1) % kChunkGroups == 0) first = place.of[kGroupChunks - 1].next();
             }
+#pragma unroll
+        for (uint32_t c = 0; c < kGroupChunks; c++)
+#pragma unroll
+            for (uint32_t n = 0; n < kColumnTiles; n++)
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++) sums[n][i] += parts[c][n][i];
         stamp(w, PERK_STAMP_MULTIPLIED);
         return chunk + kChunks;
     }
@@ -233,6 +293,7 @@ struct Linear {
     struct Finish {
         const uint8_t *residual, *bias;
         uint8_t *out, *candidates;
+        bool residual_is_eager;
     };
 
     // Which matrix row the lane's low (g) or high (g+8) output is.
@@ -243,9 +304,32 @@ struct Linear {
             return tile * PERK_TILE_ROWS + w.lane / 4 + (high ? 8 : 0);
     }
 
-    static __device__ __forceinline__ float residual_at(const Finish &f, uint32_t row, uint32_t output, uint32_t rows) {
-        if (output >= kOut || row >= rows) return 0.0f;
-        return from_bf16(load_coherent2(f.residual + (uint64_t(row) * kOutStride + output) * 2));
+    static __device__ __forceinline__ uint16_t residual_at(const Finish &f, uint32_t row, uint32_t output,
+                                                           uint32_t rows) {
+        if (output >= kOut || row >= rows) return 0;
+        return load_coherent2(f.residual + (uint64_t(row) * kOutStride + output) * 2);
+    }
+    // What is added to the lane's outputs.
+    struct Residual {
+        uint16_t of[4]; // low row 2q, low row 2q+1, high row 2q, high row 2q+1
+    };
+    static __device__ __forceinline__ void load_residual(const Worker &w, const Finish &f, uint32_t tile,
+                                                         uint32_t column_tile, uint32_t rows, Residual &residual) {
+#pragma unroll
+        for (uint32_t j = 0; j < 4; j++)
+            residual.of[j] =
+                residual_at(f, column_tile * 8 + w.lane % 4 * 2 + j % 2, output_row(w, tile, j >= 2), rows);
+    }
+    // The same again, until all of it is there.
+    static __device__ __forceinline__ void see_residual(const Worker &w, const Finish &f, uint32_t tile,
+                                                        uint32_t column_tile, uint32_t rows, Residual &residual) {
+        EagerLook look{f.residual_is_eager};
+        for (;;) {
+#pragma unroll
+            for (uint32_t j = 0; j < 4; j++) look.see(residual.of[j]);
+            if (!look.again(w)) break;
+            load_residual(w, f, tile, column_tile, rows, residual);
+        }
     }
 
     static __device__ __forceinline__ float norm_scale(const Worker &w, uint32_t row, float eps) {
@@ -262,8 +346,8 @@ struct Linear {
         if constexpr (kEpilogue == Epilogue::gated) {
             const uint32_t column = tile * 8 + w.lane / 4;
             if (column >= kOutWidth) return;
-            reinterpret_cast<uint16_t *>(f.out)[uint64_t(row) * kOutStride + column] =
-                to_bf16(activate<kActivation>(round_bf16(low)) * round_bf16(high));
+            store_eager2(f.out + (uint64_t(row) * kOutStride + column) * 2,
+                         to_bf16(activate<kActivation>(round_bf16(low)) * round_bf16(high)));
         } else {
             const uint32_t output = output_row(w, tile, false);
             auto store = [&](uint32_t column, float value) {
@@ -272,7 +356,7 @@ struct Linear {
                 if constexpr (kEpilogue == Epilogue::logits || kEpilogue == Epilogue::scores)
                     reinterpret_cast<float *>(f.out)[index] = value;
                 else
-                    reinterpret_cast<uint16_t *>(f.out)[index] = to_bf16(value);
+                    store_eager2(f.out + index * 2, to_bf16(value));
             };
             store(output, low);
             store(output + 8, high);
@@ -297,7 +381,7 @@ struct Linear {
     template <class RowsOf>
     static __device__ __forceinline__ void finish_tile(const Worker &w, const Finish &f, uint32_t tile,
                                                        uint32_t column_tile, uint32_t buffer, uint32_t rows, float eps,
-                                                       const float (&residual)[4], const RowsOf &rows_of) {
+                                                       const Residual &residual, const RowsOf &rows_of) {
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f}; // low row 2q, low row 2q+1, high row 2q, high row 2q+1
 #pragma unroll
         for (uint32_t warp = 0; warp < PERK_CONSUMER_WARPS; warp++) {
@@ -319,8 +403,8 @@ struct Linear {
         for (uint32_t r = 0; r < 2; r++) {
             const uint32_t row = column_tile * 8 + w.lane % 4 * 2 + r;
             const float scale = kFoldedNorm && row < rows ? norm_scale(w, rows_of.input(row), eps) : 1.0f;
-            const float low = sum[r] * scale + bias[0] + residual[r],
-                        high = sum[2 + r] * scale + bias[1] + residual[2 + r];
+            const float low = sum[r] * scale + bias[0] + from_bf16(residual.of[r]),
+                        high = sum[2 + r] * scale + bias[1] + from_bf16(residual.of[2 + r]);
             if (row < rows) rows_of.store(w, f, tile, row, low, high);
             if constexpr (kEpilogue == Epilogue::logits) store_candidate(w, f, tile, row, rows, low, high);
         }
@@ -337,7 +421,7 @@ struct Linear {
 
     // All warps leave their sums of a tile where finish_tile finds them.
     static __device__ __forceinline__ void share_sums(const Worker &w, uint32_t buffer, uint32_t rows,
-                                                      const float (&sums)[kColumnTiles][4]) {
+                                                      const Sums &sums) {
         if (kBuffers == 1) named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // the last tile is read
 #pragma unroll
         for (uint32_t n = 0; n < kColumnTiles; n++)
@@ -364,34 +448,33 @@ struct Linear {
             const uint32_t tile = tiles.first + i * tiles.stride, buffer = i % kBuffers;
             const uint32_t my_column_tile = (w.warp - i) % PERK_CONSUMER_WARPS; // rotates, so that finishing is shared
             const bool finishes = my_column_tile < kColumnTiles && my_column_tile * 8 < rows;
-            float residual[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if constexpr (kEpilogue == Epilogue::residual) {
-                if (finishes) { // early: in flight while the products are made
-#pragma unroll
-                    for (uint32_t j = 0; j < 4; j++)
-                        residual[j] = residual_at(f, my_column_tile * 8 + w.lane % 4 * 2 + j % 2,
-                                                  output_row(w, tile, j >= 2), rows);
-                }
-            }
-            float sums[kColumnTiles][4] = {};
+            Residual residual{};
+            if constexpr (kEpilogue == Epilogue::residual) // early: in flight while the products are made
+                if (finishes) load_residual(w, f, tile, my_column_tile, rows, residual);
+            Sums sums = {};
             chunk = multiply_tile(w, input, rows, chunk, sums);
             share_sums(w, buffer, rows, sums);
-            if (finishes) finish_tile(w, f, tile, my_column_tile, buffer, rows, eps, residual, SameRows{});
+            if (!finishes) continue;
+            if constexpr (kEpilogue == Epilogue::residual) see_residual(w, f, tile, my_column_tile, rows, residual);
+            finish_tile(w, f, tile, my_column_tile, buffer, rows, eps, residual, SameRows{});
         }
         return chunk;
     }
 
     static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk, float eps) {
-        const uint32_t rows = row_count<kRowsOf>(w);
+        const uint32_t rows = kMaxRows == 1 ? 1 : row_count<kRowsOf>(w); // one that nobody asked for does no harm
         const Tiles tiles{task.first(), task.stride(), task.count()};
-        const uint8_t *x = w.args.activations + task.operand(kInput);
-        const Finish finish{w.args.activations + task.operand(kResidual), w.args.constants + task.operand(kBias),
-                            w.args.activations + task.operand(kOutput), w.args.activations + task.operand(kCandidates)};
+        const uint32_t input = task.place(kInput), residual = task.place(kResidual);
+        const uint8_t *x = activation_at(w, input);
+        const Finish finish{activation_at(w, residual), w.args.constants + task.operand(kBias),
+                            activation_at(w, task.place(kOutput)), w.args.activations + task.operand(kCandidates),
+                            is_eager(residual)};
         const Gains gains = load_gains(w, w.args.constants + task.operand(kNormWeight));
         await_inputs(w, task);
+        if constexpr (kEpilogue == Epilogue::logits) clear_eager(w, tiles.first, tiles.stride);
         if (has_no_rows<kRowsOf>(w)) return chunk;
         if (kAlwaysStaged || staged_bytes(rows) <= program::staging_bytes) {
-            stage_input(w, x, gains, rows);
+            stage_input(w, x, is_eager(input), gains, rows);
             return run_tiles(w, tiles, StagedInput(w, rows), finish, rows, chunk, eps);
         }
         if constexpr (!kAlwaysStaged) return run_tiles(w, tiles, DirectInput(w, x, rows), finish, rows, chunk, eps);

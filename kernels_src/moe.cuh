@@ -334,6 +334,7 @@ struct ExpertLinear {
         Finish finish;
         uint32_t first, stride, count, x_rows, hit_count;
         float eps;
+        bool residual_is_eager;
     };
 
     // One tile of one hit expert.
@@ -343,13 +344,12 @@ struct ExpertLinear {
         const ExpertRows rows_of{work.hits.of(hit)};
         const uint32_t rows = rows_of.rows.count;
         const uint32_t buffer = i % Product::kBuffers, my_column_tile = (w.warp - i) % PERK_CONSUMER_WARPS;
-        float sums[Product::kColumnTiles][4] = {};
+        typename Product::Sums sums = {};
         const Input input(w, work.x, work.x_rows, LaneRows(w, rows_of, rows));
         chunk = Product::multiply_tile(w, input, rows, chunk, sums);
         Product::share_sums(w, buffer, rows, sums);
         if (my_column_tile < Product::kColumnTiles && my_column_tile * 8 < rows)
-            Product::finish_tile(w, work.finish, tile, my_column_tile, buffer, rows, work.eps, {0.0f, 0.0f, 0.0f, 0.0f},
-                                 rows_of);
+            Product::finish_tile(w, work.finish, tile, my_column_tile, buffer, rows, work.eps, {}, rows_of);
         return chunk;
     }
 
@@ -386,15 +386,25 @@ struct ExpertLinear {
         for (uint32_t t = 0; t < work.count; t++) {
             const uint32_t tile = work.first + t * work.stride;
             uint32_t residual[kThreadPairs];
+            auto load_residual = [&] {
 #pragma unroll
-            for (uint32_t p = 0; p < kThreadPairs; p++) { // early: in flight while the products are made
-                const Place place(w, p, tile);
-                residual[p] = place.is_inside ? load_coherent4(work.residual + place.offset()) : 0;
-            }
+                for (uint32_t p = 0; p < kThreadPairs; p++) {
+                    const Place place(w, p, tile);
+                    residual[p] = place.is_inside ? load_coherent4(work.residual + place.offset()) : 0;
+                }
+            };
+            load_residual(); // early: in flight while the products are made
 #pragma unroll 1
             for (uint32_t hit = 0; hit < work.hit_count; hit++)
                 chunk = run_unit<Input>(w, work, hit, tile, t * work.hit_count + hit, chunk);
             named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // all are added
+            EagerLook look{work.residual_is_eager};
+            for (;;) {
+#pragma unroll
+                for (uint32_t p = 0; p < kThreadPairs; p++) look.see(residual[p]);
+                if (!look.again(w)) break;
+                load_residual();
+            }
 #pragma unroll
             for (uint32_t p = 0; p < kThreadPairs; p++) {
                 const Place place(w, p, tile);
@@ -404,7 +414,7 @@ struct ExpertLinear {
                             high = __uint_as_float(load_shared4(address + 4));
                 uint32_t sum = pack_bf16(low + low_bf16(residual[p]), high + high_bf16(residual[p]));
                 if (place.column + 1 >= kOut) sum &= 0xffffu; // what lies beyond the width stays zero
-                *reinterpret_cast<uint32_t *>(work.finish.out + place.offset()) = sum;
+                store_eager4(work.finish.out + place.offset(), sum);
                 store_shared4(address, 0); // for the next tile
                 store_shared4(address + 4, 0);
             }
@@ -429,16 +439,18 @@ struct ExpertLinear {
 
     static __device__ __forceinline__ uint32_t run(Worker &w, const TaskView &task, uint32_t chunk, float eps) {
         StepHits hits{w.reduction() + kShared};
+        const uint32_t input = task.place(kInput), residual = task.place(kSumResidual);
         Work work{hits,
-                  w.args.activations + task.operand(kInput),
-                  w.args.activations + task.operand(kSumResidual),
-                  {nullptr, nullptr, w.args.activations + task.operand(kOutput), nullptr},
+                  activation_at(w, input),
+                  activation_at(w, residual),
+                  {nullptr, nullptr, activation_at(w, task.place(kOutput)), nullptr, false},
                   task.first(),
                   task.stride(),
                   task.count(),
                   w.num_tokens() * (kFromPairs ? R::kSlots : 1),
                   0,
-                  eps};
+                  eps,
+                  is_eager(residual)};
         const uint8_t *routing = w.args.activations + task.operand(kRouting);
         const typename Product::Gains gains = Product::load_gains(w, w.args.constants + task.operand(kNormWeight));
         if constexpr (kSums)
@@ -447,7 +459,7 @@ struct ExpertLinear {
         await_inputs(w, task);
         hits.begin_fetch(w, routing); // under way while rows are staged
         const bool is_staged = kAlwaysStaged || Product::staged_bytes(work.x_rows) <= program::staging_bytes;
-        if (is_staged) Product::template stage_input<kMaxInputRows>(w, work.x, gains, work.x_rows);
+        if (is_staged) Product::template stage_input<kMaxInputRows>(w, work.x, is_eager(input), gains, work.x_rows);
         hits.finish_fetch(w);
         if constexpr (!R::kIsOwn) named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
         stamp(w, PERK_STAMP_READ);

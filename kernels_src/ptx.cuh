@@ -90,10 +90,10 @@ __device__ __forceinline__ uint32_t add_shared4(uint32_t address, uint32_t amoun
     return v;
 }
 
-// Data that another SM wrote in this launch: served by L2, never by a stale line of L1.
+// Data that another SM writes in this launch: served by L2, never by a stale line of L1.
 __device__ __forceinline__ Vec16 load_coherent16(const void *pointer) {
     Vec16 v;
-    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(pointer)
                  : "memory");
@@ -101,18 +101,36 @@ __device__ __forceinline__ Vec16 load_coherent16(const void *pointer) {
 }
 __device__ __forceinline__ uint2 load_coherent8(const void *pointer) {
     uint2 v;
-    asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer) : "memory");
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer) : "memory");
     return v;
 }
 __device__ __forceinline__ uint32_t load_coherent4(const void *pointer) {
     uint32_t v;
-    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
     return v;
 }
 __device__ __forceinline__ uint16_t load_coherent2(const void *pointer) {
     uint16_t v;
-    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(pointer) : "memory");
+    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(v) : "l"(pointer) : "memory");
     return v;
+}
+
+// Values that others may look at before a fence has ordered them: eager ones (abi.h).
+__device__ __forceinline__ void store_eager2(void *pointer, uint16_t v) {
+    asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(pointer), "h"(v) : "memory");
+}
+__device__ __forceinline__ void store_eager4(void *pointer, uint32_t v) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(pointer), "r"(v) : "memory");
+}
+// The larger of each two halves.
+__device__ __forceinline__ uint32_t max_halves(uint32_t a, uint32_t b) {
+#if PERK_ARCH >= 900
+    uint32_t v;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+#else
+    return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16;
+#endif
 }
 
 // The same data where it is read more than once: through L1. Right only after an acquire that follows the write.

@@ -58,6 +58,7 @@ __device__ void gather_rows(Worker &w, const TaskView &task) {
     const uint8_t *source = (kSourceIsConstant ? w.args.constants : w.args.activations) + task.operand(0);
     uint8_t *out = w.args.activations + task.operand(1);
     await_inputs(w, task);
+#pragma unroll 1 // of few rows and columns once, or so
     for (uint32_t i = w.thread; i < rows * count; i += PERK_CONSUMER_THREADS) {
         const uint32_t row = i / count, group = first + i % count * stride;
         const uint32_t from = w.batch_word(kIndexWords + row);

@@ -156,8 +156,7 @@ __device__ __forceinline__ void report_hang(const Worker &w, uint32_t role, uint
     report->seen = seen;
     report->wanted = wanted;
     report->step = w.step();
-    __threadfence_system();
-    report->complete = 1;
+    report->complete = 1; // the host reads it when the launch is over: no fence
 }
 
 // How long a wait has lasted. Waits look at it between polls, and only there, so that a wait that finds what it wants
@@ -221,6 +220,66 @@ __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uin
         }
     __syncwarp(); // what follows works with all lanes
     if (kForRacecheck) see_slots(barrier, parity, is_over);
+}
+
+// ---- eager values (abi.h) ----
+
+constexpr bool kIsEager = program::eager_bytes > 0;
+constexpr uint32_t kMostLooks = 1u << 16; // values follow their signal within about a microsecond
+
+// Places are numbered by 256 bytes.
+__device__ __forceinline__ bool is_eager(uint32_t place) { return kIsEager && place >= program::eager_place; }
+__device__ __forceinline__ uint8_t *at_place(const Worker &w, uint32_t place) {
+    return w.args.activations + uint64_t(place) * 256;
+}
+// Where an activation is in this step.
+__device__ __forceinline__ uint8_t *activation_at(const Worker &w, uint32_t place) {
+    if (is_eager(place) && w.step() % 2 != 0) place += program::eager_bytes / 256;
+    return at_place(w, place);
+}
+
+// Looks at values that a warp has just loaded: whether one of them is vacant. Where they need not be looked at, or have
+// been too often, they are taken as they are; then the worker has given up, and does not signal what it makes of them.
+struct EagerLook {
+    bool is_eager;
+    uint32_t most = 0, looks = 0;
+
+    __device__ __forceinline__ void see(uint32_t pair) {
+        if (kIsEager) most = max_halves(most, pair);
+    }
+    __device__ __forceinline__ void see(uint2 values) {
+        see(values.x);
+        see(values.y);
+    }
+    __device__ __forceinline__ void see(const Vec16 &values) {
+        see(values.x);
+        see(values.y);
+        see(values.z);
+        see(values.w);
+    }
+    // By all lanes. True when the warp has to load once more.
+    __device__ __forceinline__ bool again(const Worker &w) {
+        if (!kIsEager || !is_eager) return false;
+        const bool is_vacant = most % 65536 == PERK_VACANT || most / 65536 == PERK_VACANT;
+        if (!__any_sync(0xffffffffu, is_vacant)) return false;
+        most = 0;
+        if (++looks < kMostLooks && !load_shared4(w.shared + SharedMap::given_up)) return true;
+        store_shared4(w.shared + SharedMap::given_up, 1);
+        return false;
+    }
+};
+
+// Makes this task's share of the other step's copy vacant. A task of the vocabulary projection, once it has its inputs:
+// nobody is in the step before any more.
+__device__ __forceinline__ void clear_eager(const Worker &w, uint32_t share, uint32_t shares) {
+    constexpr uint32_t kVacant = PERK_VACANT << 16 | PERK_VACANT;
+    if constexpr (kIsEager) {
+        const uint32_t place = program::eager_place + (w.step() % 2 == 0 ? program::eager_bytes / 256 : 0);
+        Vec16 *copy = reinterpret_cast<Vec16 *>(at_place(w, place));
+        uint64_t end = program::eager_bytes / 16;
+        for (uint64_t i = share * PERK_CONSUMER_THREADS + w.thread; i < end; i += shares * PERK_CONSUMER_THREADS)
+            copy[i] = {kVacant, kVacant, kVacant, kVacant};
+    }
 }
 
 // ---- the weight ring ----
@@ -392,8 +451,10 @@ struct TaskView {
     __device__ __forceinline__ uint32_t wait_counter(uint32_t i) const { return get(5 + i); }
     __device__ __forceinline__ uint32_t wait_per_step(uint32_t i) const { return get(9 + i); }
     __device__ __forceinline__ uint32_t wait_needed(uint32_t i) const { return get(13 + i); }
-    __device__ __forceinline__ uint32_t signal_counter() const { return get(17); }
-    __device__ __forceinline__ uint64_t operand(uint32_t i) const { return uint64_t(get(18 + i)) * 256; }
+    __device__ __forceinline__ uint32_t signal_counter() const { return get(17) % 65536; }
+    __device__ __forceinline__ bool signals_eagerly() const { return get(17) / 65536 != 0; }
+    __device__ __forceinline__ uint32_t place(uint32_t i) const { return get(18 + i); } // of an operand, 256 bytes each
+    __device__ __forceinline__ uint64_t operand(uint32_t i) const { return uint64_t(place(i)) * 256; }
     __device__ __forceinline__ uint32_t scalar() const { return get(24); }
 };
 static_assert(sizeof(perk_task_record) == 128, "a record is one word a lane of a warp");
@@ -812,11 +873,17 @@ __device__ __forceinline__ void await_inputs(Worker &w, const TaskView &task) {
     stamp(w, PERK_STAMP_READY);
 }
 
-// The barrier collects the block's writes, the release makes them visible to whoever sees the counter.
+// The barrier collects the block's writes, the release makes them visible to whoever sees the counter; eager values
+// need none.
 __device__ __forceinline__ void signal_outputs(const Worker &w, const TaskView &task) {
     const uint32_t counter = task.signal_counter(), given_up = load_shared4(w.shared + SharedMap::given_up);
+    const bool is_eager = kIsEager && task.signals_eagerly();
     named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-    if (w.thread == 0 && !given_up) add_release_gpu(w.args.counters + counter, 1);
+    if (w.thread != 0 || given_up) return;
+    if (is_eager)
+        add_gpu4(w.args.counters + counter, 1);
+    else
+        add_release_gpu(w.args.counters + counter, 1);
 }
 
 // `run_task(worker, task, chunk)` is the program's switch over its kinds; it awaits the task's inputs and returns the

@@ -1,5 +1,6 @@
 /* The plan checker: its entry, the texts of its messages, and the check of the plan's arrays. */
 #include "check.h"
+#include "plan_eager.h"
 
 #include <stdio.h>
 
@@ -412,6 +413,7 @@ perk_status perk_plan_check(const perk_plan *plan, perk_error *err) {
     perk_status status = perk_check_structure(plan, err);
     if (!status) status = perk_check_memory_create(&memory, plan, err);
     if (!status) status = perk_check_order(plan, memory, err);
+    if (!status) status = perk_check_eager(plan, err);
     perk_check_memory_free(memory);
     return status;
 }

@@ -100,12 +100,22 @@ static perk_status reserve(perk_gpu *gpu, const reservations *list, const reserv
                              "clearing %s", item->what);
 }
 
+/* Both copies of what eager stages write: the first step finds them as any other does. */
+static perk_status make_vacant(perk_gpu *gpu, const perk_gpu_program *p, perk_error *err) {
+    if (p->plan->eager_bytes == 0) return PERK_OK;
+    CUdeviceptr begin = p->activations.address + p->plan->eager_begin;
+    return perk_driver_check(
+        gpu->driver, gpu->driver->cuMemsetD8Async(begin, PERK_VACANT % 256, 2 * p->plan->eager_bytes, gpu->stream), err,
+        "making room for eager values");
+}
+
 perk_status perk_gpu_allocate(perk_gpu *gpu, perk_error *err) {
     reservations list = {.count = 0};
     perk_status status = PERK_OK;
     list_shared(gpu, &list);
     for (int i = 0; i < gpu->program_count; i++) list_own(&gpu->programs[i], &list);
     for (int i = 0; i < list.count && status == PERK_OK; i++) status = reserve(gpu, &list, &list.items[i], err);
+    for (int i = 0; i < gpu->program_count && status == PERK_OK; i++) status = make_vacant(gpu, &gpu->programs[i], err);
     return status;
 }
 

@@ -153,7 +153,7 @@ static perk_status upload_sync_tasks(sync_probe *s, perk_error *err) {
     if (!list) return perk_fail_memory(err, "the tasks of a sync");
     for (size_t i = 0; i < s->records; i++) {
         uint32_t position = (uint32_t)(i % SYNC_RECORDS);
-        list[i] = (perk_task_record){.task = position, .first = position, .signal_counter = position};
+        list[i] = (perk_task_record){.task = position, .first = position, .signal_counter = (uint16_t)position};
         list[i].kind = position == SYNC_TASKS ? PERK_TASK_END : 0;
         list[i].scalar = position == 1 || position == SYNC_TASKS - 1; /* is stamped */
         if (position == 0 || position == SYNC_TASKS) continue;

@@ -1,5 +1,6 @@
 /* From graph to plan: folding, stages, waits, memory. */
 #include "lower.h"
+#include "plan_eager.h"
 
 #include <stdarg.h>
 #include <stdint.h>
@@ -785,6 +786,18 @@ static bool is_free_for(const perk_plan *plan, const place *p, const perk_plan_t
     return true;
 }
 
+/* Behind all others, twice. */
+static void place_eager_tensors(perk_plan *plan) {
+    uint64_t *bytes = &plan->space_bytes[PERK_SPACE_ACTIVATIONS];
+    plan->eager_begin = *bytes;
+    for (int t = 0; t < plan->tensor_count; t++) {
+        if (!plan->tensors[t].eager) continue;
+        plan->tensors[t].offset = *bytes;
+        *bytes += plan->tensors[t].bytes;
+    }
+    *bytes += plan->eager_bytes;
+}
+
 static perk_status plan_activations(perk_lowering *l, const ancestry *a) {
     perk_plan *plan = l->plan;
     size_t stages = (size_t)plan->stage_count;
@@ -798,7 +811,7 @@ static perk_status plan_activations(perk_lowering *l, const ancestry *a) {
     mark_accesses(plan, accesses);
     for (int t = 0; t < plan->tensor_count; t++) {
         perk_plan_tensor *tensor = &plan->tensors[t];
-        if (tensor->space != PERK_SPACE_ACTIVATIONS) continue;
+        if (tensor->space != PERK_SPACE_ACTIVATIONS || tensor->eager) continue;
         int first = 0;
         while (first < plan->stage_count && !accesses[(size_t)t * stages + (size_t)first]) first++;
         place *best = NULL;
@@ -812,6 +825,7 @@ static perk_status plan_activations(perk_lowering *l, const ancestry *a) {
         best->tensor = t;
         tensor->offset = best->offset;
     }
+    place_eager_tensors(plan);
 out:
     free(accesses);
     free(places);
@@ -919,7 +933,8 @@ static perk_status lower_graph(perk_lowering *l) {
     a.words = (plan->stage_count + 63) / 64;
     a.bits = perk_calloc((size_t)a.words * (size_t)plan->stage_count, sizeof *a.bits);
     if (!a.bits) return perk_fail_memory(&l->error, "the plan");
-    if (plan_waits(l, &a) == PERK_OK && plan_signals(l) == PERK_OK && plan_activations(l, &a) == PERK_OK)
+    if (plan_waits(l, &a) == PERK_OK && plan_signals(l) == PERK_OK &&
+        perk_plan_choose_eager(plan, &l->error) == PERK_OK && plan_activations(l, &a) == PERK_OK)
         sort_by_worker(l);
     free(a.bits);
     return l->error.status;

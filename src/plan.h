@@ -56,6 +56,7 @@ typedef struct perk_plan_tensor {
     int32_t rows, cols, row_stride;
     perk_dtype dtype;
     bool external_input; /* written by the host before the step */
+    bool eager;          /* its values tell by themselves whether they are there (kernels_src/abi.h) */
 } perk_plan_tensor;
 
 /* Rows [row_begin, row_end) times the columns of `repeat` intervals
@@ -139,6 +140,8 @@ typedef struct perk_stage {
     int operands[PERK_RECORD_OPERANDS]; /* plan tensors whose addresses the device code gets, by role; -1: none */
     int scalar;                         /* one number for the device code (the layer in the KV cache) */
     bool takes_inputs;                  /* its tasks use the slots of wide linears' inputs as they like */
+    bool is_vocabulary;                 /* leaves candidates for argmax, and makes places of eager values vacant */
+    bool eager;                         /* signals without a fence: all that it writes is eager */
     perk_stream stream;
 } perk_stage;
 
@@ -190,6 +193,10 @@ typedef struct perk_plan {
     int prompt_slice;        /* tokens of the step that a worker takes together where they are a prompt's (wide programs
                                 alone; 0: it does not) */
     uint64_t kv_layer_bytes; /* of one layer, all pages */
+
+    /* Among the activations: where eager tensors begin, and how long they are. Their second copy follows; the offsets
+     * of tensors are those in the first. */
+    uint64_t eager_begin, eager_bytes;
 } perk_plan;
 
 /* `config` (resolved) for steps of up to `tokens`, with all that other programs over the same memory must agree on. */

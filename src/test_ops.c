@@ -261,6 +261,7 @@ static const perk_op_case grid[] = {
     {.op = "linear", .rows = 1, .in = 512, .out = 2112},
     {.op = "linear", .rows = 3, .in = 72, .out = 100, .bias = true},
     {.op = "linear", .rows = 3, .in = 1001, .out = 999, .residual = true},
+    {.op = "linear", .rows = 5, .in = 2600, .out = 520, .residual = true}, /* an odd number of chunks */
     {.op = "linear", .rows = 16, .live = 13, .in = 1000, .out = 520, .bias = true},
     {.op = "linear", .rows = 64, .live = 50, .in = 1024, .out = 2048, .bias = true, .residual = true},
     {.op = "linear", .rows = 1, .in = 1024, .out = 4096},                     /* 0.6B: qkv, o, down */

@@ -1,7 +1,7 @@
 /* Device code without a GPU: what NVRTC would compile runs on the CPU, on an emulator of the block, its warps, barriers
  * and copies (tests/emulator/), behind the fake driver. Ops against the reference, native and portable; the shipped
- * model; and device code that was broken on purpose, which must show. EMULATOR_SEED=N runs everything in another order.
- */
+ * model; and device code that was broken on purpose, which must show. EMULATOR_SEED=N runs everything in another order,
+ * EMULATOR_FAULT=WORDS of the broken ones those alone that are called so. */
 #include "emulated.h"
 #include "op_cases.h"
 #include "perk/engine.h"
@@ -206,18 +206,20 @@ static int compute_logits(const char *folder, perk_backend backend, int rows, fl
 }
 
 /* The limit is that of the tests on a GPU. */
-static void test_model(void) {
+static bool is_model_right(int rows) {
     static float wanted[TOKENS * VOCABULARY], got[TOKENS * VOCABULARY];
+    double difference = 0, norm = 0;
     compute_logits(TINY, PERK_BACKEND_REFERENCE, 8, wanted);
-    for (int rows = 1; rows <= 20; rows += rows == 1 ? 7 : 12) {
-        double difference = 0, norm = 0;
-        compute_logits(TINY, PERK_BACKEND_GPU, rows, got);
-        for (int i = 0; i < TOKENS * VOCABULARY; i++) {
-            difference += (double)(got[i] - wanted[i]) * (double)(got[i] - wanted[i]);
-            norm += (double)wanted[i] * (double)wanted[i];
-        }
-        CHECK(difference <= norm * 2e-2 * 2e-2, "%d rows: relative error %g", rows, sqrt(difference / norm));
+    compute_logits(TINY, PERK_BACKEND_GPU, rows, got);
+    for (int i = 0; i < TOKENS * VOCABULARY; i++) {
+        difference += (double)(got[i] - wanted[i]) * (double)(got[i] - wanted[i]);
+        norm += (double)wanted[i] * (double)wanted[i];
     }
+    return difference <= norm * 2e-2 * 2e-2;
+}
+
+static void test_model(void) {
+    for (int rows = 1; rows <= 20; rows += rows == 1 ? 7 : 12) CHECK(is_model_right(rows), "%d rows", rows);
 }
 
 /* Rows of logits that differ by more than rounding explains. */
@@ -256,8 +258,9 @@ static void test_expert_models(void) {
 
 /* ---- device code that is wrong ---- */
 
-/* What the program does: linears of up to 8, 64, 256 tokens; attention over a cache that comes through the ring. */
-typedef enum program_form { NARROW, BATCHED, WIDE, CACHE } program_form;
+/* What the program does: linears of up to 8, 64, 256 tokens; attention over a cache that comes through the ring; steps
+ * of a model, whose stages signal eagerly. */
+typedef enum program_form { NARROW, BATCHED, WIDE, CACHE, STEPS } program_form;
 
 static const struct {
     const char *what;
@@ -265,17 +268,18 @@ static const struct {
     bool passes; /* stays right: what the others are held against */
     program_form form;
 } faults[] = {
-    {"nothing wrong", {{"linear.cuh", "// the products need the slot no more", "//"}}, true, NARROW},
+    {"nothing wrong", {{"linear.cuh", "// the products need the slots no more", "//"}}, true, NARROW},
     {"a ring slot is given back before it was read",
-     {{"linear.cuh", "if (in_chunk == 0) wait_full(w, chunk);",
-       "if (in_chunk == 0) wait_full(w, chunk);\nif (in_chunk + kGroupBlocks == kShare) release_chunk(w, chunk, 0);"},
-      {"linear.cuh", "release_chunk(w, chunk, word_of(a) | word_of(b));", ";"}},
+     {{"linear.cuh", "if (in_chunk == 0) place.await(w);",
+       "if (in_chunk == 0) place.await(w);\nif (in_chunk + kGroupBlocks >= kShare) place.release(w, 0);"},
+      {"linear.cuh", "place.release(w, word_of(a) | word_of(b));", ";"}},
      false,
      NARROW},
-    {"a chunk is not waited for", {{"linear.cuh", "if (in_chunk == 0) wait_full(w, chunk);", ""}}, false, NARROW},
+    {"a chunk is not waited for", {{"linear.cuh", "if (in_chunk == 0) place.await(w);", ""}}, false, NARROW},
     {"outputs are signalled before all warps have stored them",
-     {{"worker.cuh", "    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);\n    if (w.thread == 0 && !given_up",
-       "    if (w.thread == 0 && !given_up"}},
+     {{"worker.cuh",
+       "    named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);\n    if (w.thread != 0 || given_up) return;",
+       "    if (w.thread != 0 || given_up) return;"}},
      false,
      NARROW},
     {"inputs are not waited for",
@@ -370,6 +374,15 @@ static const struct {
      {{"attention.cuh", "return rounds.finish(w);", "return rounds.chunk;"}},
      false,
      CACHE},
+    {"nothing wrong, eager", {{"worker.cuh", "// ---- eager values (abi.h) ----", "//"}}, true, STEPS},
+    {"vacant places are taken for values",
+     {{"worker.cuh", "if (!__any_sync(0xffffffffu, is_vacant)) return false;", "return false;"}},
+     false,
+     STEPS},
+    {"values of an earlier step stay in their places",
+     {{"worker.cuh", "copy[i] = {kVacant, kVacant, kVacant, kVacant};", ""}},
+     false,
+     STEPS},
     {"units come to the wrong warps",
      {{"kv_stream.cuh", "unit = __popc(live & ((1u << w.warp) - 1));", "unit = w.warp % __popc(live | 1);"}},
      false,
@@ -381,6 +394,13 @@ static const perk_op_case cached[] = {
     {.op = "attention", .rows = 1, .heads = 4, .kv_heads = 2, .head_dim = 64, .context = 700, .requests = 1},
     {.op = "attention", .rows = 5, .heads = 2, .kv_heads = 2, .head_dim = 128, .context = 200, .requests = 3},
     {.op = "attention", .rows = 12, .heads = 4, .kv_heads = 1, .head_dim = 32, .context = 90, .requests = 4}};
+
+static bool run_cases(const perk_op_case *cases, size_t count, size_t runs) {
+    perk_op_verdict v;
+    for (size_t run = 0; run < runs; run++)
+        if (!run_op(&cases[run % count], 0, &v)) return false;
+    return true;
+}
 
 /* In a process of its own, since the emulator ends it where it finds something. */
 static bool shows(const char *what, const fake_edit *edits, program_form form) {
@@ -407,15 +427,13 @@ static bool shows(const char *what, const fake_edit *edits, program_form form) {
     fflush(NULL);
     pid_t child = fork();
     if (child == 0) {
-        perk_op_verdict v;
         int quiet = open("/dev/null", O_WRONLY | O_CLOEXEC);
         if (!getenv("EMULATOR_VERBOSE")) dup2(quiet, STDERR_FILENO);
         cache = path_in(scratch, what);
         memcpy(fake.compiler->edits, edits, sizeof fake.compiler->edits);
         fake.driver->launches = 0;
-        for (size_t run = 0; run < (form == WIDE ? 24 : 20); run++)
-            if (!run_op(&cases[run % count], 0, &v)) _exit(1);
-        _exit(0);
+        bool passed = form == STEPS ? is_model_right(1) : run_cases(cases, count, form == WIDE ? 24 : 20);
+        _exit(passed ? 0 : 1);
     }
     CHECK(child > 0 && waitpid(child, &result, 0) == child);
     CHECK(!WIFEXITED(result) || WEXITSTATUS(result) != FAKE_EDIT_MISSES, "%s: the device code has changed", what);
@@ -423,8 +441,10 @@ static bool shows(const char *what, const fake_edit *edits, program_form form) {
 }
 
 static void test_faults(void) {
+    const char *only = getenv("EMULATOR_FAULT");
     int wrong = 0;
     for (size_t i = 0; i < PERK_COUNT(faults); i++) {
+        if (only && !strstr(faults[i].what, only)) continue;
         bool shown = shows(faults[i].what, faults[i].edits, faults[i].form);
         wrong += shown == faults[i].passes;
         fprintf(stderr, "%s: %s\n", faults[i].what, shown ? "shows" : "does not show");
@@ -453,6 +473,7 @@ int main(void) {
     cache = path_in(scratch, "cache");
     test_faults();
 
+    if (getenv("EMULATOR_FAULT")) return 0;
     test_experts();
     test_ops();
     test_short_ring();

@@ -191,7 +191,8 @@ static void choose_operands(perk_lowering *l, const perk_op *op, const perk_line
     stage->operands[BIAS] = perk_lower_tensor(l, op->inputs[PERK_IN_BIAS], PERK_LAYOUT_ROWS);
     if (form->norm)
         stage->operands[NORM_WEIGHT] = perk_lower_tensor(l, form->norm->inputs[PERK_IN_WEIGHT], PERK_LAYOUT_ROWS);
-    if (!strcmp(form->epilogue, "logits")) stage->operands[CANDIDATES] = perk_lower_candidates(l, form->out);
+    stage->is_vocabulary = !strcmp(form->epilogue, "logits");
+    if (stage->is_vocabulary) stage->operands[CANDIDATES] = perk_lower_candidates(l, form->out);
     stage->stream.tensor =
         perk_lower_tensor(l, op->inputs[PERK_IN_WEIGHT], form->gate ? PERK_LAYOUT_PAIRED_TILES : PERK_LAYOUT_TILES);
     if (stage->stream.tensor < 0) return;

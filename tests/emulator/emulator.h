@@ -41,6 +41,7 @@ constexpr uint64_t kTickNs = 100;                  // of the virtual clock; a ti
 constexpr uint32_t kPause = 16, kLongPause = 4096; // turns that a warp lets pass after a poll that found nothing,
 constexpr uint32_t kPatience = 500 * 32;           // and after so many of them
 constexpr uint32_t kTurnsPerStall = 50, kLongestStall = 400; // now and then a warp stands still, wherever it is
+constexpr uint32_t kTurnsPerStore = 8;                       // stores that may be seen late are looked at that seldom
 constexpr uint8_t kPoison = 0xff;                            // NaN in bf16 and fp32
 
 struct Dim {
@@ -115,6 +116,13 @@ struct Barrier {
     std::vector<Thread *> arrived;
 };
 
+// A store that others see late, unless a fence comes before: of a value that tells by itself whether it is there.
+struct LateStore {
+    uint8_t *to;
+    uint32_t bytes;
+    uint8_t value[4];
+};
+
 struct Block {
     uint32_t index = 0;
     std::vector<uint8_t> memory; // shared
@@ -124,6 +132,7 @@ struct Block {
     std::map<uint32_t, Clock> clocks; // of mbarriers, by address: of all who have arrived
     Clock fenced;                     // of all who have passed a fence
     Barrier barriers[kBarriers];
+    std::vector<LateStore> late; // in their order
 };
 
 // A copy that is under way, and the arrival or the bytes that its barrier gets once it has landed.
@@ -370,6 +379,24 @@ static T load_global(const void *pointer) {
     return value;
 }
 
+// ---- stores that are seen late ----
+
+// So many of the block's, the oldest first.
+static void see_stores(Block &block, size_t count) {
+    std::vector<LateStore> &late = block.late;
+    for (size_t i = 0; i < count; i++) memcpy(late[i].to, late[i].value, late[i].bytes);
+    late.erase(late.begin(), late.begin() + ptrdiff_t(count));
+}
+template <class T>
+static void store_late(void *pointer, T v) {
+    yield_sometimes();
+    if (reinterpret_cast<uintptr_t>(pointer) % sizeof(T) != 0) fail("a store to global memory is not aligned");
+    LateStore store{static_cast<uint8_t *>(pointer), sizeof(T), {}};
+    memcpy(store.value, &v, sizeof(T));
+    self->block->late.push_back(store);
+}
+static void pass_store_fence() { see_stores(*self->block, self->block->late.size()); }
+
 // ---- mbarriers: in their 8 bytes of shared memory ----
 
 struct Mbarrier {
@@ -530,11 +557,19 @@ static Warp *find_warp(uint64_t *next) {
     return nullptr;
 }
 
+// Of a block: all that it has stored so far, or a few.
+static void see_some_stores() {
+    Block &block = launch->blocks[draw(uint32_t(launch->blocks.size()))];
+    const size_t count = block.late.size();
+    if (count > 0) see_stores(block, draw(2) == 0 ? count : draw(uint32_t(count)) + 1);
+}
+
 static void schedule() {
     while (launch->alive > 0) {
         uint64_t next;
         launch->tick++;
         land_flights(false);
+        if (draw(kTurnsPerStore) == 0) see_some_stores();
         Warp *warp = find_warp(&next);
         if (warp && draw(kTurnsPerStall) == 0)
             warp->awake = launch->tick + draw(kLongestStall);
@@ -547,6 +582,7 @@ static void schedule() {
     }
     while (land_flights(true)) {
     }
+    for (Block &block : launch->blocks) see_stores(block, block.late.size());
 }
 
 static void make_threads(uint32_t shared_bytes) {

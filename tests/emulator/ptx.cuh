@@ -62,6 +62,13 @@ static inline uint16_t load_coherent2(const void *pointer) { return load_global<
 static inline Vec16 load_cached16(const void *pointer) { return load_global<Vec16>(pointer); }
 static inline Vec16 load_constant16(const void *pointer) { return load_global<Vec16>(pointer); }
 
+static inline void store_eager2(void *pointer, uint16_t v) { store_late(pointer, v); }
+static inline void store_eager4(void *pointer, uint32_t v) { store_late(pointer, v); }
+static inline uint32_t max_halves(uint32_t a, uint32_t b) {
+    const uint32_t low = (a & 0xffffu) > (b & 0xffffu) ? a : b, high = a >> 16 > b >> 16 ? a : b;
+    return (low & 0xffffu) | (high & 0xffff0000u);
+}
+
 // ---- counters in global memory ----
 
 // Only polls load so. A counter that has not changed since the thread's last look is one that was polled in vain.
@@ -72,11 +79,14 @@ static inline uint32_t load_acquire_gpu(const uint32_t *pointer) {
     self->polled_value = seen;
     return seen;
 }
-static inline void add_release_gpu(uint32_t *pointer, uint32_t amount) {
+static inline void add_gpu4(uint32_t *pointer, uint32_t amount) {
     yield_sometimes();
     *pointer += amount;
 }
-static inline void add_gpu4(uint32_t *pointer, uint32_t amount) { add_release_gpu(pointer, amount); }
+static inline void add_release_gpu(uint32_t *pointer, uint32_t amount) {
+    pass_store_fence();
+    add_gpu4(pointer, amount);
+}
 static inline void add_gpu8(uint64_t *pointer, uint64_t amount) {
     yield_sometimes();
     *pointer += amount;
