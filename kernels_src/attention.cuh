@@ -451,13 +451,16 @@ struct Attention {
             mma(state.out[d], v[d][0].x & mask.x, v[d][1].x & mask.x, v[d][0].y & mask.y, v[d][1].y & mask.y, p0, p1);
     }
 
-    static __device__ __forceinline__ void store_partial(const Worker &w, const State &state, float *partial) {
+    // Rows that the tile does not have are left alone: all of it has to be in L2 before the signal.
+    static __device__ __forceinline__ void store_partial(const Worker &w, const State &state, uint32_t rows,
+                                                         float *partial) {
         const uint32_t g = w.lane / 4, q = w.lane % 4;
         const float sum = quad_sum(state.sum);
         if (q == 0) {
             partial[g] = state.maximum;
             partial[PERK_QUERY_ROWS + g] = sum;
         }
+        if (2 * q >= rows) return;
         float *out = partial + 2 * PERK_QUERY_ROWS + 2 * q * kHeadDim + g; // of the lane: the rest is constant
 #pragma unroll
         for (uint32_t d = 0; d < kDimTiles; d++)
@@ -625,7 +628,7 @@ struct Attention {
             weigh_unit(w, state, scores, v, p.begin, p.end, mask.limit, mask.window, mask.scale);
         else
             attend_streamed(w, state, q, p, rounds, mask);
-        store_partial(w, state, partial_of(w, task.operand(kPartials), head, item));
+        store_partial(w, state, p.tile.rows, partial_of(w, task.operand(kPartials), head, item));
     }
 #else
     template <bool kQNorm, bool kKNorm>
@@ -647,7 +650,7 @@ struct Attention {
             attend_fresh(w, state, q, p, source_of<kQNorm, kKNorm>(w, task, eps), mask);
         else
             attend_cached(w, state, q, p, mask);
-        store_partial(w, state, partial_of(w, task.operand(kPartials), head, item));
+        store_partial(w, state, p.tile.rows, partial_of(w, task.operand(kPartials), head, item));
     }
 #endif
 

@@ -9,6 +9,8 @@ constexpr uint32_t ring_slots = 1, chunks_in_flight = 1, chunks_in_flight_behind
 constexpr uint32_t staging_bytes = 0, reduction_bytes = 0, batch_shared_bytes = 0, batch_page_table = 0, max_tokens = 1;
 constexpr uint32_t shared_bytes = PERK_CHUNK_BYTES + 4096;
 constexpr uint32_t own_experts = 0, own_slots = 0;
+constexpr uint32_t eager_place = 0;
+constexpr uint64_t eager_bytes = 0;
 constexpr bool waits_are_limited = true, has_experts = false, many_steps = false;
 } // namespace program
 

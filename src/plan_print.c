@@ -126,13 +126,13 @@ static json_t *stages_json(const perk_plan *plan, const perk_plan_facts *facts) 
         json_t *operands = json_array();
         for (int j = 0; j < PERK_RECORD_OPERANDS; j++)
             append(&operands, stage->operands[j] < 0 ? json_null() : json_integer(stage->operands[j]));
-        append(&stages,
-               json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:o, s:I, s:i, s:i, s:o, s:i}", "name", stage->name, "op",
-                         plan->graph->ops[stage->op]->output->name, "kind", stage->kind, "counter", stage->counter,
-                         "tasks", stage->task_count, "units", stage->unit_count, "waits",
-                         waits_json(plan, facts, facts->sample[i]), "stream_bytes", (json_int_t)facts->stage_stream[i],
-                         "stream_tiles", stage->stream.tile_count, "stream_blocks_per_tile",
-                         stage->stream.blocks_per_tile, "operands", operands, "scalar", stage->scalar));
+        append(&stages, json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:o, s:I, s:i, s:i, s:o, s:i, s:b}", "name",
+                                  stage->name, "op", plan->graph->ops[stage->op]->output->name, "kind", stage->kind,
+                                  "counter", stage->counter, "tasks", stage->task_count, "units", stage->unit_count,
+                                  "waits", waits_json(plan, facts, facts->sample[i]), "stream_bytes",
+                                  (json_int_t)facts->stage_stream[i], "stream_tiles", stage->stream.tile_count,
+                                  "stream_blocks_per_tile", stage->stream.blocks_per_tile, "operands", operands,
+                                  "scalar", stage->scalar, "eager", stage->eager));
     }
     return stages;
 }
