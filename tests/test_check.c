@@ -283,6 +283,24 @@ static int32_t random_value(int32_t old) {
     }
 }
 
+/* Changes the flags that word `word` behind the name holds; false: it holds none. A flag is 0 or 1, whatever else is
+ * wrong. */
+static bool corrupt_flags(perk_plan *plan, bool of_tensor, size_t item, size_t word, int32_t value) {
+    size_t flags = of_tensor ? offsetof(perk_plan_tensor, external_input) - sizeof plan->tensors->name
+                             : offsetof(perk_stage, takes_inputs) - sizeof plan->stages->name;
+    if (word != flags / 4) return false;
+    if (of_tensor) {
+        plan->tensors[item].external_input = value & 1;
+        plan->tensors[item].eager = value >> 1 & 1;
+    } else {
+        perk_stage *stage = &plan->stages[item];
+        stage->takes_inputs = value & 1;
+        stage->is_vocabulary = value >> 1 & 1;
+        stage->eager = value >> 2 & 1;
+    }
+    return true;
+}
+
 /* Changes one 32-bit word of one array, or a count (downwards only: the lengths of arrays are what is trusted). */
 static void corrupt(perk_plan *plan) {
     struct {
@@ -310,15 +328,10 @@ static void corrupt(perk_plan *plan) {
     size_t words = (arrays[which].size - arrays[which].skip) / 4;
     size_t item = random_below((uint32_t)arrays[which].count), word = random_below((uint32_t)words);
     char *at = (char *)arrays[which].array + item * arrays[which].size + arrays[which].skip + 4 * word;
-    bool is_bool =
-        which == 0 && (size_t)(at - (char *)&plan->tensors[item]) / 4 == offsetof(perk_plan_tensor, external_input) / 4;
     int32_t value;
     memcpy(&value, at, 4);
     value = random_value(value);
-    if (is_bool)
-        plan->tensors[item].external_input = value & 1;
-    else
-        memcpy(at, &value, 4);
+    if (which > 1 || !corrupt_flags(plan, which == 0, item, word, value)) memcpy(at, &value, 4);
 }
 
 static void test_corruption(void) {
