@@ -420,7 +420,8 @@ static bool shows(const char *what, const fake_edit *edits, program_form form) {
     } forms[] = {[NARROW] = {narrow, PERK_COUNT(narrow)},
                  [BATCHED] = {batched, PERK_COUNT(batched)},
                  [WIDE] = {wide, PERK_COUNT(wide)},
-                 [CACHE] = {cached, PERK_COUNT(cached)}};
+                 [CACHE] = {cached, PERK_COUNT(cached)},
+                 [STEPS] = {NULL, 0}};
     const perk_op_case *cases = forms[form].cases;
     size_t count = forms[form].count;
     int result = -1;
