@@ -12,7 +12,8 @@ import pathlib
 import re
 import sys
 
-COLUMNS = ["stage", "count", "in_all", "chain", "expected", "run", "longest", "wait", "read", "multiply", "share", "finish"]
+COLUMNS = ["stage", "count", "in_all", "chain", "expected", "run", "longest", "wait"]
+COLUMNS += ["read", "multiply", "share", "finish"]  # of linears alone
 HEAD = re.compile(r"^(\S+)  batch (\d+)  context (\d+)  (.+?)(  portable)?$")
 STEP = re.compile(r"^  step, profiled +([\d.]+) ms")
 ROW = re.compile(r"^  (\S.*?) +(\d+)((?: +-?[\d.]+){6}(?:(?: +-?[\d.]+){4})?)$")
