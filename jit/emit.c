@@ -10,6 +10,11 @@
  * up in front of the loads on the critical path; 4 for a worker that has fallen behind (docs/performance.md). */
 enum { CHUNKS_IN_FLIGHT = 2, CHUNKS_IN_FLIGHT_BEHIND = 4 };
 
+/* Chunks behind a full ring that are brought to L2: 26 MB of all workers of an H100, half of its L2. 20 gave no more.
+ * And the cycles from one to the next: about what memory takes for one of every worker, and more in steps of several
+ * tokens, where loads of activations and the cache come between. */
+enum { CHUNKS_AHEAD = 12, CYCLES_PER_CHUNK = 1200, CYCLES_PER_CHUNK_BATCHED = 1700 };
+
 static int longest_list(const perk_plan *plan) {
     int longest = 0;
     for (int w = 0; w < plan->device.worker_count; w++)
@@ -38,6 +43,15 @@ static void emit_schedule_constants(const perk_plan *plan, perk_buffer *out) {
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
 }
 
+/* Which experts come next is not known before their routing, and wide linears over prompts wait for tensor cores, not
+ * for memory. */
+static int chunks_ahead(const perk_plan *plan) {
+    for (int i = 0; i < plan->stage_count; i++)
+        if (plan->stages[i].stream.deal != PERK_DEAL_NONE) return 0;
+    if (plan->wide_tokens > 0 && !perk_plan_is_batched(plan)) return 0;
+    return plan->device.portable ? 0 : CHUNKS_AHEAD;
+}
+
 static void emit_constants(const perk_plan *plan, perk_buffer *out) {
     perk_batch_layout batch = perk_plan_batch_layout(plan);
     struct {
@@ -53,6 +67,8 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
         {"ring_slots", plan->ring_slots},
         {"chunks_in_flight", CHUNKS_IN_FLIGHT},
         {"chunks_in_flight_behind", CHUNKS_IN_FLIGHT_BEHIND},
+        {"chunks_ahead", chunks_ahead(plan)},
+        {"cycles_per_chunk", plan->config.max_num_batched_tokens > 1 ? CYCLES_PER_CHUNK_BATCHED : CYCLES_PER_CHUNK},
         {"staging_bytes", plan->staging_bytes},
         {"reduction_bytes", plan->reduction_bytes},
         {"shared_bytes", plan->shared_bytes},
@@ -92,6 +108,8 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
                        "[[maybe_unused]] constexpr uint32_t eager_place = %llu;\n[[maybe_unused]] constexpr uint64_t "
                        "eager_bytes = %llu;\n",
                        (unsigned long long)(plan->eager_begin / 256), (unsigned long long)plan->eager_bytes);
+    perk_buffer_printf(out, "[[maybe_unused]] constexpr bool eager_pieces = %s;\n",
+                       plan->eager_pieces ? "true" : "false");
     if (plan->streams_kv)
         perk_buffer_printf(out, "constexpr uint32_t kv_heads = %d, kv_head_dim = %d, kv_parts = %d;\n", plan->kv_heads,
                            plan->kv_head_dim, plan->attention_parts);

@@ -101,13 +101,16 @@ enum {
 /* ---- eager values ----
  * A signal is held back by a fence until what it tells of is there for all to see, which takes as long as the rest of
  * the way from worker to worker. A stage may signal eagerly, without it, where its values tell by themselves whether
- * they are there: bf16 in places that were vacant before, and every reader looks again until none is. PERK_VACANT is a
- * NaN that no arithmetic makes (theirs is 0x7fff).
+ * they are there: bf16, or the router's fp32, in places that were vacant before, and every reader looks again until
+ * none is. PERK_VACANT is a NaN that no arithmetic makes (theirs is 0x7fff).
  *
  * Such a tensor has a place of its own among the eager ones, in which one stage writes once a step. There are two
  * copies of all these places, for steps in turn. While a step works on one, the vocabulary projection, where every
  * worker has a task, makes the other vacant; it signals behind a fence, as the stages do that end a step. */
 #define PERK_VACANT 0xffffu
+/* Pieces of attention are fp32, and too many to have two copies for a step. Layers have two scratches for them in turn,
+ * or three; whoever makes a piece makes its place in the next layer's scratch vacant. It is the same worker's there. */
+#define PERK_VACANT_WORD 0xffffffffu
 
 /* ---- tasks ---- */
 #define PERK_TASK_END 0xffffffffu  /* kind of the record after a worker's last task */
@@ -120,6 +123,11 @@ enum {
 
 #define PERK_TASK_SLOTS_BYTES                                                                                          \
     (2 * PERK_RECORD_WORDS * 4 + 32) /* of shared memory: this task's record, the next, eight words of worker.cuh */
+
+/* Chunks of weights behind those that are copied, which the producer finds out a lane each (look_ahead in worker.cuh):
+ * a word for each (28 bits for its first block are 256 GB), and four more. Qwen3-8B has 64 bytes for them at batch 1,
+ * or a slot of the ring less. */
+enum { PERK_FOUND_CHUNKS = 12, PERK_FOUND_BYTES = PERK_FOUND_CHUNKS * 4 + 16 };
 
 /* One task of one worker, 128 bytes: a warp reads it with one load, a word a lane. */
 typedef struct perk_task_record {

@@ -70,7 +70,7 @@ struct Attention {
     };
 
     // Operands of partial and append, by role.
-    enum Operand { kQkv, kPartials, kQNormWeight, kKNormWeight, kRopeTable };
+    enum Operand { kQkv, kPartials, kQNormWeight, kKNormWeight, kRopeTable, kNextPartials };
 
     // Made where it is needed: kept over a loop, its pointers would cost spills.
     template <bool kQNorm, bool kKNorm>
@@ -451,21 +451,31 @@ struct Attention {
             mma(state.out[d], v[d][0].x & mask.x, v[d][1].x & mask.x, v[d][0].y & mask.y, v[d][1].y & mask.y, p0, p1);
     }
 
-    // Rows that the tile does not have are left alone: all of it has to be in L2 before the signal.
-    static __device__ __forceinline__ void store_partial(const Worker &w, const State &state, uint32_t rows,
-                                                         float *partial) {
+    // Stores a partial result, of which `out` gives what the lane has. Rows that the tile does not have are left alone:
+    // they would only be in the way.
+    template <class OutWord>
+    static __device__ __forceinline__ void store_words(const Worker &w, float *partial, uint32_t rows, uint32_t maximum,
+                                                       uint32_t sum, OutWord out_word) {
         const uint32_t g = w.lane / 4, q = w.lane % 4;
-        const float sum = quad_sum(state.sum);
         if (q == 0) {
-            partial[g] = state.maximum;
-            partial[PERK_QUERY_ROWS + g] = sum;
+            store_eager4(partial + g, maximum);
+            store_eager4(partial + PERK_QUERY_ROWS + g, sum);
         }
         if (2 * q >= rows) return;
         float *out = partial + 2 * PERK_QUERY_ROWS + 2 * q * kHeadDim + g; // of the lane: the rest is constant
 #pragma unroll
         for (uint32_t d = 0; d < kDimTiles; d++)
 #pragma unroll
-            for (uint32_t c = 0; c < 4; c++) out[c % 2 * kHeadDim + d * 16 + c / 2 * 8] = state.out[d][c];
+            for (uint32_t c = 0; c < 4; c++) store_eager4(out + c % 2 * kHeadDim + d * 16 + c / 2 * 8, out_word(d, c));
+    }
+    static __device__ __forceinline__ void store_partial(const Worker &w, const TaskView &task, const Piece &p,
+                                                         uint32_t item, const State &state) {
+        store_words(w, partial_of(w, task.operand(kPartials), p.head, item), p.tile.rows,
+                    __float_as_uint(state.maximum), __float_as_uint(quad_sum(state.sum)),
+                    [&](uint32_t d, uint32_t c) { return __float_as_uint(state.out[d][c]); });
+        if constexpr (program::eager_pieces)
+            store_words(w, partial_of(w, task.operand(kNextPartials), p.head, item), p.tile.rows, PERK_VACANT_WORD,
+                        PERK_VACANT_WORD, [](uint32_t, uint32_t) { return PERK_VACANT_WORD; });
     }
 
     static __device__ __forceinline__ Piece load_piece(const Worker &w, const TaskView &task, uint32_t head,
@@ -628,7 +638,7 @@ struct Attention {
             weigh_unit(w, state, scores, v, p.begin, p.end, mask.limit, mask.window, mask.scale);
         else
             attend_streamed(w, state, q, p, rounds, mask);
-        store_partial(w, state, p.tile.rows, partial_of(w, task.operand(kPartials), head, item));
+        store_partial(w, task, p, item, state);
     }
 #else
     template <bool kQNorm, bool kKNorm>
@@ -650,7 +660,7 @@ struct Attention {
             attend_fresh(w, state, q, p, source_of<kQNorm, kKNorm>(w, task, eps), mask);
         else
             attend_cached(w, state, q, p, mask);
-        store_partial(w, state, p.tile.rows, partial_of(w, task.operand(kPartials), head, item));
+        store_partial(w, task, p, item, state);
     }
 #endif
 
@@ -765,15 +775,26 @@ struct Attention {
         const uint32_t mine = begin + w.lane * step; // lane i knows piece i's maximum and sum
         const bool inside = w.lane < kMergeBatch && mine <= last;
         const float *piece = pieces.at(inside ? mine : last) + row;
-        const float maximum = inside ? __ldcg(piece) : -infinity();
-        const float sum = inside ? __ldcg(piece + PERK_QUERY_ROWS) : 0.0f;
-        float values[kMergeBatch][kLaneDims];
+        float maximum, sum, values[kMergeBatch][kLaneDims];
+        EagerLook look{program::eager_pieces};
+#pragma unroll 1
+        do {
+            maximum = inside ? __uint_as_float(load_coherent4(piece)) : -infinity();
+            sum = inside ? __uint_as_float(load_coherent4(piece + PERK_QUERY_ROWS)) : 0.0f;
 #pragma unroll
-        for (uint32_t i = 0; i < kMergeBatch; i++) { // beyond the last, that one again: its weight is 0
-            const float *out = pieces.at(min(begin + i * step, last)) + 2 * PERK_QUERY_ROWS + row * kHeadDim + w.lane;
+            for (uint32_t i = 0; i < kMergeBatch; i++) { // beyond the last, that one again: its weight is 0
+                const float *out =
+                    pieces.at(min(begin + i * step, last)) + 2 * PERK_QUERY_ROWS + row * kHeadDim + w.lane;
 #pragma unroll
-            for (uint32_t e = 0; e < kLaneDims; e++) values[i][e] = __ldcg(out + 32 * e);
-        }
+                for (uint32_t e = 0; e < kLaneDims; e++) values[i][e] = __uint_as_float(load_coherent4(out + 32 * e));
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < kMergeBatch; i++)
+#pragma unroll
+                for (uint32_t e = 0; e < kLaneDims; e++) look.see_word(values[i][e]);
+            look.see_word(maximum);
+            look.see_word(sum);
+        } while (look.again_words(w));
         merged.rescale(fmaxf(merged.maximum, warp_max(maximum)));
         const float weight = exp2_approx(maximum - reference_of(merged.maximum));
         merged.sum += warp_sum(weight * sum);

@@ -112,13 +112,21 @@ struct BatchedLinear {
     static __device__ __forceinline__ uint32_t scratch(const Worker &w, uint32_t cell, uint32_t warp) {
         return w.reduction() + cell * kCellBytes + warp * 512 + w.lane * 16;
     }
-    static __device__ __forceinline__ void share_sums(const Worker &w, uint32_t round, const Sums &sums) {
+    // The sums of the first round; the others' move up.
+    static __device__ __forceinline__ void share_sums(const Worker &w, const Sums &sums) {
 #pragma unroll
         for (uint32_t i = 0; i < kRoundGroups; i++) {
-            const float(&sum)[4] = sums[round / kTileRounds][round % kTileRounds * kRoundGroups + i];
+            const float(&sum)[4] = sums[i / kGroups][i % kGroups];
             store_shared16(scratch(w, i, w.warp), {__float_as_uint(sum[0]), __float_as_uint(sum[1]),
                                                    __float_as_uint(sum[2]), __float_as_uint(sum[3])});
         }
+    }
+    static __device__ __forceinline__ void next_round(Sums &sums) {
+#pragma unroll
+        for (uint32_t i = kRoundGroups; i < kTogether * kGroups; i++)
+#pragma unroll
+            for (uint32_t c = 0; c < 4; c++)
+                sums[(i - kRoundGroups) / kGroups][(i - kRoundGroups) % kGroups][c] = sums[i / kGroups][i % kGroups][c];
     }
     static __device__ __forceinline__ void add_shared(const Worker &w, float (&sum)[4]) {
 #pragma unroll
@@ -210,18 +218,21 @@ struct BatchedLinear {
         stamp(w, PERK_STAMP_MULTIPLIED);
         if constexpr (!kResidualsEarly) load_residuals(w, task, first, tiles, residuals);
         const Finish f = finish_of(w, task);
-#pragma unroll
-        for (uint32_t round = 0; round < kTogether * kTileRounds; round++) {
-            if (round >= tiles * kTileRounds) break;
+// Not unrolled: a step comes by this code with every pass, and it would come from L2 each time.
+#pragma unroll 1
+        for (uint32_t round = 0; round < tiles * kTileRounds; round++) {
             named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // what was shared before is read
-            share_sums(w, round, sums);
+            share_sums(w, sums);
             named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
             stamp(w, PERK_STAMP_SHARED);
+            next_round(sums);
             if (w.warp / kRoundGroups != round % kRoundSets) continue;
             const Cell cell = cell_of(w, round);
             float sum[4] = {};
             add_shared(w, sum);
-            finish_cell(w, f, tile_of(task, first, cell), cell.group, sum, residuals[round / kRoundSets]);
+            finish_cell(w, f, tile_of(task, first, cell), cell.group, sum, residuals[0]);
+#pragma unroll
+            for (uint32_t i = 1; i < kWarpCells; i++) residuals[i - 1] = residuals[i];
         }
         return chunk;
     }

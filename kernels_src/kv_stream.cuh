@@ -89,7 +89,7 @@ struct KvItems {
 // Lane i's place in what warp i is to get.
 struct KvSource {
     KvItems items;
-    uint32_t request, units; // of the item; its next unit in the low half, its end in the high one: registers are few
+    uint32_t units; // of the item: its next one in the low half, its end in the high one: registers are few
 
     __device__ __forceinline__ KvSource(const Worker &w, const StreamTask &task)
         : items(w, task.lane_in_round, task.rounds) {
@@ -98,11 +98,11 @@ struct KvSource {
     __device__ __forceinline__ void load(const Worker &w) {
         if (!items.has_item()) return;
         units = items.word(w, 1) / PERK_KV_UNIT | (items.word(w, 2) + PERK_KV_UNIT - 1) / PERK_KV_UNIT << 16;
-        request = w.batch_word(program::batch_query_tiles + items.word(w, 0) * (sizeof(perk_query_tile) / 4));
     }
     // The place of the unit's keys in the cache, in units of so many bytes.
     __device__ __forceinline__ uint32_t keys(const Worker &w, uint32_t layer) const {
-        const uint32_t begin = units % 65536 * PERK_KV_UNIT;
+        const uint32_t begin = units % 65536 * PERK_KV_UNIT, tile = items.word(w, 0);
+        const uint32_t request = w.batch_word(program::batch_query_tiles + tile * (sizeof(perk_query_tile) / 4));
         return StreamedKv::page_index(layer, StreamedKv::page_of(w, request, begin), items.head()) * 2 *
                    StreamedKv::kPageUnits +
                begin % program::page_size / PERK_KV_UNIT;
@@ -123,12 +123,13 @@ constexpr uint32_t kKvInFlight =
 
 // A round: unit i goes to place i % kChunkUnits of chunk i / kChunkUnits. `mine` is that of this lane, if there are so
 // many, and its keys are at `keys`.
-__device__ __forceinline__ uint32_t push_round(const Worker &w, uint32_t units, uint32_t mine, uint32_t keys,
+__device__ __forceinline__ uint32_t push_round(Worker &w, uint32_t units, uint32_t mine, uint32_t keys,
                                                uint32_t chunk) {
     do {
-        const uint32_t here = min(units, StreamedKv::kChunkUnits), full = w.full_barrier(chunk);
-        await_slot(w, chunk);
+        stay(w);
+        await_slot(w, chunk, {w.position + 1, 0}); // weights come behind the task
         if (chunk >= kKvInFlight) wait_full<true>(w, chunk - kKvInFlight);
+        const uint32_t here = min(units, StreamedKv::kChunkUnits), full = w.full_barrier(chunk);
         if (w.lane == 0) mbarrier_arrive_expect(full, here * 2 * StreamedKv::kUnitBytes);
         __syncwarp();
         if (mine < here) {
@@ -146,7 +147,7 @@ __device__ __forceinline__ uint32_t push_round(const Worker &w, uint32_t units, 
     return chunk;
 }
 
-__device__ __forceinline__ uint32_t stream_kv(const Worker &w, const StreamTask &task, uint32_t chunk) {
+__device__ __forceinline__ uint32_t stream_kv(Worker &w, const StreamTask &task, uint32_t chunk) {
     await_begin(w, chunk);                   // before, there is no batch
     if (program::many_steps) fence_copies(); // what earlier steps of the launch have appended
     KvSource source(w, task);
@@ -154,7 +155,10 @@ __device__ __forceinline__ uint32_t stream_kv(const Worker &w, const StreamTask 
         const bool has_unit = source.items.has_item();
         const uint32_t live = __ballot_sync(0xffffffffu, has_unit);
         const uint32_t mine = has_unit ? __popc(live & ((1u << w.lane) - 1)) : 0xffffffffu / 2;
-        chunk = push_round(w, __popc(live), mine, has_unit ? source.keys(w, task.base) : 0, chunk);
+        uint32_t position = w.position;
+        forget(position); // the layer, anew: registers are few
+        const uint32_t layer = __ldg(&record_at(w, position)->stream_base);
+        chunk = push_round(w, __popc(live), mine, has_unit ? source.keys(w, layer) : 0, chunk);
         if (has_unit) source.next(w);
         __syncwarp();
     } while (__any_sync(0xffffffffu, source.items.has_item()));

@@ -354,7 +354,7 @@ struct Linear {
                 if (column >= kOut) return;
                 const uint64_t index = uint64_t(row) * kOutStride + column;
                 if constexpr (kEpilogue == Epilogue::logits || kEpilogue == Epilogue::scores)
-                    reinterpret_cast<float *>(f.out)[index] = value;
+                    store_eager4(f.out + index * 4, __float_as_uint(value));
                 else
                     store_eager2(f.out + index * 2, to_bf16(value));
             };

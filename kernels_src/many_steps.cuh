@@ -133,7 +133,8 @@ __device__ __forceinline__ void serve(const Worker &w) {
         }
         round = round_of(told);
         const Vec16 wanted = load_host16(many.post); // posted, read, command
-        mailed = fetch_mail(w, mailed, wanted.x);
+        // All lanes fetch the same mails, whatever was posted between their loads: a slot is copied by all of them.
+        mailed = fetch_mail(w, mailed, __shfl_sync(0xffffffffu, wanted.x, 0));
         const bool is_full = many.record_mask + 1 - (written - wanted.y) < 2 * program::outbox_records;
         const uint32_t command = is_full ? uint32_t(PERK_COMMAND_FULL) : wanted.z & 3;
         fence_block();
@@ -541,10 +542,12 @@ __device__ __forceinline__ bool begin_step(Worker &w) {
 
 // The stream of all steps; a worker without weights has none. Ends when the last step has, or on the way (await_room).
 __device__ __forceinline__ void produce_steps(Worker &w) {
+    const uint32_t laps = w.shared + SharedMap::laps;
     uint32_t chunk = 0;
     do {
         chunk = produce(w, chunk);
-        w.laps++;
+        if (w.lane == 0) store_shared4(laps, load_shared4(laps) + 1);
+        __syncwarp();
     } while (chunk != 0 && !has_ended(w));
     land_chunks(w, chunk);
 }
@@ -566,6 +569,7 @@ __device__ __forceinline__ void feed_steps(Worker &w) {
 
 __device__ __forceinline__ void init_steps(const Worker &w) {
     if (w.thread != 0) return;
+    store_shared4(w.shared + SharedMap::laps, 0);
     store_shared4(w.shared + SharedMap::step, w.args.step - 1);
     store_shared4(w.shared + SharedMap::begun, w.args.step - 1);
     store_shared4(w.shared + SharedMap::told, tell_word(1, w.args.many.dealt)); // with an empty outbox

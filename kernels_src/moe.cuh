@@ -182,7 +182,7 @@ struct Hits<R, false> {
     static constexpr uint32_t kBytes = R::kWords * 4;
     uint32_t address;
 
-    __device__ __forceinline__ void begin_fetch(const Worker &w, const uint8_t *list) {
+    __device__ __forceinline__ void begin_fetch(const Worker &w, const uint8_t *list, bool) {
         for (uint32_t i = w.thread; i < R::kWords; i += PERK_CONSUMER_THREADS)
             copy_async4(address + i * 4, list + i * 4);
     }
@@ -218,11 +218,23 @@ struct Hits<R, true> {
     using Top = TopExperts<R::kExperts, R::kSlots>;
     uint32_t address;
     Top top;
+    const uint8_t *logits;
+    bool logits_are_eager;
     uint32_t my_slot;
     float my_share;
 
-    __device__ __forceinline__ void begin_fetch(const Worker &w, const uint8_t *logits) { top.load(w.lane, logits); }
+    __device__ __forceinline__ void begin_fetch(const Worker &w, const uint8_t *from, bool from_is_eager) {
+        logits = from;
+        logits_are_eager = from_is_eager;
+        top.load(w.lane, logits);
+    }
     __device__ __forceinline__ void finish_fetch(const Worker &w) {
+        EagerLook look{logits_are_eager};
+        for (;;) {
+            top.see(look);
+            if (!look.again_words(w)) break;
+            top.load(w.lane, logits);
+        }
         const typename Top::Pick mine = top.pick(w.lane);
         my_slot = Top::slot_of_hit(w.lane, mine.expert);
         my_share = __shfl_sync(0xffffffffu, share_of<R::kNormalises>(top, mine, w.lane), my_slot);
@@ -451,13 +463,13 @@ struct ExpertLinear {
                   0,
                   eps,
                   is_eager(residual)};
-        const uint8_t *routing = w.args.activations + task.operand(kRouting);
+        const uint32_t routing = task.place(kRouting);
         const typename Product::Gains gains = Product::load_gains(w, w.args.constants + task.operand(kNormWeight));
         if constexpr (kSums)
             for (uint32_t i = w.thread; i < R::kTokens * PERK_TILE_ROWS; i += PERK_CONSUMER_THREADS)
                 store_shared4(total(w, 0, i), 0);
         await_inputs(w, task);
-        hits.begin_fetch(w, routing); // under way while rows are staged
+        hits.begin_fetch(w, activation_at(w, routing), is_eager(routing)); // under way while rows are staged
         const bool is_staged = kAlwaysStaged || Product::staged_bytes(work.x_rows) <= program::staging_bytes;
         if (is_staged) Product::template stage_input<kMaxInputRows>(w, work.x, is_eager(input), gains, work.x_rows);
         hits.finish_fetch(w);

@@ -48,6 +48,9 @@ __device__ __forceinline__ uint2 load_shared8(uint32_t address) {
     asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
     return v;
 }
+__device__ __forceinline__ void store_shared8(uint32_t address, uint2 value) {
+    asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
+}
 __device__ __forceinline__ Vec16 load_shared16(uint32_t address) {
     Vec16 v;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -483,6 +486,11 @@ __device__ __forceinline__ uint64_t global_timer() {
     uint64_t now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
     return now;
+}
+__device__ __forceinline__ uint32_t clock_cycles() {
+    uint32_t cycles;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(cycles));
+    return cycles;
 }
 
 } // namespace ptx

@@ -40,6 +40,12 @@ struct TopExperts {
         }
     }
 
+    template <class Look>
+    __device__ __forceinline__ void see(Look &look) const {
+#pragma unroll
+        for (uint32_t i = 0; i < kEach; i++) look.see_word(logits[i]);
+    }
+
     struct Pick {
         uint32_t expert; // of the slot that is this lane's number
         float logit;

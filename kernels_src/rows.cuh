@@ -213,6 +213,8 @@ __device__ __forceinline__ bool is_to_draw(const Worker &w, uint32_t row);
 template <uint32_t kVocabulary, uint32_t kOutStride>
 __device__ void argmax(Worker &w, const TaskView &task) {
     constexpr uint32_t kTiles = (kVocabulary + PERK_TILE_ROWS - 1) / PERK_TILE_ROWS;
+    // Loads in flight: a vocabulary of 152k has 37 candidates for each thread, and every turn is a trip to L2.
+    constexpr uint32_t kTogether = 20;
     const uint32_t rows = row_count<Rows::logits>(w), first = task.first(), stride = task.stride(),
                    count = task.count();
     const uint8_t *candidates = w.args.activations + task.operand(0);
@@ -224,10 +226,15 @@ __device__ void argmax(Worker &w, const TaskView &task) {
         const uint32_t row = first + i * stride;
         if (row >= rows) break;
         Best best{kLowest, 0xffffffffu};
-#pragma unroll 8 // loads in flight
-        for (uint32_t tile = w.thread; tile < kTiles; tile += PERK_CONSUMER_THREADS) {
-            const uint2 candidate = load_coherent8(candidates + (uint64_t(row) * kTiles + tile) * 8);
-            best.take(__uint_as_float(candidate.x), candidate.y);
+        for (uint32_t tile = w.thread; tile < kTiles; tile += kTogether * PERK_CONSUMER_THREADS) {
+            uint2 few[kTogether];
+#pragma unroll
+            for (uint32_t i = 0; i < kTogether; i++) { // beyond the last, that one again
+                const uint32_t one = min(tile + i * PERK_CONSUMER_THREADS, kTiles - 1);
+                few[i] = load_coherent8(candidates + (uint64_t(row) * kTiles + one) * 8);
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < kTogether; i++) best.take(__uint_as_float(few[i].x), few[i].y);
         }
         for (int offset = 16; offset > 0; offset /= 2) best.take_from_lane(offset);
         // One candidate a warp meets in shared memory.

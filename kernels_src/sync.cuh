@@ -5,11 +5,13 @@
 
 namespace program { // what worker.cuh needs to know of a program: nothing is streamed, and there is no batch
 constexpr uint32_t tasks_per_worker = 259; // with the end of the list; as SYNC_RECORDS in src/gpu_measure.c
-constexpr uint32_t ring_slots = 1, chunks_in_flight = 1, chunks_in_flight_behind = 1;
+constexpr uint32_t ring_slots = 1, chunks_in_flight = 1, chunks_in_flight_behind = 1, chunks_ahead = 0,
+                   cycles_per_chunk = 0;
 constexpr uint32_t staging_bytes = 0, reduction_bytes = 0, batch_shared_bytes = 0, batch_page_table = 0, max_tokens = 1;
 constexpr uint32_t shared_bytes = PERK_CHUNK_BYTES + 4096;
 constexpr uint32_t own_experts = 0, own_slots = 0;
 constexpr uint32_t eager_place = 0;
+constexpr bool eager_pieces = false;
 constexpr uint64_t eager_bytes = 0;
 constexpr bool waits_are_limited = true, has_experts = false, many_steps = false;
 } // namespace program

@@ -18,7 +18,7 @@ constexpr uint32_t kPollsPerClockRead = 64; // reading the global timer costs mo
 constexpr uint32_t kEnded = 2;              // in place of "given up": there are no more steps
 
 // ---- shared memory: ring slots | slices of wide linears' inputs | staging of activations | reduction scratch | the
-// step's batch | task records | barriers ----
+// step's batch | task records | found chunks | barriers ----
 struct SharedMap {
     static constexpr uint32_t ring = 0;
     static constexpr uint32_t inputs = program::ring_slots * PERK_CHUNK_BYTES;
@@ -35,7 +35,11 @@ struct SharedMap {
     static constexpr uint32_t step = given_up + 4;                             // and five of many_steps.cuh
     static constexpr uint32_t told = step + 4, served = told + 4, wait_limit = served + 4, next = wait_limit + 8,
                               begun = next + 4;
-    static constexpr uint32_t barriers = tasks + PERK_TASK_SLOTS_BYTES;
+    static constexpr uint32_t found = tasks + PERK_TASK_SLOTS_BYTES; // look_ahead: chunks, and where the search goes on
+    static constexpr uint32_t found_end = found + PERK_FOUND_CHUNKS * 4;
+    static constexpr uint32_t laps = found_end + 8;    // of the list, that the producer has streamed of many steps
+    static constexpr uint32_t last_brought = laps + 4; // when a chunk was copied or brought the last time, in cycles
+    static constexpr uint32_t barriers = found + PERK_FOUND_BYTES;
 #if PERK_WIDE
     static constexpr uint32_t input_barriers = barriers + 2 * 8 * program::ring_slots;
     static constexpr uint32_t bytes = input_barriers + 2 * 8 * program::input_slots;
@@ -52,12 +56,18 @@ constexpr bool kIsBatched = false;
 constexpr bool kReadsOnce = program::max_tokens <= PERK_BATCHED_TOKENS; // a step reads no weight twice
 static_assert(SharedMap::bytes <= program::shared_bytes, "the plan and the kernel disagree about shared memory");
 
+// How far the producer has gone ahead of its ring (look_ahead).
+struct Lookahead {
+    uint32_t brought; // chunks that are in L2, or on their way there, and not copied yet
+    uint32_t left;    // of those that were found: not brought
+};
+
 struct Worker {
     const perk_kernel_args &args;
     uint32_t warp, lane, thread;
     uint32_t shared;   // address of dynamic shared memory
     uint32_t position; // of the running task in the worker's list
-    uint32_t laps = 0; // of the list that the producer has streamed in a launch of many steps
+    Lookahead ahead;   // the producer's
 #if PERK_WIDE
     uint32_t slices = 0; // of inputs of wide linears, that this role has come by: slots of them
 #endif
@@ -225,6 +235,7 @@ __device__ __forceinline__ void wait_slot(const Worker &w, uint32_t barrier, uin
 // ---- eager values (abi.h) ----
 
 constexpr bool kIsEager = program::eager_bytes > 0;
+constexpr bool kLooks = kIsEager || program::eager_pieces;
 constexpr uint32_t kMostLooks = 1u << 16; // values follow their signal within about a microsecond
 
 // Places are numbered by 256 bytes.
@@ -260,7 +271,17 @@ struct EagerLook {
     // By all lanes. True when the warp has to load once more.
     __device__ __forceinline__ bool again(const Worker &w) {
         if (!kIsEager || !is_eager) return false;
-        const bool is_vacant = most % 65536 == PERK_VACANT || most / 65536 == PERK_VACANT;
+        return is_missing(w, most % 65536 == PERK_VACANT || most / 65536 == PERK_VACANT);
+    }
+    // The same of fp32.
+    __device__ __forceinline__ void see_word(float value) {
+        if (kLooks) most = max(most, __float_as_uint(value));
+    }
+    __device__ __forceinline__ bool again_words(const Worker &w) {
+        return kLooks && is_eager && is_missing(w, most == PERK_VACANT_WORD);
+    }
+
+    __device__ __forceinline__ bool is_missing(const Worker &w, bool is_vacant) {
         if (!__any_sync(0xffffffffu, is_vacant)) return false;
         most = 0;
         if (++looks < kMostLooks && !load_shared4(w.shared + SharedMap::given_up)) return true;
@@ -280,6 +301,179 @@ __device__ __forceinline__ void clear_eager(const Worker &w, uint32_t share, uin
         for (uint64_t i = share * PERK_CONSUMER_THREADS + w.thread; i < end; i += shares * PERK_CONSUMER_THREADS)
             copy[i] = {kVacant, kVacant, kVacant, kVacant};
     }
+}
+
+// ---- the stream ----
+
+__device__ __forceinline__ const perk_task_record *record_at(const Worker &w, uint32_t position) {
+    return w.args.tasks + uint64_t(w.index()) * program::tasks_per_worker + position;
+}
+
+// What the producer needs of a record.
+struct StreamTask {
+    uint32_t kind;
+    uint32_t lane_in_round, workers, rounds;
+    uint32_t base, tiles, blocks; // packed weights of the stage; tiles 0: it has none
+#if PERK_WIDE
+    uint32_t together; // tiles side by side, of a wide linear
+    uint32_t share_tokens;
+#endif
+};
+__device__ __forceinline__ StreamTask load_stream_task(const Worker &w, uint32_t position) {
+    const perk_task_record *record = record_at(w, position);
+    StreamTask task{__ldg(&record->kind),         __ldg(&record->first),       __ldg(&record->stride),
+                    __ldg(&record->count),        __ldg(&record->stream_base), __ldg(&record->stream_tiles),
+                    __ldg(&record->stream_blocks)};
+#if PERK_WIDE
+    task.together = __ldg(&record->stream_together);
+    task.share_tokens = __ldg(&record->share_tokens);
+#endif
+    return task;
+}
+
+#if PERK_WIDE
+// Where chunks of a wide linear's tile lie: those that all workers stream in its round are side by side in memory.
+struct TilePlace {
+    uint32_t base, width, lane_in_round; // in blocks, of the round's first chunk; tiles of the round; which one this is
+    __device__ __forceinline__ TilePlace(const StreamTask &task, uint32_t i) { // the worker's i-th
+        const uint32_t tile = (task.lane_in_round + i * task.workers) % task.tiles, round = tile / gridDim.x;
+        lane_in_round = tile % gridDim.x;
+        width = min(gridDim.x, task.tiles - round * gridDim.x);
+        base = task.base + round * gridDim.x * task.blocks;
+    }
+    // Of block `begin` of the tile, in blocks.
+    __device__ __forceinline__ uint32_t of(const StreamTask &task, uint32_t begin) const {
+        const uint32_t in_chunk = begin % PERK_CHUNK_BLOCKS, chunk_begin = begin - in_chunk;
+        const uint32_t chunk_blocks = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - chunk_begin);
+        return base + width * chunk_begin + lane_in_round * chunk_blocks + in_chunk;
+    }
+};
+#endif
+
+// Where a chunk of the worker's tiles of one stage is: number `n` of the task, in the order in which they are streamed.
+// Of a linear of few tokens, tiles come one by one, and the chunk lies beside the same chunk of the other workers'
+// tiles of that round; of a batched one, `together` tiles come side by side.
+struct ChunkSource {
+    uint32_t packed; // its first block of memory (28 bits are 256 GB), and how many it has, less one
+
+    static __device__ __forceinline__ uint32_t tile_chunks(const StreamTask &task) {
+        return (task.blocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS;
+    }
+    static __device__ __forceinline__ uint32_t count(const StreamTask &task) { return task.rounds * tile_chunks(task); }
+
+    __device__ __forceinline__ explicit ChunkSource(uint32_t packed) : packed(packed) {}
+    __device__ __forceinline__ ChunkSource(const StreamTask &task, uint32_t n) {
+        const uint32_t in_tile = tile_chunks(task);
+#if PERK_WIDE
+        if (task.together != 0) {
+            const uint32_t first = n / (task.together * in_tile) * task.together, in_group = n - first * in_tile;
+            const uint32_t tiles = min(task.together, task.rounds - first),
+                           begin = in_group / tiles * PERK_CHUNK_BLOCKS;
+            pack(TilePlace(task, first + in_group % tiles).of(task, begin), task.blocks - begin);
+            return;
+        }
+#endif
+        const uint32_t before = n / in_tile * task.workers, begin = n % in_tile * PERK_CHUNK_BLOCKS;
+        const uint32_t blocks = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - begin);
+        pack(task.base + before * task.blocks + min(task.workers, task.tiles - before) * begin +
+                 task.lane_in_round * blocks,
+             blocks);
+    }
+    // `rest`: blocks of the tile from this one on.
+    __device__ __forceinline__ void pack(uint32_t block, uint32_t rest) {
+        packed = block * PERK_CHUNK_BLOCKS + min(uint32_t(PERK_CHUNK_BLOCKS), rest) - 1;
+    }
+    __device__ __forceinline__ const uint8_t *at(const Worker &w) const {
+        return w.args.weights + uint64_t(packed / PERK_CHUNK_BLOCKS) * PERK_WEIGHT_BLOCK_BYTES;
+    }
+    __device__ __forceinline__ uint32_t bytes() const {
+        return (packed % PERK_CHUNK_BLOCKS + 1) * PERK_WEIGHT_BLOCK_BYTES;
+    }
+};
+
+// ---- looking ahead ----
+// A ring holds about 8 us of the stream. Where a chain of stages takes longer than that, the ring is full and memory
+// would stand; so the producer brings what comes behind the ring to L2 meanwhile, at the pace at which memory gives it,
+// and goes on with that for as long as it copies such chunks from there.
+
+constexpr bool kLooksAhead = program::chunks_ahead > 0 && !PERK_PORTABLE;
+
+// Where the stream goes on behind the chunk that is copied now: a task, and which of its chunks.
+struct StreamPlace {
+    uint32_t position, chunk;
+};
+
+// Of those that were found, the one with so many left, itself included: as ChunkSource packs it.
+__device__ __forceinline__ uint32_t found_chunk(const Worker &w, uint32_t left) {
+    return w.shared + SharedMap::found + (PERK_FOUND_CHUNKS - left) * 4;
+}
+
+// Finds out where the next chunks of a task are, a lane each: from `next` on, unless some are in L2 already, and the
+// search goes on behind them. False at the end of the list.
+__device__ __forceinline__ bool find_chunks(Worker &w, StreamPlace next) {
+    if (w.ahead.brought > 0) {
+        const uint2 end = load_shared8(w.shared + SharedMap::found_end);
+        next = {end.x, end.y};
+    }
+    for (;; next = {next.position + 1, 0}) {
+        const StreamTask task = load_stream_task(w, next.position);
+        if (task.kind == PERK_TASK_END) break;
+        const uint32_t count = task.blocks == PERK_STREAM_KV || task.tiles == 0 ? 0 : ChunkSource::count(task);
+        if (next.chunk >= count) continue;
+        w.ahead.left = min(count - next.chunk, uint32_t(PERK_FOUND_CHUNKS));
+        const ChunkSource mine(task, min(next.chunk + w.lane, count - 1));
+        if (w.lane < w.ahead.left) store_shared4(found_chunk(w, w.ahead.left - w.lane), mine.packed);
+        next.chunk += w.ahead.left;
+        break;
+    }
+    __syncwarp(); // all have read where it went on
+    if (w.lane == 0) store_shared8(w.shared + SharedMap::found_end, {next.position, next.chunk});
+    __syncwarp();
+    return w.ahead.left > 0;
+}
+
+// Memory has another chunk to give about so many cycles after the one before. In shared memory, since the producer has
+// few registers.
+__device__ __forceinline__ void note_time(const Worker &w) {
+    if (w.lane == 0) store_shared4(w.shared + SharedMap::last_brought, clock_cycles());
+    __syncwarp();
+}
+__device__ __forceinline__ bool is_time_to_bring(const Worker &w) {
+    const uint32_t since = load_shared4(w.shared + SharedMap::last_brought);
+    return __any_sync(0xffffffffu, clock_cycles() - since >= program::cycles_per_chunk);
+}
+
+// Brings one more, if it is time for it. `next` is behind the chunk that is to be copied now. False when there is
+// nothing more to bring.
+__device__ __forceinline__ bool look_ahead(Worker &w, StreamPlace next) {
+#if !PERK_PORTABLE
+    Lookahead &ahead = w.ahead;
+    if (ahead.brought >= program::chunks_ahead) return false;
+    if (!is_time_to_bring(w)) return true;
+    if (ahead.left == 0 && !find_chunks(w, next)) return false;
+    if (w.lane == 0) {
+        const ChunkSource source(load_shared4(found_chunk(w, ahead.left)));
+        bring_to_l2(source.at(w), source.bytes());
+    }
+    ahead.left--;
+    ahead.brought++;
+    note_time(w);
+#endif
+    return true;
+}
+
+// What is copied comes from memory, unless it is ahead of what was brought.
+__device__ __forceinline__ void stay(Worker &w) {
+    if (!kLooksAhead || w.ahead.brought > 0) return;
+    w.ahead.left = 0;
+    note_time(w);
+}
+
+// Before a chunk of weights is copied: one that was brought comes from L2, and memory has time meanwhile.
+__device__ __forceinline__ void leave_behind(Worker &w, StreamPlace next) {
+    if (!kLooksAhead || w.ahead.brought == 0) return stay(w);
+    w.ahead.brought--;
+    look_ahead(w, next);
 }
 
 // ---- the weight ring ----
@@ -355,22 +549,11 @@ __device__ __forceinline__ void land_chunks(const Worker &w, uint32_t end) {
     forget(end); // or the producer, who has few registers, would keep more about every chunk: it may be the last
     for (uint32_t chunk = end - min(end, program::ring_slots); chunk != end; chunk++) wait_full<true>(w, chunk);
 }
-// Room for a chunk of a launch of many steps: no limit, since consumers may idle, and whoever is stuck says so himself.
-// Where the launch has ended meanwhile, so does the producer.
-__device__ __forceinline__ void await_room_or_end(const Worker &w, uint32_t chunk, uint32_t parity) {
-    while (!__any_sync(0xffffffffu, mbarrier_test_briefly(w.empty_barrier(chunk), parity)))
-        if (has_ended(w)) {
-            land_chunks(w, chunk);
-            exit_thread();
-        }
-    __syncwarp();
-}
-
 // Until the consumers have begun the step that the producer is at, with its batch in place: before, there is nothing of
 // it to read.
 __device__ __forceinline__ void await_begin(const Worker &w, uint32_t chunk) {
     if constexpr (program::many_steps) {
-        const uint32_t wanted = w.args.step + w.laps;
+        const uint32_t wanted = w.args.step + load_shared4(w.shared + SharedMap::laps);
         while (__any_sync(0xffffffffu, static_cast<int32_t>(load_shared4(w.shared + SharedMap::begun) - wanted) < 0)) {
             if (has_ended(w)) {
                 land_chunks(w, chunk);
@@ -389,32 +572,40 @@ __device__ __forceinline__ void await_begin(const Worker &w, uint32_t chunk) {
 __device__ __forceinline__ void await_flight(const Worker &w, uint32_t chunk) {
     if (chunk < program::chunks_in_flight_behind) return;
     const uint32_t old = chunk - program::chunks_in_flight_behind;
-    bool is_behind = mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1);
-    // Where all lanes copy, share what they know of tiles or units, or vote on the end of a launch of many steps, one
-    // that decides otherwise would leave the others waiting for it.
-    if (PERK_PORTABLE || kStreamsKv || kForRacecheck || kIsBatched || program::has_experts || program::many_steps)
-        is_behind = __any_sync(0xffffffffu, is_behind);
+    // One for all lanes: they find chunks, copy, and share what they know together.
+    const bool is_behind = __any_sync(0xffffffffu, mbarrier_peek(w.empty_barrier(old), old / program::ring_slots & 1));
     if (!is_behind) wait_full<true>(w, chunk - program::chunks_in_flight);
 }
 
-// Until the chunk's slot is free.
-__device__ __forceinline__ void await_slot(const Worker &w, uint32_t chunk) {
-    const uint32_t round = chunk / program::ring_slots;
-    if (program::many_steps && round > 0)
-        await_room_or_end(w, chunk, (round - 1) & 1);
-    else if (round > 0)
-        wait_slot<true>(w, w.empty_barrier(chunk), (round - 1) & 1, PERK_ROLE_RING_EMPTY, chunk);
+// Until the chunk's slot is free; `next` is behind it. In a launch of many steps there is no limit, since consumers may
+// idle, and whoever is stuck says so himself; where the launch has ended meanwhile, so does the producer.
+__device__ __forceinline__ void await_slot(Worker &w, uint32_t chunk, StreamPlace next) {
+    if (chunk < program::ring_slots) return;
+    const uint32_t empty = w.empty_barrier(chunk), parity = (chunk / program::ring_slots - 1) & 1;
+    // A poll that may last would keep it from looking ahead. What there is to bring takes some microseconds at most.
+    if constexpr (kLooksAhead)
+        while (!__all_sync(0xffffffffu, mbarrier_peek(empty, parity)) && look_ahead(w, next)) continue;
+    if constexpr (program::many_steps) {
+        while (__any_sync(0xffffffffu, !mbarrier_test_briefly(empty, parity)))
+            if (has_ended(w)) {
+                land_chunks(w, chunk);
+                exit_thread();
+            }
+    } else {
+        wait_slot<true>(w, empty, parity, PERK_ROLE_RING_EMPTY, chunk);
+    }
 }
 // And may be filled.
-__device__ __forceinline__ void await_room(const Worker &w, uint32_t chunk) {
-    await_slot(w, chunk);
+__device__ __forceinline__ void await_room(Worker &w, uint32_t chunk, StreamPlace next) {
+    await_slot(w, chunk, next);
     await_flight(w, chunk);
 }
 
 // Starts the copy of one chunk. Where a step reads every weight once, weights leave L2 first: what is small and read in
 // every layer or step stays there (records, gains, rotations, code).
-__device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, const uint8_t *source, uint32_t bytes) {
-    await_room(w, chunk);
+__device__ __forceinline__ void push_chunk(Worker &w, uint32_t chunk, const uint8_t *source, uint32_t bytes,
+                                           StreamPlace next = {}) {
+    await_room(w, chunk, next);
 #if PERK_PORTABLE
     const uint32_t slot = w.ring_slot(chunk);
     for (uint32_t offset = w.lane * 16; offset < bytes; offset += 32 * 16) copy_async16(slot + offset, source + offset);
@@ -432,10 +623,6 @@ __device__ __forceinline__ void push_chunk(const Worker &w, uint32_t chunk, cons
 }
 
 // ---- task records ----
-
-__device__ __forceinline__ const perk_task_record *record_at(const Worker &w, uint32_t position) {
-    return w.args.tasks + uint64_t(w.index()) * program::tasks_per_worker + position;
-}
 
 // The record of the consumers' running task, in shared memory: a slot for it, and one for the next.
 struct TaskView {
@@ -469,56 +656,26 @@ __device__ __forceinline__ void await_record() { copy_async_wait(); }
 
 // ---- the two roles ----
 
-// What the producer needs of a record.
-struct StreamTask {
-    uint32_t kind;
-    uint32_t lane_in_round, workers, rounds;
-    uint32_t base, tiles, blocks; // packed weights of the stage; tiles 0: it has none
-#if PERK_WIDE
-    uint32_t together; // tiles side by side, of a wide linear
-    uint32_t share_tokens;
-#endif
-};
-__device__ __forceinline__ StreamTask load_stream_task(const Worker &w, uint32_t position) {
-    const perk_task_record *record = record_at(w, position);
-    StreamTask task{__ldg(&record->kind),         __ldg(&record->first),       __ldg(&record->stride),
-                    __ldg(&record->count),        __ldg(&record->stream_base), __ldg(&record->stream_tiles),
-                    __ldg(&record->stream_blocks)};
-#if PERK_WIDE
-    task.together = __ldg(&record->stream_together);
-    task.share_tokens = __ldg(&record->share_tokens);
-#endif
-    return task;
-}
-
-// Where a chunk of one stage is: block `block` of the worker's tile of round `round`, in memory beside the same chunk
-// of the other workers' tiles of that round.
-struct ChunkSource {
-    const uint8_t *at;
-    uint32_t bytes;
-
-    __device__ __forceinline__ ChunkSource(const Worker &w, const StreamTask &task, uint32_t round, uint32_t block) {
-        const uint32_t before = round * task.workers, width = min(task.workers, task.tiles - before);
-        bytes = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
-        at =
-            w.args.weights +
-            (uint64_t(task.base) + uint64_t(before) * task.blocks + uint64_t(width) * block) * PERK_WEIGHT_BLOCK_BYTES +
-            uint64_t(task.lane_in_round) * bytes;
-    }
-};
-
-// Streams this worker's chunks of one stage: its tiles round by round, the workers' chunks side by side in memory.
-__device__ __forceinline__ uint32_t stream_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
-    for (uint32_t round = 0; round < task.rounds; round++)
-        for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++) {
-            const ChunkSource source(w, task, round, block);
-            push_chunk(w, chunk, source.at, source.bytes);
+// Streams this worker's chunks of one stage.
+__device__ __forceinline__ uint32_t stream_task(Worker &w, const StreamTask &task, uint32_t chunk) {
+    const uint32_t count = ChunkSource::count(task);
+    uint32_t mine = 0; // of each 32 chunks a lane finds one
+    for (uint32_t n = 0; n < count; n++, chunk++) {
+        if (n % 32 == 0) {
+            uint32_t position = w.position;
+            forget(position); // the task, anew: registers are few
+            mine = ChunkSource(load_stream_task(w, position), min(n + w.lane, count - 1)).packed;
         }
+        const ChunkSource source(__shfl_sync(0xffffffffu, mine, n % 32));
+        const StreamPlace next{w.position, n + 1};
+        leave_behind(w, next);
+        push_chunk(w, chunk, source.at(w), source.bytes(), next);
+    }
     return chunk;
 }
 
 // Starts the copies of one tile of one expert: `tile` is its number among all experts' tiles.
-__device__ __forceinline__ uint32_t push_tile(const Worker &w, const StreamTask &task, uint32_t tile, uint32_t chunk) {
+__device__ __forceinline__ uint32_t push_tile(Worker &w, const StreamTask &task, uint32_t tile, uint32_t chunk) {
     const uint8_t *source = w.args.weights + (task.base + uint64_t(tile) * task.blocks) * PERK_WEIGHT_BLOCK_BYTES;
     for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS, chunk++)
         push_chunk(w, chunk, source + block * PERK_WEIGHT_BLOCK_BYTES,
@@ -529,7 +686,7 @@ __device__ __forceinline__ uint32_t push_tile(const Worker &w, const StreamTask 
 // While nobody knows yet which experts come next, memory has nothing to bring. So the first chunks of the linear after
 // them, as many as the ring has slots, come to L2 meanwhile; not before the consumers are half a ring behind, which is
 // in the output projection: attention's loads have the bandwidth before. A lane a chunk.
-__device__ __forceinline__ void bring_next_linear(const Worker &w, uint32_t chunk) {
+__device__ __forceinline__ void bring_next_linear(Worker &w, uint32_t chunk) {
 #if !PERK_PORTABLE
     constexpr uint32_t kChunks = program::ring_slots < 32 ? program::ring_slots : 32, kBehind = program::ring_slots / 2;
     if (chunk >= kBehind) {
@@ -539,11 +696,9 @@ __device__ __forceinline__ void bring_next_linear(const Worker &w, uint32_t chun
     for (uint32_t position = w.position + 1; __ldg(&record_at(w, position)->kind) != PERK_TASK_END; position++) {
         const StreamTask task = load_stream_task(w, position);
         if (task.tiles == 0 || __ldg(&record_at(w, position)->routing_experts) != 0) continue;
-        const uint32_t tile_chunks = (task.blocks + PERK_CHUNK_BLOCKS - 1) / PERK_CHUNK_BLOCKS;
-        const uint32_t round = w.lane / tile_chunks;
-        if (w.lane < kChunks && round < task.rounds) {
-            const ChunkSource source(w, task, round, w.lane % tile_chunks * PERK_CHUNK_BLOCKS);
-            bring_to_l2(source.at, source.bytes);
+        if (w.lane < min(kChunks, ChunkSource::count(task))) {
+            const ChunkSource source(task, w.lane);
+            bring_to_l2(source.at(w), source.bytes());
         }
         break;
     }
@@ -591,7 +746,7 @@ __device__ __forceinline__ uint32_t find_tile(const Worker &w, const RoutedTask 
 
 // Streams this worker's chunks of a stage over experts, as the step's routing deals them. A task without any gets 16
 // bytes: its end then says that the producer has read the routing.
-__device__ __forceinline__ uint32_t stream_experts(const Worker &w, const StreamTask &task, uint32_t chunk) {
+__device__ __forceinline__ uint32_t stream_experts(Worker &w, const StreamTask &task, uint32_t chunk) {
     await_begin(w, chunk);
     if ((__ldg(&record_at(w, w.position)->routing_experts) & PERK_ROUTING_OF_TILES) == 0) bring_next_linear(w, chunk);
     const RoutedTask r = await_routing(w, task);
@@ -621,21 +776,24 @@ __device__ __forceinline__ void pick_experts(const Worker &w, OwnExperts &own) {
     using Top = TopExperts<kOwnExperts, kOwnSlots>;
     const perk_task_record *record = record_at(w, w.position);
     const uint32_t counter = __ldg(&record->routing_counter), signals = __ldg(&record->routing_signals);
-    const uint8_t *logits = w.args.activations + uint64_t(__ldg(&record->routing)) * 256;
-    const uint32_t wanted = (w.step() << 16) + counter;
+    const uint32_t logits = __ldg(&record->routing), wanted = (w.step() << 16) + counter;
     if (own.picked_for == wanted) return;
     own.picked_for = wanted;
     if (w.lane == 0) wait_counter(w, counter, w.step() * signals + signals);
     __syncwarp();
     Top top;
-    top.load(w.lane, logits);
+    EagerLook look{is_eager(logits)};
+    do {
+        top.load(w.lane, activation_at(w, logits));
+        top.see(look);
+    } while (look.again_words(w));
     own.expert = top.pick(w.lane).expert;
     own.expert = __shfl_sync(0xffffffffu, own.expert, Top::slot_of_hit(w.lane, own.expert));
 }
 
 // The same as stream_experts for a step of one token.
-__device__ __forceinline__ uint32_t stream_own_experts(const Worker &w, const StreamTask &task, bool of_tiles,
-                                                       uint32_t chunk, OwnExperts &own) {
+__device__ __forceinline__ uint32_t stream_own_experts(Worker &w, const StreamTask &task, bool of_tiles, uint32_t chunk,
+                                                       OwnExperts &own) {
     await_begin(w, chunk);
     if (!of_tiles) bring_next_linear(w, chunk);
     pick_experts(w, own);
@@ -668,25 +826,8 @@ __device__ __forceinline__ bool has_rows(const Worker &w, const perk_task_record
     return rows_of_batch(w, PERK_BATCH_NUM_LOGIT_ROWS) != 0;
 }
 
-// Where chunks of a wide linear's tile lie: those that all workers stream in its round are side by side in memory.
-struct TilePlace {
-    uint32_t base, width, lane_in_round; // in blocks, of the round's first chunk; tiles of the round; which one this is
-    __device__ __forceinline__ TilePlace(const StreamTask &task, uint32_t i) { // the worker's i-th
-        const uint32_t tile = (task.lane_in_round + i * task.workers) % task.tiles, round = tile / gridDim.x;
-        lane_in_round = tile % gridDim.x;
-        width = min(gridDim.x, task.tiles - round * gridDim.x);
-        base = task.base + round * gridDim.x * task.blocks;
-    }
-    // Of block `begin` of the tile, in blocks.
-    __device__ __forceinline__ uint32_t of(const StreamTask &task, uint32_t begin) const {
-        const uint32_t in_chunk = begin % PERK_CHUNK_BLOCKS, chunk_begin = begin - in_chunk;
-        const uint32_t chunk_blocks = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - chunk_begin);
-        return base + width * chunk_begin + lane_in_round * chunk_blocks + in_chunk;
-    }
-};
-
 // Streams up to `together` tiles of one stage side by side, and then the next so many: a lane copies for a tile.
-__device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
+__device__ __forceinline__ uint32_t stream_wide_task(Worker &w, const StreamTask &task, uint32_t chunk) {
     const uint32_t first_token = task.lane_in_round / task.tiles * task.share_tokens;
     if (first_token > 0) {
         await_begin(w, chunk); // how many tokens it has
@@ -697,7 +838,7 @@ __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const Stre
         const TilePlace place(task, first + min(w.lane, tiles - 1)); // the lane's
         for (uint32_t block = 0; block < task.blocks; block += slot_blocks, chunk++) {
             const uint32_t bytes = min(slot_blocks, task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
-            await_room(w, chunk);
+            await_room(w, chunk, {});
             if (w.lane == 0) mbarrier_arrive_expect(w.full_barrier(chunk), bytes * tiles);
             __syncwarp();
             if (w.lane < tiles)
@@ -710,32 +851,16 @@ __device__ __forceinline__ uint32_t stream_wide_task(const Worker &w, const Stre
     return chunk;
 }
 
-// The same of a batched linear, whose tiles have a slot for each of their chunks: chunk by chunk, a lane knows where a
-// tile lies.
-__device__ __forceinline__ uint32_t stream_batched_task(const Worker &w, const StreamTask &task, uint32_t chunk) {
-    for (uint32_t first = 0; first < task.rounds; first += task.together) {
-        const uint32_t tiles = min(task.together, task.rounds - first);
-        const TilePlace place(task, first + min(w.lane, tiles - 1));
-        for (uint32_t block = 0; block < task.blocks; block += PERK_CHUNK_BLOCKS) {
-            const uint32_t mine = place.of(task, block);
-            const uint32_t bytes = min(uint32_t(PERK_CHUNK_BLOCKS), task.blocks - block) * PERK_WEIGHT_BLOCK_BYTES;
-            for (uint32_t t = 0; t < tiles; t++, chunk++)
-                push_chunk(w, chunk,
-                           w.args.weights + uint64_t(__shfl_sync(0xffffffffu, mine, t)) * PERK_WEIGHT_BLOCK_BYTES,
-                           bytes);
-        }
-    }
-    return chunk;
-}
 #endif
 
 #if PERK_STREAMS_KV
-__device__ __forceinline__ uint32_t stream_kv(const Worker &w, const StreamTask &task, uint32_t chunk);
+__device__ __forceinline__ uint32_t stream_kv(Worker &w, const StreamTask &task, uint32_t chunk);
 #endif
 
 // Streams what the whole list reads, from chunk number `chunk` on; returns the next one's.
 #if PERK_WIDE
 __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
+    w.ahead = {0, 0};
     for (w.position = 0;; w.position++) {
         const StreamTask task = load_stream_task(w, w.position); // not ahead: registers are few
         if (task.kind == PERK_TASK_END) break;
@@ -746,9 +871,7 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
         }
 #endif
         if (!has_rows(w, record_at(w, w.position), chunk)) continue;
-        if (task.together != 0 && kIsBatched)
-            chunk = stream_batched_task(w, task, chunk);
-        else if (task.together != 0)
+        if (task.together != 0 && !kIsBatched)
             chunk = stream_wide_task(w, task, chunk);
         else if (task.tiles != 0)
             chunk = stream_task(w, task, chunk);
@@ -759,6 +882,7 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
 __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
     OwnExperts own;
     uint32_t kind = __ldg(&record_at(w, 0)->kind);
+    w.ahead = {0, 0};
     for (w.position = 0; kind != PERK_TASK_END; w.position++) {
         const StreamTask task = load_stream_task(w, w.position);
         kind = __ldg(&record_at(w, w.position + 1)->kind); // which brings all of that record near
@@ -877,7 +1001,7 @@ __device__ __forceinline__ void await_inputs(Worker &w, const TaskView &task) {
 // need none.
 __device__ __forceinline__ void signal_outputs(const Worker &w, const TaskView &task) {
     const uint32_t counter = task.signal_counter(), given_up = load_shared4(w.shared + SharedMap::given_up);
-    const bool is_eager = kIsEager && task.signals_eagerly();
+    const bool is_eager = kLooks && task.signals_eagerly();
     named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
     if (w.thread != 0 || given_up) return;
     if (is_eager)

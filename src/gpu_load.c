@@ -100,13 +100,19 @@ static perk_status reserve(perk_gpu *gpu, const reservations *list, const reserv
                              "clearing %s", item->what);
 }
 
-/* Both copies of what eager stages write: the first step finds them as any other does. */
+/* What eager stages write, both copies, and all scratches of pieces: the first step finds them as any other does. */
 static perk_status make_vacant(perk_gpu *gpu, const perk_gpu_program *p, perk_error *err) {
-    if (p->plan->eager_bytes == 0) return PERK_OK;
-    CUdeviceptr begin = p->activations.address + p->plan->eager_begin;
-    return perk_driver_check(
-        gpu->driver, gpu->driver->cuMemsetD8Async(begin, PERK_VACANT % 256, 2 * p->plan->eager_bytes, gpu->stream), err,
-        "making room for eager values");
+    const perk_plan *plan = p->plan;
+    CUdeviceptr begin = p->activations.address;
+    CUresult result = CUDA_SUCCESS;
+    if (plan->eager_bytes > 0)
+        result = gpu->driver->cuMemsetD8Async(begin + plan->eager_begin, PERK_VACANT % 256, 2 * plan->eager_bytes,
+                                              gpu->stream);
+    for (int t = 0; t < plan->tensor_count && result == CUDA_SUCCESS; t++)
+        if (plan->tensors[t].of_pieces)
+            result = gpu->driver->cuMemsetD8Async(begin + plan->tensors[t].offset, PERK_VACANT % 256,
+                                                  plan->tensors[t].bytes, gpu->stream);
+    return perk_driver_check(gpu->driver, result, err, "making room for eager values");
 }
 
 perk_status perk_gpu_allocate(perk_gpu *gpu, perk_error *err) {

@@ -363,6 +363,10 @@ void perk_lower_late_runs(perk_lowering *l, int units, perk_lower_run add, void 
     deal_runs(l, units, add, user, l->rotation, 1);
 }
 
+void perk_lower_fixed_runs(perk_lowering *l, int units, perk_lower_run add, void *user) {
+    deal_runs(l, units, add, user, -1, -1);
+}
+
 /* Column groups of 8 elements, dealt in runs: from operand 0 to operand 1. */
 void perk_lower_copy(perk_lowering *l, void *user, int worker, int first, int count) {
     const perk_stage *stage = user;
@@ -538,7 +542,7 @@ static bool divide_shared_memory(perk_lowering *l) {
     for (int i = 0; i < l->graph->op_count; i++)
         reduction = PERK_MAX(reduction, reduction_bytes_of(l, l->graph->ops[i]));
     int batch = perk_plan_batch_shared_bytes(plan);
-    int fixed = reduction + batch + PERK_TASK_SLOTS_BYTES, room = plan->device.shared_memory - fixed;
+    int fixed = reduction + batch + PERK_TASK_SLOTS_BYTES + PERK_FOUND_BYTES, room = plan->device.shared_memory - fixed;
     if (perk_plan_is_batched(plan)) {
         int each = PERK_CONSUMER_WARPS * input_slot_bytes(plan),
             room_for = (room - RING_SLOTS_WANTED * SLOT_BYTES) / each;

@@ -100,6 +100,9 @@ void perk_lower_runs(perk_lowering *lowering, int units, perk_lower_run add, voi
 /* The same for a stage that is lowered later: workers that got the fewest tiles of the stage before come first. */
 void perk_lower_late_runs(perk_lowering *lowering, int units, perk_lower_run add, void *user);
 
+/* The same for a stage that must be dealt alike wherever it stands. */
+void perk_lower_fixed_runs(perk_lowering *lowering, int units, perk_lower_run add, void *user);
+
 /* Such an `add`, of a stage (`user`) that copies columns from operand 0 to operand 1: units are groups of 8. */
 void perk_lower_copy(perk_lowering *lowering, void *stage, int worker, int first, int count);
 

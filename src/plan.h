@@ -57,6 +57,7 @@ typedef struct perk_plan_tensor {
     perk_dtype dtype;
     bool external_input; /* written by the host before the step */
     bool eager;          /* its values tell by themselves whether they are there (kernels_src/abi.h) */
+    bool of_pieces;      /* the same, of attention's pieces: vacant until a layer's are made in it */
 } perk_plan_tensor;
 
 /* Rows [row_begin, row_end) times the columns of `repeat` intervals
@@ -190,6 +191,7 @@ typedef struct perk_plan {
     bool streams_kv;           /* what is read of the KV cache comes through the ring, in the order of the stream */
     int append_slices;         /* of the step's tokens: a task of append takes one of one KV head */
     int max_attention_items, max_query_tiles, tokens_per_query_tile;
+    bool eager_pieces;       /* layers have scratches of pieces in turn, each made vacant by the layer before */
     int prompt_slice;        /* tokens of the step that a worker takes together where they are a prompt's (wide programs
                                 alone; 0: it does not) */
     uint64_t kv_layer_bytes; /* of one layer, all pages */

@@ -38,13 +38,12 @@ static void expect_stages(perk_plan *plan, bool eager, const char *const *names,
               plan->config.max_num_batched_tokens);
 }
 
-/* Partial results are fp32, logits are read back, rows of the last layer are selected, and what 8 tokens of 8B have for
- * the down projection is too much to be staged. */
+/* The cache is for later steps, logits are read back, rows of the last layer are selected, and what 8 tokens of 8B have
+ * for the down projection is too much to be staged. */
 static void test_choice(void) {
-    static const char *const always[] = {"layers.0.qkv", "layers.1.attention", "layers.2.attention_residual",
-                                         "layers.3.mlp_residual"},
+    static const char *const always[] = {"layers.0.qkv", "layers.0.attention.partial", "layers.1.attention",
+                                         "layers.2.attention_residual", "layers.3.mlp_residual"},
                              *const never[] = {"embedding",
-                                               "layers.0.attention.partial",
                                                "layers.0.attention.append",
                                                "layers.35.mlp_residual",
                                                "last_hidden",
@@ -97,6 +96,18 @@ static void drop_copy(perk_plan *plan) { plan->space_bytes[PERK_SPACE_ACTIVATION
 static void forget_clearing(perk_plan *plan) { find_stage(plan, "logits")->is_vocabulary = false; }
 static void signal_early(perk_plan *plan) { find_stage(plan, "logits")->eager = true; }
 static void forget_staging(perk_plan *plan) { plan->staging_bytes = 0; }
+static void swap_scratches(perk_plan *plan) {
+    perk_stage *stage = find_stage(plan, "layers.2.attention.partial");
+    int made = stage->operands[1];
+    stage->operands[1] = stage->operands[5];
+    stage->operands[5] = made;
+}
+static void move_pieces(perk_plan *plan) {
+    perk_stage *stage = find_stage(plan, "layers.1.attention.partial");
+    for (int i = 0; i < plan->task_count; i++)
+        if (&plan->stages[plan->tasks[i].stage] == stage) plan->tasks[i].stride = 2;
+}
+static void forget_pieces(perk_plan *plan) { find_stage(plan, "layers.1.attention.partial")->eager = false; }
 
 static void test_bad(void) {
     static const struct {
@@ -110,7 +121,10 @@ static void test_bad(void) {
                  {drop_copy, "two copies of"},
                  {forget_clearing, "nobody makes"},
                  {signal_early, "logits signals eagerly"},
-                 {forget_staging, "not all who write and read it"}};
+                 {forget_staging, "not all who write and read it"},
+                 {swap_scratches, "nobody makes the scratch"},
+                 {move_pieces, "makes other pieces"},
+                 {forget_pieces, "layers.1.attention.partial uses"}};
     perk_model *model;
     CHECK_OK(perk_model_describe(&model, TINY, &err));
     for (size_t i = 0; i < PERK_COUNT(cases); i++) {

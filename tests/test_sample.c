@@ -35,9 +35,10 @@ typedef struct sample_args {
 static const char SOURCE[] =
     "#define PERK_PORTABLE %d\n#define PERK_PROFILE 0\n#define PERK_WIDE 0\n#include \"abi.h\"\n"
     "namespace program {\n"
-    "constexpr uint32_t tasks_per_worker = 1, ring_slots = 1, chunks_in_flight = 1, chunks_in_flight_behind = 1;\n"
+    "constexpr uint32_t tasks_per_worker = 1, ring_slots = 1, chunks_in_flight = 1, chunks_in_flight_behind = 1, "
+    "chunks_ahead = 0, cycles_per_chunk = 0;\n"
     "constexpr uint32_t staging_bytes = 0, reduction_bytes = %d, batch_shared_bytes = 0, shared_bytes = %d;\n"
-    "constexpr uint32_t eager_place = 0;\nconstexpr uint64_t eager_bytes = 0;\n"
+    "constexpr bool eager_pieces = false;\nconstexpr uint32_t eager_place = 0;\nconstexpr uint64_t eager_bytes = 0;\n"
     "constexpr uint32_t batch_page_table = 0, max_tokens = 1;\n"
     "constexpr uint32_t own_experts = 0, own_slots = 0;\n"
     "constexpr bool waits_are_limited = true, has_experts = false, many_steps = false;\n"

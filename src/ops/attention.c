@@ -185,6 +185,7 @@ typedef struct attention_lowering {
     int parts;  /* workers that share a KV head */
     int slices; /* of the step's tokens, in merge */
     int qkv, partials, kv, out, rope;
+    int next_partials; /* those of the layer after it, which it makes vacant; -1: nobody looks */
     perk_stage *stage;
 } attention_lowering;
 
@@ -273,12 +274,31 @@ static attention_lowering begin_attention(perk_lowering *l, const perk_op *op) {
     return a;
 }
 
-/* The partial results are one scratch for all layers: a layer's are merged before the next layer's are made. */
-static int lower_partials(perk_lowering *l, const attention_lowering *a) {
+/* The partial results of a layer: a scratch that others use before and after it. */
+static int lower_scratch(perk_lowering *l, const attention_lowering *a, const char *name) {
     for (int i = 0; i < l->plan->tensor_count; i++)
-        if (!strcmp(l->plan->tensors[i].name, "attention.partials")) return i;
-    return perk_lower_scratch(l, "attention.partials", PERK_SPACE_ACTIVATIONS, a->p->num_kv_heads,
-                              l->plan->max_attention_items * partial_floats(a->p), PERK_F32);
+        if (!strcmp(l->plan->tensors[i].name, name)) return i;
+    int index = perk_lower_scratch(l, name, PERK_SPACE_ACTIVATIONS, a->p->num_kv_heads,
+                                   l->plan->max_attention_items * partial_floats(a->p), PERK_F32);
+    if (index >= 0) l->plan->tensors[index].of_pieces = l->plan->eager_pieces;
+    return index;
+}
+
+/* Where nobody looks, there is one for all layers: a layer's are merged before the next layer's are made. Else the
+ * layers take turns, so that a layer can make the next one's vacant; there are three where an odd number of layers
+ * would have the first follow the last in the same one. */
+static int scratch_of_layer(perk_lowering *l, const attention_lowering *a, int layer) {
+    static const char *const names[] = {"attention.partials", "attention.partials.1", "attention.partials.2"};
+    int layers = l->graph->kv_layer_count;
+    bool is_odd_last = layers % 2 == 1 && layer == layers - 1;
+    return lower_scratch(l, a, names[!l->plan->eager_pieces ? 0 : is_odd_last ? 2 : layer % 2]);
+}
+
+static void lower_partials(perk_lowering *l, attention_lowering *a, int layer) {
+    int layers = l->graph->kv_layer_count;
+    l->plan->eager_pieces = l->plan->streams_kv && layers > 1;
+    a->partials = scratch_of_layer(l, a, layer);
+    a->next_partials = l->plan->eager_pieces ? scratch_of_layer(l, a, (layer + 1) % layers) : -1;
 }
 
 /* The columns of qkv that hold a KV head's key and value. */
@@ -325,10 +345,13 @@ static void add_partial(perk_lowering *l, void *user, int worker, int first, int
     for (int unit = first; unit < first + count; unit++) { /* items part, part + parts, ... of the head */
         int head = unit / a->parts, part = unit % a->parts;
         int items = (l->plan->max_attention_items - part + a->parts - 1) / a->parts;
-        perk_region region = perk_lower_columns(l, a->partials, part * floats, floats, a->parts * floats, items);
-        region.row_begin = head;
-        region.row_end = head + 1;
-        if (items > 0) perk_lower_write(l, region);
+        const int scratches[] = {a->partials, a->next_partials};
+        for (int i = 0; i < 2 && scratches[i] >= 0 && items > 0; i++) {
+            perk_region region = perk_lower_columns(l, scratches[i], part * floats, floats, a->parts * floats, items);
+            region.row_begin = head;
+            region.row_end = head + 1;
+            perk_lower_write(l, region);
+        }
         write_prompts(l, a, unit);
     }
 }
@@ -398,7 +421,13 @@ static void lower_partial(perk_lowering *l, const perk_op *op, attention_lowerin
     if (l->plan->prompt_slice > 0) a->stage->operands[5] = a->out;
     a->stage->takes_inputs = l->plan->prompt_slice > 0;
     set_turn_operands(l, a, p->q_norm);
-    perk_lower_runs(l, p->num_kv_heads * a->parts, add_partial, a);
+    if (a->next_partials >= 0) { /* a worker makes vacant what it writes in the layer after */
+        a->stage->operands[5] = a->next_partials;
+        a->stage->eager = true;
+        perk_lower_fixed_runs(l, p->num_kv_heads * a->parts, add_partial, a);
+    } else {
+        perk_lower_runs(l, p->num_kv_heads * a->parts, add_partial, a);
+    }
     perk_lower_end(l);
 }
 
@@ -441,7 +470,7 @@ int perk_attention_reduction_bytes(const perk_op *op) {
 static perk_status attention_lower(perk_lowering *l, const perk_op *op, perk_error *err) {
     attention_lowering a = begin_attention(l, op);
     (void)err;
-    a.partials = lower_partials(l, &a);
+    lower_partials(l, &a, op->kv_layer);
     a.out = perk_lower_output(l, op->output);
     if (l->error.status == PERK_OK) lower_partial(l, op, &a);
     if (l->error.status == PERK_OK) lower_merge(l, op, &a);

@@ -18,6 +18,7 @@
 #include <sys/mman.h>
 #include <tuple>
 #include <type_traits>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 #if !defined(__x86_64__)
@@ -765,6 +766,7 @@ static inline uint32_t __popc(uint32_t value) { return uint32_t(__builtin_popcou
 static inline bool __any_sync(uint32_t, bool value) {
     return emulator::collect(emulator::combine_any, {{value}}).of[0] != 0;
 }
+static inline bool __all_sync(uint32_t mask, bool value) { return !__any_sync(mask, !value); }
 static inline uint32_t __ballot_sync(uint32_t, bool value) {
     return emulator::collect(emulator::combine_ballot, {{value}}).of[0];
 }

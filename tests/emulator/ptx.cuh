@@ -37,6 +37,7 @@ static inline Vec16 load_matrices(uint32_t address) {
     return {words[0], words[1], words[2], words[3]};
 }
 static inline void store_shared4(uint32_t address, uint32_t v) { store_shared(address, v); }
+static inline void store_shared8(uint32_t address, uint2 v) { store_shared(address, v); }
 static inline void store_shared16(uint32_t address, Vec16 v) { store_shared(address, v); }
 static inline void or_shared4(uint32_t address, uint32_t bits) {
     yield_sometimes();
@@ -99,10 +100,18 @@ static inline void store_release_gpu(uint32_t *pointer, uint32_t v) {
 
 // ---- host memory, while the host works on it, too ----
 
+// Takes long now and then, by the host's clock and by the kernel's: the host may write between the loads of two lanes,
+// and other warps go on meanwhile.
+static inline void look_at_host() {
+    if (draw(300) == 0) usleep(draw(4000));
+    if (draw(30) == 0) sleep_ticks(draw(30000));
+}
 static inline uint32_t load_host4(const void *pointer) {
+    yield_sometimes();
     return __atomic_load_n(static_cast<const uint32_t *>(pointer), __ATOMIC_RELAXED);
 }
 static inline Vec16 load_host16(const void *pointer) {
+    look_at_host();
     const uint32_t *words = static_cast<const uint32_t *>(pointer);
     return {load_host4(words), load_host4(words + 1), load_host4(words + 2), load_host4(words + 3)};
 }
@@ -239,6 +248,7 @@ static inline float from_f16(uint16_t bits) {
 static inline float infinity() { return INFINITY; }
 static inline float exp2_approx(float value) { return exp2f(value); }
 static inline uint64_t global_timer() { return launch->tick * kTickNs; }
+static inline uint32_t clock_cycles() { return uint32_t(launch->tick * kTickNs); } // of one a nanosecond
 
 // ---- tensor cores ----
 

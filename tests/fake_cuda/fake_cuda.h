@@ -62,7 +62,7 @@ typedef struct fake_edit {
     const char *file, *from, *to; /* file NULL: none */
 } fake_edit;
 
-enum { FAKE_EDITS = 3, FAKE_EDIT_MISSES = 99 }; /* the exit code where an edit finds nothing */
+enum { FAKE_EDITS = 3, FAKE_EDIT_MISSES = 99 }; /* the exit code where an edit shows nothing */
 
 typedef struct fake_nvrtc {
     int major;         /* its version */
