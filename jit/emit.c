@@ -43,12 +43,12 @@ static void emit_schedule_constants(const perk_plan *plan, perk_buffer *out) {
         perk_buffer_printf(out, "constexpr uint32_t %s = %lld;\n", constants[i].name, (long long)constants[i].value);
 }
 
-/* Which experts come next is not known before their routing, and wide linears over prompts wait for tensor cores, not
- * for memory. */
+/* Which experts come next is not known before their routing; wide linears over prompts wait for tensor cores, not for
+ * memory, and batched ones are better off without: Qwen3-8B at batch 32 6.78 ms with, 6.69 without. */
 static int chunks_ahead(const perk_plan *plan) {
     for (int i = 0; i < plan->stage_count; i++)
         if (plan->stages[i].stream.deal != PERK_DEAL_NONE) return 0;
-    if (plan->wide_tokens > 0 && !perk_plan_is_batched(plan)) return 0;
+    if (plan->wide_tokens > 0) return 0;
     return plan->device.portable ? 0 : CHUNKS_AHEAD;
 }
 

@@ -177,8 +177,15 @@ typedef struct perk_batch_header {
 /* Places of the header's fields, in words. */
 enum { PERK_BATCH_NUM_TOKENS = 0, PERK_BATCH_NUM_LOGIT_ROWS = 2, PERK_BATCH_NUM_ATTENTION_ITEMS = 3 };
 
-/* Place of first_fresh_item in a query tile, in words. */
-enum { PERK_QUERY_TILE_FRESH_ITEM = 7 };
+/* Places in a query tile and in an item of attention, in words. */
+enum {
+    PERK_QUERY_TILE_FIRST_ITEM = 3,
+    PERK_QUERY_TILE_ITEM_COUNT = 4,
+    PERK_QUERY_TILE_FRESH_POSITION = 6,
+    PERK_QUERY_TILE_FRESH_ITEM = 7,
+    PERK_ITEM_BEGIN = 1,
+    PERK_ITEM_END = 2,
+};
 
 /* A batch of up to this size is copied to shared memory at the start of a launch. */
 #define PERK_BATCH_SHARED_MAX 8192

@@ -148,8 +148,7 @@ __device__ __forceinline__ uint32_t push_round(Worker &w, uint32_t units, uint32
 }
 
 __device__ __forceinline__ uint32_t stream_kv(Worker &w, const StreamTask &task, uint32_t chunk) {
-    await_begin(w, chunk);                   // before, there is no batch
-    if (program::many_steps) fence_copies(); // what earlier steps of the launch have appended
+    await_begin(w, chunk); // before, there is no batch
     KvSource source(w, task);
     do {
         const bool has_unit = source.items.has_item();

@@ -54,15 +54,20 @@ typedef struct perk_post {
     perk_standing standing; /* no older than the records that `written` counts */
 } perk_post;
 
+/* A step of more tokens is never the one before moved on: a lane of the scheduler looks after each. */
+enum { PERK_MOVED_TOKENS = 32 };
+
 /* In device memory; zeros when a launch begins. */
 typedef struct perk_desk {
-    uint32_t gate;         /* step n of the launch: 3 n + 1 tokens of the one before are to be drawn, 3 n + 2 the launch
-                              ends before it, 3 n + 3 it may begin */
+    uint32_t gate;         /* step n of the launch: 4 n + 1 tokens of the one before are to be drawn, 4 n + 2 the launch
+                              ends before it, 4 n + 3 it may begin, 4 n + 4 it may, and is the one before moved on */
     uint32_t reserved[31]; /* the gate has a line of its own: all workers poll it */
     uint32_t outbox_count; /* records of the last step in the outbox, */
     uint32_t outbox_step;  /* and that step */
     uint32_t drawn;        /* rows that others than worker 0 have drawn, of those that it called for */
     perk_spare spare;      /* the scheduler's */
+    int32_t piece;         /* positions of the cache an item of attention, at most, in the batch that lies there */
+    int32_t moved_tokens[2][PERK_MOVED_TOKENS]; /* of steps that are moved on, in turn */
 } perk_desk;
 
 /* A row whose token is to be drawn. */

@@ -18,7 +18,9 @@ namespace perk {
 constexpr uint32_t kClerk = PERK_CONSUMER_WARPS + 2; // warp of worker 0; the one before it feeds wide linears
 constexpr uint32_t kPickStride = PERK_ROW_STRIDE(1);
 constexpr uint32_t kClerkPauseNs = 500, kIdlePauseNs = 500, kGatePauseNs = 100;
-constexpr uint32_t kPollsBeforePause = 4096; // of the gate: some milliseconds
+constexpr uint32_t kPollsBeforePause = 4096;                                         // of the gate: some milliseconds
+constexpr uint32_t kGateDraws = 1, kGateEnds = 2, kGateBegins = 3, kGateMovesOn = 4; // beside 4 a step
+constexpr uint32_t kNextRuns = 0, kNextEnds = 1, kNextDraws = 2, kNextMovesOn = 3;   // what is to be done now
 
 // ---- between scheduler and clerk: a word of shared memory each way ----
 // The scheduler tells the round (one more with every outbox that it has filled), the mails it has dealt with, and
@@ -184,6 +186,7 @@ __device__ __forceinline__ void finish_batch(const Worker &w, const perk_batch &
         cut.items = reinterpret_cast<perk_attention_item *>(words + program::batch_attention_items);
         cut.token_query_tile = words + program::batch_token_query_tile;
         perk_cut_attention(&batch, &cut);
+        w.args.many.desk->piece = cut.piece;
     }
     words[PERK_BATCH_NUM_TOKENS] = batch.num_tokens;
     words[PERK_BATCH_NUM_LOGIT_ROWS] = batch.num_logit_rows;
@@ -193,8 +196,13 @@ __device__ __forceinline__ void finish_batch(const Worker &w, const perk_batch &
 struct Outbox {
     perk_token_record *records;
     uint32_t count;
+    // The record of a request that goes on.
+    static __device__ __forceinline__ Vec16 of(int32_t slot, int32_t token, bool has_details) {
+        return {uint32_t(slot), uint32_t(token), uint32_t(has_details) << 8, 0};
+    }
     __device__ __forceinline__ void put(int32_t slot, int32_t token, const perk_slot &r, bool has_details = false) {
-        Vec16 record{uint32_t(slot), uint32_t(token), uint32_t(r.end) | uint32_t(has_details) << 8, 0};
+        Vec16 record = of(slot, token, has_details);
+        record.z |= uint32_t(r.end);
         if (r.end != PERK_END_NONE) {
             record.z |= uint32_t(perk_lesser(r.set_backs, 0xffff)) << 16;
             record.w = uint32_t(r.found);
@@ -325,7 +333,7 @@ __device__ __forceinline__ bool prepare_step(const Worker &w, const int32_t *pic
         finish_batch(w, s.batch);
     else
         end_launch(w, s, why, step);
-    store_release_gpu(&w.args.many.desk->gate, 3 * step + (runs ? 3 : 2));
+    store_release_gpu(&w.args.many.desk->gate, 4 * step + (runs ? kGateBegins : kGateEnds));
     tell_starts(s, running, outbox);
     tell(w, round + 1, dealt, outbox, runs ? 0 : kLast);
     return runs;
@@ -407,10 +415,146 @@ __device__ __forceinline__ void await_drawn(const Worker &w) {
     __syncwarp();
 }
 
+// ---- a step moved on ----
+// Most steps are the one before with a token more for each request: no mail, nobody ends, no page to be had. Then the
+// scheduler opens the gate with the tokens alone, and keeps its books while the step runs; every worker moves its own
+// copy of the batch on. All that can be known before the tokens are there is found out while the step before ends, by a
+// lane a request.
+
+constexpr bool kMovesOn = program::batch_shared_bytes > 0 && program::max_attention_items > 0;
+constexpr uint32_t kStopsKept = 4; // ids that end a request, of those that it has: mostly there are one or two
+
+struct Foreseen {
+    bool moves_on; // if no token ends its request; the rest is worth nothing where it does not
+    bool has_details;
+    int32_t slot, length, cached; // of the lane's request, before the step is taken in
+    int32_t stop_count, stops[kStopsKept];
+    uint64_t steps, step_tokens, answer_tokens; // of the schedule
+};
+
+// Whether the attention of the batch, a token a request, stays cut as it is. The shortest pieces that give few enough
+// items stay so where the items stay as many; how many those may be depends on the sum of the lengths.
+__device__ __forceinline__ bool keeps_cut(const Worker &w, bool has_row) {
+    constexpr uint32_t kShort = program::attention_pieces * PERK_CUT_SHORT_UNITS * PERK_KV_UNIT;
+    const uint32_t tile = program::batch_query_tiles + w.lane * (sizeof(perk_query_tile) / 4);
+    const uint32_t cached = has_row ? w.batch_word(tile + PERK_QUERY_TILE_FRESH_POSITION) : 0;
+    const uint32_t piece = max(w.args.many.desk->piece, 1);
+    uint32_t sum = cached;
+    for (uint32_t offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    const bool needs_item = has_row && cached % piece == 0;
+    return !__any_sync(0xffffffffu, needs_item) && (sum <= kShort) == (sum + w.num_tokens() <= kShort);
+}
+
+// Whether the lane's request gets its token without anything else: its pages do, and none is to be offered to others.
+__device__ __forceinline__ bool foresee_request(const perk_schedule &s, const perk_slot &r, Foreseen &f) {
+    const int32_t page_size = program::page_size;
+    f.length = r.length;
+    f.cached = r.cached;
+    f.has_details = r.rule.samples != 0 && r.rule.logprobs != 0;
+    f.stop_count = r.stop_count;
+    for (uint32_t i = 0; i < kStopsKept; i++) f.stops[i] = r.stop_ids[i];
+    const bool offers = r.shares && (r.cached + 1) % page_size == 0;
+    return r.length + 1 != r.limit && r.cached + 2 <= r.page_count * page_size && !offers;
+}
+
+// Whether the oldest request that waits would be admitted now.
+__device__ __forceinline__ bool is_wanted(const perk_schedule &s) {
+    const int32_t running = s.state->running;
+    return s.state->unfinished > running && s.state->free_rows > 0 &&
+           s.slots[s.order[running]].refused_at != s.state->changes;
+}
+
+// By all lanes, before step `step` of the launch.
+__device__ __forceinline__ Foreseen foresee(const Worker &w, uint32_t step) {
+    const perk_many_args &many = w.args.many;
+    const uint32_t count = w.num_tokens();
+    Foreseen f{};
+    if (!kMovesOn || count > PERK_MOVED_TOKENS || count != w.num_logit_rows() || count <= many.smaller_tokens) return f;
+    perk_schedule s;
+    bind_schedule(w, s);
+    f.steps = s.state->steps;
+    f.step_tokens = s.state->step_tokens;
+    f.answer_tokens = s.state->answer_tokens;
+    const bool has_row = w.lane < count;
+    if (has_row) f.slot = load_coherent4(many.logit_slots + w.lane);
+    const bool gets_token = !has_row || foresee_request(s, s.slots[f.slot], f);
+    f.moves_on = __all_sync(0xffffffffu, gets_token) && keeps_cut(w, has_row) && step != many.max_steps &&
+                 uint32_t(s.state->running) == count && !is_wanted(s);
+    return f;
+}
+
+__device__ __forceinline__ bool is_stop(const perk_slot &r, const Foreseen &f, int32_t token) {
+    bool stops = false;
+    for (uint32_t i = 0; i < kStopsKept; i++) stops |= int32_t(i) < f.stop_count && f.stops[i] == token;
+#pragma unroll 1
+    for (int32_t i = kStopsKept; i < f.stop_count; i++) stops |= r.stop_ids[i] == token;
+    return stops;
+}
+
+// The step before is taken in, as commit_step does it: every request has got a token that is not its last.
+__device__ __forceinline__ void keep_books(const Worker &w, const Foreseen &f, int32_t token) {
+    const perk_many_args &many = w.args.many;
+    const uint32_t count = w.num_tokens();
+    perk_slot &r = many.slots[f.slot];
+    if (w.lane < count) {
+        r.cached = f.cached + 1;
+        r.length = f.length + 1;
+        many.tokens[uint64_t(f.slot) * program::max_seq_length + f.length] = token;
+        *reinterpret_cast<Vec16 *>(many.outbox + w.lane) = Outbox::of(f.slot, token, f.has_details);
+    }
+    if (w.lane == 0) {
+        perk_schedule s;
+        bind_schedule(w, s);
+        s.state->steps = f.steps + 1;
+        s.state->step_tokens = f.step_tokens + count;
+        s.state->answer_tokens = f.answer_tokens + count;
+    }
+    __syncwarp();
+    const uint32_t told = load_told(w);
+    if (w.lane == 0) tell(w, round_of(told) + 1, mails_of(told), {many.outbox, count}, 0);
+}
+
+// By all lanes: opens the gate of step `step` of the launch, if it moves on the one before.
+__device__ __forceinline__ bool move_on(const Worker &w, const Foreseen &f, const int32_t *picks, uint32_t step) {
+    const perk_many_args &many = w.args.many;
+    if (!f.moves_on) return false;
+    const uint32_t told = load_told(w), served = __shfl_sync(0xffffffffu, load_served(w), 0);
+    const bool is_quiet = round_of(served) == round_of(told) && mails_of(served) == mails_of(told) &&
+                          command_of(served) <= PERK_COMMAND_DRAIN; // which is about a launch without requests
+    const bool has_row = w.lane < w.num_tokens();
+    const int32_t token = has_row ? picks[w.lane] : 0;
+    const bool stops = has_row && is_stop(many.slots[f.slot], f, token);
+    if (__any_sync(0xffffffffu, stops || !is_quiet)) return false;
+    if (has_row) many.desk->moved_tokens[(w.step() + 1) % 2][w.lane] = token;
+    __syncwarp();
+    if (w.lane == 0) store_release_gpu(&many.desk->gate, 4 * step + kGateMovesOn);
+    keep_books(w, f, token);
+    return true;
+}
+
+// By all consumers of a worker, in its copy of the batch: a token more for each request, which nobody has read yet.
+__device__ __forceinline__ void move_batch_on(const Worker &w) {
+    constexpr uint32_t kTileWords = sizeof(perk_query_tile) / 4, kItemWords = sizeof(perk_attention_item) / 4;
+    const uint32_t i = w.thread, words = w.shared + SharedMap::batch;
+    if (i >= w.num_tokens()) return;
+    const auto step_on = [&](uint32_t word) { store_shared4(words + word * 4, load_shared4(words + word * 4) + 1); };
+    const uint32_t token =
+        load_coherent4(reinterpret_cast<const uint32_t *>(&w.args.many.desk->moved_tokens[w.step() % 2][i]));
+    const uint32_t tile = program::batch_query_tiles + i * kTileWords; // each token has its own
+    const uint32_t last =
+        w.batch_word(tile + PERK_QUERY_TILE_FIRST_ITEM) + w.batch_word(tile + PERK_QUERY_TILE_ITEM_COUNT) - 1;
+    const uint32_t fresh = w.batch_word(tile + PERK_QUERY_TILE_FRESH_ITEM);
+    step_on(program::batch_positions + i);
+    step_on(tile + PERK_QUERY_TILE_FRESH_POSITION);
+    step_on(program::batch_attention_items + last * kItemWords + PERK_ITEM_END);
+    step_on(program::batch_attention_items + fresh * kItemWords + PERK_ITEM_BEGIN);
+    step_on(program::batch_attention_items + fresh * kItemWords + PERK_ITEM_END);
+    store_shared4(words + (program::batch_token_ids + i) * 4, token);
+}
+
 // ---- between two steps ----
 
-constexpr uint32_t kNoPick = 0xffffffffu;                        // where no logit is a number
-constexpr uint32_t kNextRuns = 0, kNextEnds = 1, kNextDraws = 2; // what is to be done now
+constexpr uint32_t kNoPick = 0xffffffffu; // where no logit is a number
 
 // The step is over when its last stages are: all lanes wait.
 __device__ __forceinline__ void await_step_end(const Worker &w) {
@@ -458,7 +602,9 @@ __device__ __forceinline__ uint32_t schedule(const Worker &w, uint32_t step, boo
     static_assert(program::max_logit_rows * 4 <= program::reduction_bytes, "picks do not fit the scratch");
     int32_t *picks = reinterpret_cast<int32_t *>(shared_pointer(w.reduction()));
     bool is_bad = false, draws = false;
+    Foreseen foreseen{};
     if (step > 0) {
+        if (w.args.many.post != nullptr) foreseen = foresee(w, step);
         if (has_drawn)
             await_drawn(w);
         else
@@ -468,12 +614,13 @@ __device__ __forceinline__ uint32_t schedule(const Worker &w, uint32_t step, boo
     if (load_shared4(w.shared + SharedMap::given_up) != 0) return kNextEnds;
     uint32_t *const gate = &w.args.many.desk->gate;
     if (draws && !is_bad) {
-        if (w.lane == 0) store_release_gpu(gate, 3 * step + 1);
+        if (w.lane == 0) store_release_gpu(gate, 4 * step + kGateDraws);
         return kNextDraws;
     }
+    if (!is_bad && move_on(w, foreseen, picks, step)) return kNextMovesOn;
     if (w.lane != 0) return kNextRuns; // lane 0 says whether it does
     if (w.args.many.post != nullptr) return prepare_step(w, picks, is_bad, step) ? kNextRuns : kNextEnds;
-    store_release_gpu(gate, 3 * step + (step == 0 ? 3 : 2));
+    store_release_gpu(gate, 4 * step + (step == 0 ? kGateBegins : kGateEnds));
     return step == 0 ? kNextRuns : kNextEnds;
 }
 
@@ -482,14 +629,14 @@ __device__ __forceinline__ uint32_t schedule(const Worker &w, uint32_t step, boo
 // Until the step may begin, or the worker is called to draw. There is no limit: the scheduler may idle, and what it
 // waits for has limits of its own.
 __device__ __forceinline__ uint32_t pass_gate(const Worker &w, uint32_t step, bool has_drawn) {
-    const uint32_t wanted = 3 * step + (has_drawn ? 2 : 1);
+    const uint32_t wanted = 4 * step + (has_drawn ? kGateEnds : kGateDraws); // or more
     uint32_t seen, polls = 0;
     while (static_cast<int32_t>((seen = load_acquire_gpu(&w.args.many.desk->gate)) - wanted) < 0) {
         if (++polls % kPollsPerClockRead == 0 && load_coherent4(w.args.hang_claim) != 0) return kNextEnds;
         if (polls > kPollsBeforePause) pause(kGatePauseNs);
     }
-    const uint32_t at = seen - 3 * step;
-    return at == 1 ? kNextDraws : at == 2 ? kNextEnds : kNextRuns;
+    const uint32_t at = seen - 4 * step;
+    return at == kGateDraws ? kNextDraws : at == kGateEnds ? kNextEnds : at == kGateMovesOn ? kNextMovesOn : kNextRuns;
 }
 
 // By warp 0: waits for what is to be done now, and tells the others.
@@ -504,33 +651,38 @@ __device__ __forceinline__ void await_next(const Worker &w, bool has_drawn) {
     if (w.lane == 0) {
         fence_block(); // the feeder reads the batch once it sees the step's number
         store_shared4(w.shared + SharedMap::next, next);
-        if (next == kNextRuns) store_shared4(w.shared + SharedMap::step, number);
+        if (next == kNextRuns || next == kNextMovesOn) store_shared4(w.shared + SharedMap::step, number);
         if (next == kNextEnds) store_shared4(w.shared + SharedMap::given_up, kEnded);
     }
     __syncwarp();
 }
 
+__device__ __forceinline__ void bring_batch(const Worker &w) {
+    const uint8_t *batch = reinterpret_cast<const uint8_t *>(w.args.batch);
+    for (uint32_t offset = w.thread * 16; offset < program::batch_shared_bytes; offset += PERK_CONSUMER_THREADS * 16)
+        store_shared16(w.shared + SharedMap::batch + offset, load_coherent16(batch + offset));
+}
+
 // By all consumers, with the step before behind them: draws its tokens if they are to be, waits until there is a batch,
 // and brings it. False: the launch has ended.
 __device__ __forceinline__ bool begin_step(Worker &w) {
+    uint32_t next;
 #pragma unroll 1
     for (bool has_drawn = false;; has_drawn = true) {
         w.forget_coordinates();
         if (w.warp == 0) await_next(w, has_drawn);
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
-        const uint32_t next = load_shared4(w.shared + SharedMap::next);
+        next = load_shared4(w.shared + SharedMap::next);
         if (next == kNextEnds) return false;
-        if (next == kNextRuns) break;
+        if (next != kNextDraws) break;
         draw_rows(w);
         named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS); // the next word is written after all have read this one
     }
     fetch_record(w, 0);
-    if constexpr (program::batch_shared_bytes > 0) {
-        const uint8_t *batch = reinterpret_cast<const uint8_t *>(w.args.batch);
-        for (uint32_t offset = w.thread * 16; offset < program::batch_shared_bytes;
-             offset += PERK_CONSUMER_THREADS * 16)
-            store_shared16(w.shared + SharedMap::batch + offset, load_coherent16(batch + offset));
-    }
+    if constexpr (kMovesOn)
+        if (next == kNextMovesOn) move_batch_on(w);
+    if constexpr (program::batch_shared_bytes > 0)
+        if (next != kNextMovesOn) bring_batch(w);
     await_record();
     named_barrier(kConsumerBarrier, PERK_CONSUMER_THREADS);
     if (w.thread == 0) {
@@ -544,9 +696,10 @@ __device__ __forceinline__ bool begin_step(Worker &w) {
 __device__ __forceinline__ void produce_steps(Worker &w) {
     const uint32_t laps = w.shared + SharedMap::laps;
     uint32_t chunk = 0;
+    w.ahead = {0, 0}; // from here on it knows no end of a step
     do {
         chunk = produce(w, chunk);
-        if (w.lane == 0) store_shared4(laps, load_shared4(laps) + 1);
+        if (w.lane == 0) store_shared4(laps, load_shared4(laps) % kHasBegun + 1);
         __syncwarp();
     } while (chunk != 0 && !has_ended(w));
     land_chunks(w, chunk);

@@ -295,20 +295,6 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
 #endif
 }
 
-// And for a wait that looks at something else as well: it comes back after a microsecond.
-__device__ __forceinline__ bool mbarrier_test_briefly(uint32_t barrier, uint32_t parity) {
-#if PERK_PORTABLE
-    return mbarrier_peek(barrier, parity);
-#else
-    uint32_t done;
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, 1000; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-    return done != 0;
-#endif
-}
-
 // ---- a warp ----
 
 // The largest and the smallest of all lanes' values, in every lane.

@@ -47,6 +47,7 @@ typedef struct perk_attention_cut {
     perk_attention_item *items; /* [max_items] */
     int32_t *token_query_tile;  /* [tokens] */
     int32_t tile_count, item_count;
+    int32_t piece; /* positions of the cache an item, at most */
 } perk_attention_cut;
 
 /* Cuts every request's tokens into query tiles; a prompt's end where slices of the step's tokens end. */
@@ -146,7 +147,7 @@ PERK_SHARED_CODE void perk_cut_add_items(perk_attention_cut *cut, int32_t tile, 
  * the cache, which are long, come first, so that everybody gets as many of them. */
 PERK_SHARED_CODE void perk_cut_attention(const perk_batch *batch, perk_attention_cut *cut) {
     perk_cut_query_tiles(batch, cut);
-    int32_t piece = perk_cut_choose_piece(cut) * PERK_KV_UNIT;
+    const int32_t piece = cut->piece = perk_cut_choose_piece(cut) * PERK_KV_UNIT;
     cut->item_count = 0;
     for (int32_t i = 0; i < cut->tile_count; i++) {
         perk_query_tile *tile = &cut->tiles[i];

@@ -409,7 +409,7 @@ __device__ __forceinline__ uint32_t found_chunk(const Worker &w, uint32_t left) 
 }
 
 // Finds out where the next chunks of a task are, a lane each: from `next` on, unless some are in L2 already, and the
-// search goes on behind them. False at the end of the list.
+// search goes on behind them. False at the end of the list, where the next search goes on with the next step of many.
 __device__ __forceinline__ bool find_chunks(Worker &w, StreamPlace next) {
     if (w.ahead.brought > 0) {
         const uint2 end = load_shared8(w.shared + SharedMap::found_end);
@@ -417,7 +417,10 @@ __device__ __forceinline__ bool find_chunks(Worker &w, StreamPlace next) {
     }
     for (;; next = {next.position + 1, 0}) {
         const StreamTask task = load_stream_task(w, next.position);
-        if (task.kind == PERK_TASK_END) break;
+        if (task.kind == PERK_TASK_END) {
+            if (program::many_steps) next = {0, 0};
+            break;
+        }
         const uint32_t count = task.blocks == PERK_STREAM_KV || task.tiles == 0 ? 0 : ChunkSource::count(task);
         if (next.chunk >= count) continue;
         w.ahead.left = min(count - next.chunk, uint32_t(PERK_FOUND_CHUNKS));
@@ -448,7 +451,7 @@ __device__ __forceinline__ bool is_time_to_bring(const Worker &w) {
 __device__ __forceinline__ bool look_ahead(Worker &w, StreamPlace next) {
 #if !PERK_PORTABLE
     Lookahead &ahead = w.ahead;
-    if (ahead.brought >= program::chunks_ahead) return false;
+    if (ahead.brought + 1 > program::chunks_ahead) return false; // no ">=": the compiler warns where that is 0
     if (!is_time_to_bring(w)) return true;
     if (ahead.left == 0 && !find_chunks(w, next)) return false;
     if (w.lane == 0) {
@@ -549,11 +552,15 @@ __device__ __forceinline__ void land_chunks(const Worker &w, uint32_t end) {
     forget(end); // or the producer, who has few registers, would keep more about every chunk: it may be the last
     for (uint32_t chunk = end - min(end, program::ring_slots); chunk != end; chunk++) wait_full<true>(w, chunk);
 }
+// In the word of laps: the step that the producer is at has begun. Every layer asks; the fences come once a step.
+constexpr uint32_t kHasBegun = 1u << 31;
+
 // Until the consumers have begun the step that the producer is at, with its batch in place: before, there is nothing of
 // it to read.
 __device__ __forceinline__ void await_begin(const Worker &w, uint32_t chunk) {
     if constexpr (program::many_steps) {
-        const uint32_t wanted = w.args.step + load_shared4(w.shared + SharedMap::laps);
+        const uint32_t laps = load_shared4(w.shared + SharedMap::laps), wanted = w.args.step + laps;
+        if (laps >= kHasBegun) return;
         while (__any_sync(0xffffffffu, static_cast<int32_t>(load_shared4(w.shared + SharedMap::begun) - wanted) < 0)) {
             if (has_ended(w)) {
                 land_chunks(w, chunk);
@@ -562,6 +569,11 @@ __device__ __forceinline__ void await_begin(const Worker &w, uint32_t chunk) {
             pause(kStepPauseNs);
         }
         fence_block(); // what the consumers saw when they passed the gate
+#if PERK_STREAMS_KV
+        fence_copies(); // what earlier steps have appended to the cache
+#endif
+        if (w.lane == 0) store_shared4(w.shared + SharedMap::laps, laps | kHasBegun);
+        __syncwarp();
     }
 }
 
@@ -586,11 +598,13 @@ __device__ __forceinline__ void await_slot(Worker &w, uint32_t chunk, StreamPlac
     if constexpr (kLooksAhead)
         while (!__all_sync(0xffffffffu, mbarrier_peek(empty, parity)) && look_ahead(w, next)) continue;
     if constexpr (program::many_steps) {
-        while (__any_sync(0xffffffffu, !mbarrier_test_briefly(empty, parity)))
-            if (has_ended(w)) {
-                land_chunks(w, chunk);
-                exit_thread();
-            }
+        bool is_over = false; // a lane by itself finds out; one that sleeps would see the launch's end too late
+        while (!is_over && !mbarrier_peek(empty, parity))
+            is_over = load_shared4(w.shared + SharedMap::given_up) == kEnded;
+        if (__any_sync(0xffffffffu, is_over)) {
+            land_chunks(w, chunk);
+            exit_thread();
+        }
     } else {
         wait_slot<true>(w, empty, parity, PERK_ROLE_RING_EMPTY, chunk);
     }
@@ -860,7 +874,6 @@ __device__ __forceinline__ uint32_t stream_kv(Worker &w, const StreamTask &task,
 // Streams what the whole list reads, from chunk number `chunk` on; returns the next one's.
 #if PERK_WIDE
 __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
-    w.ahead = {0, 0};
     for (w.position = 0;; w.position++) {
         const StreamTask task = load_stream_task(w, w.position); // not ahead: registers are few
         if (task.kind == PERK_TASK_END) break;
@@ -882,7 +895,6 @@ __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
 __device__ __forceinline__ uint32_t produce(Worker &w, uint32_t chunk) {
     OwnExperts own;
     uint32_t kind = __ldg(&record_at(w, 0)->kind);
-    w.ahead = {0, 0};
     for (w.position = 0; kind != PERK_TASK_END; w.position++) {
         const StreamTask task = load_stream_task(w, w.position);
         kind = __ldg(&record_at(w, w.position + 1)->kind); // which brings all of that record near
@@ -1049,6 +1061,7 @@ __device__ __forceinline__ void worker_main(const perk_kernel_args &args, RunTas
         consume(w, run_task, 0);
     } else {
         give_registers<PERK_PRODUCER_REGISTERS>();
+        w.ahead = {0, 0};
         if (w.warp == PERK_CONSUMER_WARPS) produce(w, 0);
 #if PERK_WIDE
         if (w.warp == PERK_CONSUMER_WARPS + 1) feed(w);

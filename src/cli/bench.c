@@ -26,6 +26,8 @@ static void add_options(perk_cli_options *options, perk_bench_command *c) {
         PERK_CLI_OPTION_TEXT("batch", &c->batches, "N,...", "decode, serve: requests in a step; 1, in serve 8"),
         PERK_CLI_OPTION_TEXT("context", &c->contexts, "N,...", "decode: tokens that every request has before; 512"),
         PERK_CLI_OPTION_INT("steps", &c->bench.steps, "N", "decode: steps to time; 64", 1, 100000),
+        PERK_CLI_OPTION_FLAG("many-steps", &c->bench.many_steps,
+                             "decode: the steps follow each other in one launch; tokens as with a launch a step"),
         PERK_CLI_OPTION_INT("prompt-tokens", &c->prompt_tokens, "N", "prefill: tokens of the prompt; 2048", 1, 1 << 20),
         PERK_CLI_OPTION_INT("max-batched-tokens", &c->bench.tokens, "N",
                             "tokens that the program is built for; the batch, in prefill 64, in serve 16", 1, MAX_ROWS),

@@ -1,5 +1,6 @@
 /* perk bench decode: milliseconds a step by batch and context, beside the read ceiling of the same run, after the same
- * program's logits were compared with the reference executor's. */
+ * program's logits were compared with the reference executor's. --many-steps: the steps follow each other in one
+ * launch, and their tokens are compared with those of a launch a step. */
 #include "bench.h"
 
 #include <errno.h>
@@ -13,7 +14,8 @@ typedef struct number_list {
 
 /* What was measured at one batch and one context. */
 typedef struct decode_result {
-    perk_bench_spread step, device; /* milliseconds */
+    perk_bench_spread step, device; /* milliseconds; device: of a launch a step */
+    double mean;                    /* of the steps */
     double ceiling;                 /* bytes a second */
     double floor_ms;
     double check_error;              /* < 0: not made */
@@ -53,9 +55,11 @@ static perk_status measure(const perk_bench_command *c, perk_bench *b, decode_re
         status = perk_bench_check(b, c->check_tokens ? c->check_tokens : 4, 1, &result->check_error, err);
     if (status == PERK_OK) status = perk_bench_prefill(b, err);
     if (status == PERK_OK) status = perk_bench_decode(b, err);
+    if (status == PERK_OK && b->options->many_steps) status = perk_bench_launch(b, err);
     if (status == PERK_OK) status = perk_gpu_streamed_bytes(b->gpu, &result->stream_bytes, err);
     if (status == PERK_OK) status = perk_gpu_read_ceiling(b->gpu, 7, &result->ceiling, err);
     if (status != PERK_OK) return status;
+    for (int32_t i = 0; i < steps; i++) result->mean += b->wall_ms[i] / steps;
     result->step = perk_bench_spread_of(b->wall_ms, steps);
     result->device = perk_bench_spread_of(b->device_ms, steps);
     count_floor(b, result);
@@ -66,10 +70,11 @@ static bool print_json(const perk_bench *b, const decode_result *r) {
     const perk_bench_options *o = b->options;
     json_t *json = perk_bench_result("decode", o->model, b->report.device);
     json_t *rest =
-        json_pack("{s:i, s:i, s:i, s:i, s:b, s:b, s:I, s:I, s:f, s:f, s:f, s:f, s:o}", "batch", o->batch, "context",
-                  o->context, "steps", o->steps, "max_batched_tokens", b->config.max_num_batched_tokens, "portable",
-                  o->portable, "random_weights", o->random_weights, "weight_bytes", (json_int_t)r->stream_bytes,
-                  "kv_bytes", (json_int_t)r->kv_bytes, "read_ceiling_bytes_per_s", r->ceiling, "floor_ms", r->floor_ms,
+        json_pack("{s:i, s:i, s:i, s:b, s:f, s:i, s:b, s:b, s:I, s:I, s:f, s:f, s:f, s:f, s:o}", "batch", o->batch,
+                  "context", o->context, "steps", o->steps, "many_steps_a_launch", o->many_steps, "step_ms_mean",
+                  r->mean, "max_batched_tokens", b->config.max_num_batched_tokens, "portable", o->portable,
+                  "random_weights", o->random_weights, "weight_bytes", (json_int_t)r->stream_bytes, "kv_bytes",
+                  (json_int_t)r->kv_bytes, "read_ceiling_bytes_per_s", r->ceiling, "floor_ms", r->floor_ms,
                   "percent_of_ceiling", 100 * r->floor_ms / r->step.median, "percent_of_ceiling_device",
                   100 * r->floor_ms / r->device.median, "start", perk_cli_report_json(&b->report));
     perk_bench_put_spread(json, "step_ms", r->step);
@@ -80,8 +85,8 @@ static bool print_json(const perk_bench *b, const decode_result *r) {
 
 static void print_head(const perk_bench *b) {
     const perk_bench_options *o = b->options;
-    printf("%s  %s%s  medians of %d steps (10th, 90th percentile)\n", o->model, b->report.device,
-           o->portable ? "  portable" : "", o->steps);
+    printf("%s  %s%s  medians of %d steps%s (10th, 90th percentile)\n", o->model, b->report.device,
+           o->portable ? "  portable" : "", o->steps, o->many_steps ? " of one launch" : "");
     printf("  %5s %7s  %-26s %-26s %-15s %7s %8s %9s %9s  %s\n", "batch", "context", "step, ms", "on the device, ms",
            "weights, KV, GB", "TB/s", "floor,ms", "of it,%", "device,%", "check");
 }

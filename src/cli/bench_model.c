@@ -46,10 +46,11 @@ static void free_shape(perk_bench *b) {
     perk_batch_free(b->batch);
     free(b->pages);
     free(b->ids);
+    free(b->chosen);
     free(b->wall_ms);
     free(b->device_ms);
     b->batch = NULL;
-    b->pages = b->ids = NULL;
+    b->pages = b->ids = b->chosen = NULL;
     b->wall_ms = b->device_ms = NULL;
 }
 
@@ -65,9 +66,11 @@ perk_status perk_bench_set_shape(perk_bench *b, const perk_bench_options *o, per
     if (status != PERK_OK) return status;
     b->pages = perk_calloc((size_t)b->batch->pages_per_request, sizeof *b->pages);
     b->ids = perk_calloc((size_t)b->config.max_num_batched_tokens, sizeof *b->ids);
+    b->chosen = perk_calloc((size_t)perk_bench_step_count(b) * (size_t)o->batch, sizeof *b->chosen);
     b->wall_ms = perk_calloc((size_t)o->steps, sizeof *b->wall_ms);
     b->device_ms = perk_calloc((size_t)o->steps, sizeof *b->device_ms);
-    if (!b->pages || !b->ids || !b->wall_ms || !b->device_ms) return perk_fail_memory(err, "measurements");
+    if (!b->pages || !b->ids || !b->chosen || !b->wall_ms || !b->device_ms)
+        return perk_fail_memory(err, "measurements");
     return PERK_OK;
 }
 
@@ -81,6 +84,7 @@ perk_status perk_bench_open_gpu(perk_bench *b, bool profile, perk_error *err) {
     const perk_gpu_options gpu = {.portable = o->portable != 0,
                                   .timing = true,
                                   .profile = profile,
+                                  .many_steps = o->many_steps != 0,
                                   .unlimited_waits = o->unlimited_waits != 0,
                                   .cache_folder = o->cache_folder,
                                   .no_cache = o->no_cache != 0,
@@ -172,6 +176,8 @@ static perk_status step_decode(perk_bench *b, int32_t position, int32_t *next, d
     return status;
 }
 
+int64_t perk_bench_step_count(const perk_bench *b) { return (int64_t)WARM_UP + b->options->steps; }
+
 perk_status perk_bench_decode(perk_bench *b, perk_error *err) {
     int32_t *next = perk_calloc((size_t)b->options->batch, sizeof *next);
     if (!next) return perk_fail_memory(err, "tokens");
@@ -180,6 +186,8 @@ perk_status perk_bench_decode(perk_bench *b, perk_error *err) {
     for (int32_t step = -WARM_UP; step < b->options->steps && status == PERK_OK; step++) {
         double wall_ms;
         status = step_decode(b, b->options->context + WARM_UP + step, next, &wall_ms, err);
+        memcpy(b->chosen + (int64_t)(WARM_UP + step) * b->options->batch, next,
+               (size_t)b->options->batch * sizeof *next);
         if (status != PERK_OK || step < 0) continue;
         b->wall_ms[step] = wall_ms;
         status = perk_gpu_step_ms(b->gpu, &b->device_ms[step], err);

@@ -10,6 +10,7 @@
 typedef struct perk_bench_options {
     const char *model, *cache_folder;
     int random_weights, portable, verbose, no_cache, unlimited_waits;
+    int many_steps; /* the program can run many steps a launch */
     int32_t batch, context, steps, tokens, page_size, threads;
     uint64_t seed;
 } perk_bench_options;
@@ -33,6 +34,7 @@ typedef struct perk_bench {
     int32_t *pages;              /* [pages a request]: of the request being added */
     int32_t *ids;                /* [tokens a step]: of a step being made */
     double *wall_ms, *device_ms; /* [steps] of the last perk_bench_decode, in their order */
+    int32_t *chosen;             /* [perk_bench_step_count][batch] tokens of the last perk_bench_decode */
 } perk_bench;
 
 /* The model and a batch; perk_bench_close frees everything, also after a failure. */
@@ -62,6 +64,12 @@ perk_status perk_bench_prefill(perk_bench *bench, perk_error *err);
 perk_status perk_bench_prompt_step(perk_bench *bench, int32_t count, perk_error *err);
 /* `steps` steps of one token of each request, after a few that are not timed. */
 perk_status perk_bench_decode(perk_bench *bench, perk_error *err);
+/* All of them. */
+int64_t perk_bench_step_count(const perk_bench *bench);
+/* The same steps in one launch, of an executor with many_steps: bench->wall_ms are those between the tokens of two
+ * steps, by the host's clock. PERK_INTERNAL where a token is not the one that perk_bench_decode, which was called
+ * before, has got. (bench_launch.c) */
+perk_status perk_bench_launch(perk_bench *bench, perk_error *err);
 
 /* ---- is it right? (bench_check.c) ---- */
 

@@ -153,9 +153,6 @@ static inline bool mbarrier_test(uint32_t address, uint32_t parity) {
     look_for_phase(address, parity, found);
     return found;
 }
-static inline bool mbarrier_test_briefly(uint32_t address, uint32_t parity) {
-    return mbarrier_has_completed(address, parity);
-}
 
 // ---- a warp ----
 
