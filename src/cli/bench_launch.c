@@ -83,9 +83,10 @@ static perk_status follow(bench_launch *l, perk_error *err) {
         if (has_ended) break;
         if (!status && ++reads % READS_PER_POLL == 0) status = gpu->type->online->poll(gpu, &has_ended, err);
     }
-    if (!status && l->came != l->steps * l->bench->options->batch)
+    int64_t wanted = l->steps * l->bench->options->batch;
+    if (!status && l->came != wanted)
         status = perk_fail(err, PERK_INTERNAL, "the launch ended after %lld of %lld tokens", (long long)l->came,
-                           (long long)(l->steps * l->bench->options->batch));
+                           (long long)wanted);
     return status;
 }
 
