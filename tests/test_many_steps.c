@@ -17,7 +17,7 @@
 #include <pthread.h>
 #include <unistd.h>
 
-enum { WORKERS = 2, MANY_WORKERS = 7, REQUESTS = 6, POSITIONS = 64, TOP = 3 };
+enum { WORKERS = 2, MANY_WORKERS = 7, REQUESTS = 6, POSITIONS = 64, TOP = 3, STOPS = 6 };
 
 static perk_error err;
 static perk_model *model;
@@ -52,6 +52,7 @@ typedef struct test_request {
     int32_t prompt[POSITIONS], prompt_length, limit;
     int32_t wanted[POSITIONS], wanted_count;
     int32_t got[POSITIONS], got_count, end, slot, found, set_backs;
+    int32_t stop_ids[STOPS], stop_count;
     bool cancelled;
     perk_sampling sampling;
     perk_logprob wanted_logprobs[POSITIONS][1 + TOP], got_logprobs[POSITIONS][1 + TOP];
@@ -130,6 +131,8 @@ static perk_status submit(perk_executor *gpu, test_request *r, bool share) {
     const perk_gpu_arrival arrival = {.prompt = r->prompt,
                                       .prompt_length = r->prompt_length,
                                       .limit = r->limit,
+                                      .stop_ids = r->stop_ids,
+                                      .stop_count = r->stop_count,
                                       .sampling = &r->sampling,
                                       .share_prefix = share};
     r->got_count = r->end = 0;
@@ -176,7 +179,7 @@ static void check_logprobs(const test_request *r, int number, float limit) {
 static void check_answers(const test_request *requests, int count, float limit) {
     for (int i = 0; i < count; i++) {
         const test_request *r = &requests[i];
-        bool whole = r->end == PERK_END_LENGTH;
+        bool whole = r->end == PERK_END_LENGTH || r->end == PERK_END_STOP;
         CHECK(whole ? r->got_count == r->wanted_count : r->cancelled && r->got_count <= r->wanted_count,
               "request %d ended for %d with %d of %d tokens", i, r->end, r->got_count, r->wanted_count);
         CHECK(memcmp(r->got, r->wanted, (size_t)r->got_count * sizeof *r->got) == 0,
@@ -255,6 +258,45 @@ static void test_completion(perk_executor *gpu, test_request *requests) {
     }
     check_answers(requests, REQUESTS, 0.05f);
     CHECK(check_pages(gpu) > 0, "no pages were shared");
+}
+
+static bool has_token(const test_request *r, int count, int32_t token) {
+    for (int i = 0; i < count; i++)
+        if (r->wanted[i] == token) return true;
+    return false;
+}
+
+/* The answer is to end at the last of its tokens that was not there before. It is the last of the ids that are watched,
+ * whose others never come. */
+static void end_at_token(test_request *r) {
+    int last = r->wanted_count - 1;
+    while (last > 0 && has_token(r, last, r->wanted[last])) last--;
+    CHECK(last > 4, "it says the same again and again");
+    for (int32_t id = 0; r->stop_count < STOPS - 1; id++)
+        if (!has_token(r, r->wanted_count, id)) r->stop_ids[r->stop_count++] = id;
+    r->stop_ids[r->stop_count++] = r->wanted[last];
+    r->wanted_count = last + 1;
+}
+
+/* Two long answers: most steps are the one before moved on, over the ends of pages, until one of them ends at a token.
+ */
+static void test_long_answers(perk_executor *gpu) {
+    static test_request requests[2];
+    uint64_t place = 0;
+    for (int i = 0; i < 2; i++) {
+        test_request *r = &requests[i];
+        *r = (test_request){.slot = -1, .prompt_length = i ? 7 : 3, .limit = i ? 48 : 46};
+        for (int t = 0; t < r->prompt_length; t++) r->prompt[t] = draw(9, &place, 0, model->vocab_size - 1);
+    }
+    run_single_steps(gpu, requests, 2);
+    end_at_token(&requests[1]);
+    for (int share = 0; share < 2; share++) {
+        for (int i = 0; i < 2; i++) CHECK_OK(submit(gpu, &requests[i], share));
+        CHECK(run(gpu, 0, 0).end == PERK_LAUNCH_IDLE && read_tokens(gpu, requests, 2) == 2);
+        check_answers(requests, 2, 0.05f);
+        CHECK(requests[1].end == PERK_END_STOP, "it ended for %d", requests[1].end);
+        check_pages(gpu);
+    }
 }
 
 /* ---- online ---- */
@@ -552,6 +594,7 @@ int main(int argc, char **argv) {
     test_drawing(gpu);
     if (driver_of_emulator) test_drawing_together();
     test_answers();
+    test_long_answers(gpu); /* its single steps write to pages that requests would find later */
     test_completion(gpu, requests);
     test_stop(gpu, requests);
     test_online(gpu, requests, 1, 100000);
