@@ -13,7 +13,7 @@ enum { CHUNKS_IN_FLIGHT = 2, CHUNKS_IN_FLIGHT_BEHIND = 4 };
 /* Chunks behind a full ring that are brought to L2: 26 MB of all workers of an H100, half of its L2. 20 gave no more.
  * And the cycles from one to the next: about what memory takes for one of every worker, and more in steps of several
  * tokens, where loads of activations and the cache come between. */
-enum { CHUNKS_AHEAD = 12, CYCLES_PER_CHUNK = 1200, CYCLES_PER_CHUNK_BATCHED = 1700 };
+enum { CHUNKS_AHEAD = 12, CYCLES_PER_CHUNK = 1200, CYCLES_PER_CHUNK_OF_SEVERAL = 1700 };
 
 static int longest_list(const perk_plan *plan) {
     int longest = 0;
@@ -68,7 +68,7 @@ static void emit_constants(const perk_plan *plan, perk_buffer *out) {
         {"chunks_in_flight", CHUNKS_IN_FLIGHT},
         {"chunks_in_flight_behind", CHUNKS_IN_FLIGHT_BEHIND},
         {"chunks_ahead", chunks_ahead(plan)},
-        {"cycles_per_chunk", plan->config.max_num_batched_tokens > 1 ? CYCLES_PER_CHUNK_BATCHED : CYCLES_PER_CHUNK},
+        {"cycles_per_chunk", plan->config.max_num_batched_tokens > 1 ? CYCLES_PER_CHUNK_OF_SEVERAL : CYCLES_PER_CHUNK},
         {"staging_bytes", plan->staging_bytes},
         {"reduction_bytes", plan->reduction_bytes},
         {"shared_bytes", plan->shared_bytes},

@@ -37,7 +37,8 @@ struct SharedMap {
                               begun = next + 4;
     static constexpr uint32_t found = tasks + PERK_TASK_SLOTS_BYTES; // look_ahead: chunks, and where the search goes on
     static constexpr uint32_t found_end = found + PERK_FOUND_CHUNKS * 4;
-    static constexpr uint32_t laps = found_end + 8;    // of the list, that the producer has streamed of many steps
+    static constexpr uint32_t laps =
+        found_end + 8; // of the list, that the producer has streamed of many steps; and kHasBegun
     static constexpr uint32_t last_brought = laps + 4; // when a chunk was copied or brought the last time, in cycles
     static constexpr uint32_t barriers = found + PERK_FOUND_BYTES;
 #if PERK_WIDE

@@ -99,6 +99,7 @@ static void test_decode(void) {
         check_spread(one, "device_ms");
         CHECK(number(one, "batch") == (i < 2 ? 1 : 3) && number(one, "context") == (i % 2 ? 40 : 16));
         CHECK(number(one, "max_batched_tokens") == number(one, "batch"));
+        CHECK(json_is_false(json_object_get(one, "many_steps_a_launch")) && number(one, "step_ms_mean") > 0);
         CHECK(json_is_null(json_object_get(one, "check_relative_error")));
         double floor =
             (number(one, "weight_bytes") + number(one, "kv_bytes")) / number(one, "read_ceiling_bytes_per_s");
@@ -109,6 +110,8 @@ static void test_decode(void) {
     char *text = run_text("decode --model " TINY " --no-check --batch 2 --context 16 --steps 2");
     CHECK(strstr(text, "Fake GPU") && strstr(text, "not made"), "%s", text);
     free(text);
+    expect_failure(FAKE_CUDA, 1, "the launch ended", /* a launch that makes no tokens has no time */
+                   "decode --model " TINY " --no-check --many-steps --batch 2 --context 16 --steps 2");
 }
 
 /* ---- prefill ---- */

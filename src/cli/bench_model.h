@@ -33,7 +33,7 @@ typedef struct perk_bench {
     perk_start_report report;    /* of the executor made last */
     int32_t *pages;              /* [pages a request]: of the request being added */
     int32_t *ids;                /* [tokens a step]: of a step being made */
-    double *wall_ms, *device_ms; /* [steps] of the last perk_bench_decode, in their order */
+    double *wall_ms, *device_ms; /* [steps] of the last perk_bench_decode, or wall_ms of perk_bench_launch, in order */
     int32_t *chosen;             /* [perk_bench_step_count][batch] tokens of the last perk_bench_decode */
 } perk_bench;
 
