@@ -734,17 +734,20 @@ __device__ __forceinline__ void many_steps_main(const perk_kernel_args &args, Ru
     Worker w{args, threadIdx.x / 32, threadIdx.x % 32, threadIdx.x, dynamic_shared(), 0};
     init_steps(w);
     init_ring(w); // with a barrier of the whole block
-    if (w.warp < PERK_CONSUMER_WARPS) {
+    // One number for all lanes: else the compiler takes it that a warp's lanes may part at their roles, and every loop
+    // behind is guarded against lanes that come alone.
+    const uint32_t role = __shfl_sync(0xffffffffu, w.warp, 0);
+    if (role < PERK_CONSUMER_WARPS) {
         take_registers<PERK_CONSUMER_REGISTERS>();
         for (uint32_t chunk = 0; begin_step(w);) chunk = consume(w, run_task, chunk);
     } else {
         give_registers<PERK_PRODUCER_REGISTERS>();
-        if (w.warp == PERK_CONSUMER_WARPS) produce_steps(w);
+        if (role == PERK_CONSUMER_WARPS) produce_steps(w);
 #if PERK_WIDE
-        else if (w.warp == PERK_CONSUMER_WARPS + 1)
+        else if (role == PERK_CONSUMER_WARPS + 1)
             feed_steps(w);
 #endif
-        else if (w.warp == kClerk && w.index() == 0 && args.many.post != nullptr)
+        else if (role == kClerk && w.index() == 0 && args.many.post != nullptr)
             serve(w);
     }
 }
