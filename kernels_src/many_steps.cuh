@@ -211,6 +211,8 @@ struct Outbox {
     }
 };
 
+__device__ __forceinline__ bool has_details(const perk_slot &r) { return r.rule.samples != 0 && r.rule.logprobs != 0; }
+
 // Takes in the step that is done, of which `picks` are the tokens.
 __device__ __forceinline__ void commit_step(const Worker &w, perk_schedule &s, const int32_t *picks, Outbox &outbox) {
     s.batch.num_tokens = w.num_tokens();
@@ -219,7 +221,7 @@ __device__ __forceinline__ void commit_step(const Worker &w, perk_schedule &s, c
     for (int32_t row = 0; row < s.batch.num_logit_rows; row++) {
         const int32_t slot = s.logit_slots[row];
         const perk_slot &r = s.slots[slot];
-        outbox.put(slot, picks[row], r, r.rule.samples != 0 && r.rule.logprobs != 0);
+        outbox.put(slot, picks[row], r, has_details(r));
     }
 }
 
@@ -445,23 +447,14 @@ __device__ __forceinline__ bool keeps_cut(const Worker &w, bool has_row) {
     return !__any_sync(0xffffffffu, needs_item) && (sum <= kShort) == (sum + w.num_tokens() <= kShort);
 }
 
-// Whether the lane's request gets its token without anything else: its pages do, and none is to be offered to others.
-__device__ __forceinline__ bool foresee_request(const perk_schedule &s, const perk_slot &r, Foreseen &f) {
-    const int32_t page_size = program::page_size;
+// Whether the lane's request goes on.
+__device__ __forceinline__ bool foresee_request(const perk_slot &r, Foreseen &f) {
     f.length = r.length;
     f.cached = r.cached;
-    f.has_details = r.rule.samples != 0 && r.rule.logprobs != 0;
+    f.has_details = has_details(r);
     f.stop_count = r.stop_count;
     for (uint32_t i = 0; i < kStopsKept; i++) f.stops[i] = r.stop_ids[i];
-    const bool offers = r.shares && (r.cached + 1) % page_size == 0;
-    return r.length + 1 != r.limit && r.cached + 2 <= r.page_count * page_size && !offers;
-}
-
-// Whether the oldest request that waits would be admitted now.
-__device__ __forceinline__ bool is_wanted(const perk_schedule &s) {
-    const int32_t running = s.state->running;
-    return s.state->unfinished > running && s.state->free_rows > 0 &&
-           s.slots[s.order[running]].refused_at != s.state->changes;
+    return perk_slot_goes_on(&r, program::page_size);
 }
 
 // By all lanes, before step `step` of the launch.
@@ -477,9 +470,9 @@ __device__ __forceinline__ Foreseen foresee(const Worker &w, uint32_t step) {
     f.answer_tokens = s.state->answer_tokens;
     const bool has_row = w.lane < count;
     if (has_row) f.slot = load_coherent4(many.logit_slots + w.lane);
-    const bool gets_token = !has_row || foresee_request(s, s.slots[f.slot], f);
+    const bool gets_token = !has_row || foresee_request(s.slots[f.slot], f);
     f.moves_on = __all_sync(0xffffffffu, gets_token) && keeps_cut(w, has_row) && step != many.max_steps &&
-                 uint32_t(s.state->running) == count && !is_wanted(s);
+                 uint32_t(s.state->running) == count && !perk_schedule_may_admit(&s);
     return f;
 }
 
@@ -492,7 +485,7 @@ __device__ __forceinline__ bool is_stop(const perk_slot &r, const Foreseen &f, i
 }
 
 // The step before is taken in, as commit_step does it: every request has got a token that is not its last.
-__device__ __forceinline__ void keep_books(const Worker &w, const Foreseen &f, int32_t token) {
+__device__ __forceinline__ void keep_books(const Worker &w, const Foreseen &f, int32_t token, uint32_t told) {
     const perk_many_args &many = w.args.many;
     const uint32_t count = w.num_tokens();
     perk_slot &r = many.slots[f.slot];
@@ -510,7 +503,6 @@ __device__ __forceinline__ void keep_books(const Worker &w, const Foreseen &f, i
         s.state->answer_tokens = f.answer_tokens + count;
     }
     __syncwarp();
-    const uint32_t told = load_told(w);
     if (w.lane == 0) tell(w, round_of(told) + 1, mails_of(told), {many.outbox, count}, 0);
 }
 
@@ -528,7 +520,7 @@ __device__ __forceinline__ bool move_on(const Worker &w, const Foreseen &f, cons
     if (has_row) many.desk->moved_tokens[(w.step() + 1) % 2][w.lane] = token;
     __syncwarp();
     if (w.lane == 0) store_release_gpu(&many.desk->gate, 4 * step + kGateMovesOn);
-    keep_books(w, f, token);
+    keep_books(w, f, token, told);
     return true;
 }
 

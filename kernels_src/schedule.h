@@ -322,11 +322,18 @@ PERK_SHARED_CODE int32_t perk_schedule_price(perk_schedule *s, int32_t slot) {
     return price;
 }
 
+/* Whether a request waits for which there may be room: it was not refused as things stand now. */
+PERK_SHARED_CODE int perk_schedule_may_admit(const perk_schedule *s) {
+    int32_t running = s->state->running;
+    return s->state->unfinished > running && s->state->free_rows > 0 &&
+           s->slots[s->order[running]].refused_at != s->state->changes;
+}
+
 /* Lets the oldest waiting request run, if there is room for all of its known tokens. */
 PERK_SHARED_CODE int perk_schedule_admit(perk_schedule *s) {
+    if (!perk_schedule_may_admit(s)) return 0;
     int32_t slot = s->order[s->state->running];
     perk_slot *r = &s->slots[slot];
-    if (s->state->free_rows == 0 || r->refused_at == s->state->changes) return 0;
     if (perk_schedule_price(s, slot) > s->pool.state->unused) {
         r->refused_at = s->state->changes;
         return 0;
@@ -518,6 +525,18 @@ PERK_SHARED_CODE void perk_schedule_commit(perk_schedule *s, const int32_t *pick
 PERK_SHARED_CODE void perk_schedule_cancel(perk_schedule *s, int32_t slot) {
     perk_schedule_end(s, &s->slots[slot], PERK_END_CANCELLED);
     perk_schedule_close_ranks(s);
+}
+
+/* ---- a step moved on ----
+ * Where the step under way has one token of every running request, and its logits, where all of them go on, and nobody
+ * may be admitted, then the next step is the same with a position more for each: commit and fill would do nothing else,
+ * unless a token ends its request. */
+
+/* Whether the request, which has one token in the step, does not reach its limit with the next one, has a page for the
+ * one after, and completes none that others are to find. */
+PERK_SHARED_CODE int perk_slot_goes_on(const perk_slot *r, int32_t page_size) {
+    int offers = r->shares && (r->cached + 1) % page_size == 0;
+    return r->length + 1 != r->limit && r->cached + 2 <= r->page_count * page_size && !offers;
 }
 
 /* ---- pages for others ---- */
