@@ -127,14 +127,20 @@ static void compute(fake_model *fake) {
     }
 }
 
-/* What the largest step would have in place of the one that was filled: in a copy. */
-static int32_t tokens_of_largest(const fake_model *fake) {
-    const perk_schedule_limits *whole = &fake->sizes[fake->size_count - 1];
-    uint64_t words = perk_schedule_lay_out(whole).words, *block = malloc(words * sizeof *block);
-    perk_schedule s;
+/* A copy of the state, for steps of so many; to be freed. */
+static uint64_t *copy_state(const fake_model *fake, const perk_schedule_limits *limits, perk_schedule *s) {
+    uint64_t words = perk_schedule_lay_out(&fake->sizes[fake->size_count - 1]).words;
+    uint64_t *block = malloc(words * sizeof *block);
     CHECK(block);
     memcpy(block, fake->block, words * sizeof *block);
-    perk_schedule_bind(&s, whole, block);
+    perk_schedule_bind(s, limits, block);
+    return block;
+}
+
+/* What the largest step would have in place of the one that was filled: in a copy. */
+static int32_t tokens_of_largest(const fake_model *fake) {
+    perk_schedule s;
+    uint64_t *block = copy_state(fake, &fake->sizes[fake->size_count - 1], &s);
     perk_schedule_drop(&s);
     check_schedule(&s, 0);
     perk_schedule_fill(&s);
@@ -203,11 +209,8 @@ static bool moves_on(const fake_model *fake) {
 /* That it is, in a copy. */
 static void check_moved_on(const fake_model *fake) {
     const perk_batch *old = &fake->s.batch;
-    uint64_t words = perk_schedule_lay_out(&fake->sizes[fake->size_count - 1]).words, *block = malloc(words * 8);
     perk_schedule s;
-    CHECK(block);
-    memcpy(block, fake->block, words * 8);
-    perk_schedule_bind(&s, &fake->s.limits, block);
+    uint64_t *block = copy_state(fake, &fake->s.limits, &s);
     s.most_rows = fake->s.most_rows;
     perk_schedule_fill(&s);
     size_t table_words = (size_t)s.limits.requests * (size_t)s.batch.pages_per_request;
@@ -421,8 +424,7 @@ static void test_random(void) {
     for (uint64_t seed = 0; seed < runs; seed++) run_random(seed, &t);
     fprintf(stderr,
             "%llu runs: %llu steps (%llu moved on), %llu tokens computed, %llu found, %llu set back, %llu evicted, "
-            "%llu cancelled; %llu "
-            "times to larger steps (%llu in vain), %llu to smaller ones\n",
+            "%llu cancelled; %llu times to larger steps (%llu in vain), %llu to smaller ones\n",
             (unsigned long long)runs, (unsigned long long)t.steps, (unsigned long long)t.moved_on,
             (unsigned long long)t.tokens, (unsigned long long)t.found, (unsigned long long)t.set_backs,
             (unsigned long long)t.evictions, (unsigned long long)t.cancelled, (unsigned long long)t.larger,
